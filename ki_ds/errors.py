@@ -1,0 +1,36 @@
+"""Errors that a user can mend, and how a command ends on one: a line, exit code 2, no traceback."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used.
+
+    The message is one line: the value, the rule that it breaks, and what to do, e.g.
+    "data.seq_len=600 exceeds the student's 512 positions; lower it or take a longer model".
+    """
+
+
+def ends_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wrap a command's main: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+
+    @functools.wraps(main)
+    def wrapped(*args: object, **kwargs: object) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+            return EXIT_USER_ERROR
+        except KeyboardInterrupt:
+            print("interrupted; call it again to go on", file=sys.stderr, flush=True)
+            return 130
+        except BrokenPipeError:  # `| head` closed the pipe: not an error of ours
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+    return wrapped

