@@ -1,0 +1,147 @@
+"""Tokenizers: train one, load any of Hugging Face's, and tell two of them apart by a hash."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from ki_ds.data.corpora import Document
+from ki_ds.data.store import SpecialIds
+from ki_ds.errors import UserError
+
+if TYPE_CHECKING:  # transformers takes seconds to import, which worker processes need not pay
+    from transformers import PreTrainedTokenizerBase
+
+TokenizerKind = Literal["bytebpe"]
+
+# RoBERTa's names, and its first four ids; the mask comes right after them, before the bytes.
+BOS, PAD, EOS, UNK, MASK = SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+
+def train_tokenizer(
+    documents: Iterable[Document],
+    vocab_size: int,
+    kind: TokenizerKind = "bytebpe",
+    *,
+    out_dir: str | os.PathLike[str],
+    min_frequency: int = 2,
+) -> "PreTrainedTokenizerBase":
+    """A tokenizer trained on the documents, saved as a folder that `AutoTokenizer.from_pretrained` loads.
+
+    Byte-level BPE with `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4 and the 256 bytes next; it puts
+    `<s>` before and `</s>` behind a text. A small corpus may give fewer than `vocab_size` ids.
+    UserError: vocab_size has no room for the bytes, or the folder exists.
+    """
+    if kind != "bytebpe":
+        raise UserError(f"kind={kind!r} of tokenizer is not trained here; take 'bytebpe'")
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(f"vocab_size={vocab_size} is below {MIN_VOCAB_SIZE} (bytes, special tokens); raise it")
+    out = Path(out_dir)
+    if out.exists():
+        raise UserError(f"{out} exists already; remove it or take another folder")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[*SPECIAL_TOKENS[:-1], AddedToken(MASK, lstrip=True, special=True)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((list(document.lines) for document in documents), trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {EOS}",
+        pair=f"{BOS} $A {EOS} {EOS} $B {EOS}",
+        special_tokens=[(token, backend.token_to_id(token)) for token in (BOS, EOS)],
+    )
+    return _save(backend, out)
+
+
+def _save(backend: Tokenizer, out: Path) -> "PreTrainedTokenizerBase":
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BOS,
+        eos_token=EOS,
+        cls_token=BOS,
+        sep_token=EOS,
+        pad_token=PAD,
+        unk_token=UNK,
+        mask_token=AddedToken(MASK, lstrip=True, special=True),
+        clean_up_tokenization_spaces=False,
+    )
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save_pretrained(temporary)
+    temporary.replace(out)
+    return load_tokenizer(out)
+
+
+def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
+    """The Hugging Face tokenizer of a folder or hub name; a folder may hold just vocab.json and merges.txt.
+
+    UserError: nothing is there, it does not load, or it is not of the fast kind.
+    """
+    from transformers import AutoTokenizer
+
+    name, folder = os.fspath(name_or_folder), Path(name_or_folder)
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise UserError(f"tokenizer folder {name} does not exist; name a folder or a model of the hub")
+    try:
+        if (folder / "merges.txt").exists() and not (folder / "tokenizer.json").exists():
+            tokenizer = _from_vocab_and_merges(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"no tokenizer can be loaded from {name} ({reason}); name its folder") from None
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UserError(f"the tokenizer of {name} has no fast version; save it as tokenizer.json first")
+    return tokenizer
+
+
+def _from_vocab_and_merges(folder: Path) -> Any:
+    """RoBERTa's tokenizer if the vocabulary has its mask, else GPT-2's."""
+    from transformers import GPT2Tokenizer, RobertaTokenizer
+
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    kind = RobertaTokenizer if MASK in vocabulary and BOS in vocabulary else GPT2Tokenizer
+    return kind.from_pretrained(str(folder))
+
+
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> SpecialIds:
+    """The ids with a role; BERT's `[CLS]` and `[SEP]` stand for bos and eos. UserError without any eos."""
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if eos is None:
+        raise UserError(f"the tokenizer {tokenizer.name_or_path} has no eos or sep token; take one that has it")
+    named = {bos, eos, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.mask_token_id}
+    return SpecialIds(
+        bos=bos,
+        pad=tokenizer.pad_token_id,
+        eos=eos,
+        unk=tokenizer.unk_token_id,
+        mask=tokenizer.mask_token_id,
+        others=tuple(sorted(set(tokenizer.all_special_ids) - named)),
+    )
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """SHA-256 of vocabulary, merges (or piece scores) and special ids: equal when the ids mean the same."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    canonical = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "merges": model.get("merges"),
+        "pieces": model["vocab"] if isinstance(model["vocab"], list) else None,
+        "special_ids": asdict(special_ids(tokenizer)),
+    }
+    return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
