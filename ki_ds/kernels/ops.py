@@ -1,0 +1,235 @@
+"""Custom operators of the loss: one node each for autograd, and a fake for torch.compile.
+
+Both operators compute the student's gradients together with the loss and keep them until backward, which
+only multiplies them by the incoming gradient (and takes `grad_scale` out). Arguments are flat because an
+operator's schema knows tensors, numbers, strings and lists of them, but no dataclass.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ki_ds.kernels.linear import Gradients, Head, Problem, Wanted, linear_rows, row_functions
+from ki_ds.kernels.rows import LossSums, RowTask, compute_dtype, grad_scale_for, mix_teachers, sum_rows
+
+SCALE_ELEMENTS = 1 << 26  # elements scaled at once where a float32 copy of them is needed
+NO_SECOND_BACKWARD = (
+    "the gradient of this loss has already been handed out and its memory reused: "
+    "compute the loss again instead of backward(retain_graph=True)"
+)
+NO_DOUBLE_BACKWARD = "second derivatives of the inheritance loss are not implemented; do not use create_graph=True"
+
+
+def _task(
+    alpha: float,
+    alpha_tensor: Tensor | None,
+    tau: float,
+    ignore_index: int,
+    num_classes: int,
+    label_smoothing: float,
+    semantics: str,
+    logits: Tensor,
+) -> RowTask:
+    """The rows' task; a CPU tensor as alpha is read at once, a device tensor never."""
+    value: float | Tensor = alpha
+    if alpha_tensor is not None:
+        value = alpha_tensor.detach() if alpha_tensor.is_cuda else float(alpha_tensor)
+    return RowTask(
+        num_classes=num_classes,
+        alpha=value,
+        tau=tau,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        semantics=semantics,
+        grad_scale=grad_scale_for(logits.dtype),
+    )
+
+
+@torch.library.custom_op("ki_ds::linear_loss", mutates_args=())
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_weights: Tensor | None,
+    alpha_tensor: Tensor | None,
+    topk_ids: Tensor | None,
+    topk_probs: Tensor | None,
+    head_tensors: Sequence[Tensor],
+    shares: Sequence[float],
+    alpha: float,
+    tau: float,
+    ignore_index: int,
+    num_classes: int,
+    label_smoothing: float,
+    semantics: str,
+    chunk_rows: int,
+    backend: str,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss_sum, ce_sum, kl_sum, num_rows and the gradients of hidden, weight and bias.
+
+    `head_tensors` holds hidden, weight, bias, rows of each teacher in turn; bias and rows may have no elements.
+    """
+    task = _task(alpha, alpha_tensor, tau, ignore_index, num_classes, label_smoothing, semantics, hidden)
+    problem = Problem(
+        hidden_ND=hidden,
+        weight_VD=weight,
+        bias_V=bias,
+        labels_N=labels,
+        row_weights_N=row_weights,
+        heads=_heads(head_tensors, routed=not shares),
+        shares=list(shares),
+        topk=None if topk_ids is None or topk_probs is None else (topk_ids, topk_probs),
+        task=task,
+        chunk_rows=chunk_rows,
+        backend=backend,
+    )
+    sums, num_rows, grads = linear_rows(problem, Wanted(wants_hidden, wants_weight, wants_bias))
+    return (*sums, num_rows, *grads)
+
+
+def _heads(tensors: Sequence[Tensor], *, routed: bool) -> list[Head]:
+    heads = []
+    for first in range(0, len(tensors), 4):
+        hidden, weight, bias, rows = tensors[first : first + 4]
+        heads.append(Head(hidden, weight, bias if bias.numel() else None, rows if routed else None))
+    return heads
+
+
+@linear_loss.register_fake
+def _(hidden, weight, bias, labels, row_weights, *args):
+    dtype = compute_dtype(hidden)
+    wants_hidden, wants_weight, wants_bias = args[-3:]
+    scalars = [hidden.new_empty((), dtype=dtype) for _ in range(3)]
+    return (
+        *scalars,
+        labels.new_empty((), dtype=torch.int64),
+        torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0),
+        weight.new_empty(weight.shape if wants_weight else 0, dtype=dtype),
+        weight.new_empty(weight.shape[0] if wants_bias else 0, dtype=dtype),
+    )
+
+
+def _no_grads(inputs: Sequence[object]) -> list[object]:
+    """The structure that a backward returns: None for every input, a list of None for a list of tensors."""
+    return [
+        [None] * len(value) if isinstance(value, (list, tuple)) and all(isinstance(v, Tensor) for v in value) else None
+        for value in inputs
+    ]
+
+
+def _keep_linear_grads(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    hidden, weight, bias = inputs[:3]
+    ctx.no_grads = _no_grads(inputs)
+    ctx.wanted = inputs[-3:]
+    ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+    ctx.grad_scale = grad_scale_for(hidden.dtype)
+    ctx.save_for_backward(*output[4:])
+
+
+def _linear_backward(ctx, grad_loss, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError(NO_DOUBLE_BACKWARD)
+    grads = list(ctx.no_grads)
+    if grad_loss is not None:
+        factor = grad_loss / ctx.grad_scale
+        saved = Gradients(*ctx.saved_tensors)
+        for i, (grad, dtype, wanted) in enumerate(zip(saved, ctx.dtypes, ctx.wanted, strict=True)):
+            grads[i] = (grad.to(factor.dtype) * factor).to(dtype) if wanted else None
+    return tuple(grads)
+
+
+linear_loss.register_autograd(_linear_backward, setup_context=_keep_linear_grads)
+
+
+@torch.library.custom_op("ki_ds::logits_loss", mutates_args=())
+def logits_loss(
+    logits: Tensor,
+    labels: Tensor,
+    row_weights: Tensor | None,
+    alpha_tensor: Tensor | None,
+    topk_ids: Tensor | None,
+    topk_probs: Tensor | None,
+    teachers: Sequence[Tensor],
+    shares: Sequence[float],
+    alpha: float,
+    tau: float,
+    ignore_index: int,
+    num_classes: int,
+    label_smoothing: float,
+    semantics: str,
+    backend: str,
+    wants_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss_sum, ce_sum, kl_sum, num_rows and the gradient of the logits (times its `grad_scale`).
+
+    Several `teachers` are averaged by `shares`, in chunks of rows.
+    """
+    task = _task(alpha, alpha_tensor, tau, ignore_index, num_classes, label_smoothing, semantics, logits)
+    num_rows = (labels != ignore_index).sum()
+    grad = torch.empty_like(logits) if wants_grad else logits.new_empty(0)
+    rows = row_functions(backend)
+    options = {"row_scale_N": row_weights, "grad_NV": grad if wants_grad else None}
+    if topk_ids is not None and topk_probs is not None and task.uses_teacher():
+        terms = rows.topk(logits, labels, topk_ids, topk_probs, task, **options)
+    else:
+        teacher = None
+        if teachers and task.uses_teacher():
+            teacher = mix_teachers(list(teachers), list(shares), task) if len(teachers) > 1 else teachers[0]
+        terms = rows.dense(logits, labels, teacher, task, **options)
+    sums: LossSums = sum_rows(terms, task, row_weights)
+    return (*sums, num_rows, grad)
+
+
+@logits_loss.register_fake
+def _(logits, labels, *args):
+    scalars = [logits.new_empty((), dtype=compute_dtype(logits)) for _ in range(3)]
+    grad = torch.empty_like(logits) if args[-1] else logits.new_empty(0)
+    return (*scalars, labels.new_empty((), dtype=torch.int64), grad)
+
+
+@torch.library.custom_op("ki_ds::scale_", mutates_args=("tensor",))
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """Multiply in place by a 0-d factor that may not fit the tensor's own dtype; 1 costs no pass on a CPU."""
+    if tensor.is_cuda:
+        for part in tensor.view(-1).split(SCALE_ELEMENTS):
+            part.copy_(part.to(factor.dtype).mul_(factor))
+    elif float(factor) != 1.0:
+        tensor.mul_(float(factor))
+
+
+def _keep_logits_grad(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.no_grads = _no_grads(inputs)
+    ctx.grad_scale = grad_scale_for(inputs[0].dtype)
+    ctx.spent = False
+    ctx.save_for_backward(output[4])
+
+
+def _logits_backward(ctx, grad_loss, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError(NO_DOUBLE_BACKWARD)
+    if ctx.spent:
+        raise RuntimeError(NO_SECOND_BACKWARD)
+    grads = list(ctx.no_grads)
+    if grad_loss is not None:
+        (grad,) = ctx.saved_tensors
+        factor = grad_loss / ctx.grad_scale
+        # float64 is for checks such as gradcheck, which walk a graph twice; a traced graph may not mutate
+        if grad.dtype == torch.float64 or type(grad) is not Tensor:
+            grads[0] = (grad.to(factor.dtype) * factor).to(grad.dtype)
+        else:
+            ctx.spent = True
+            scale_(grad, factor)
+            grads[0] = grad
+    return tuple(grads)
+
+
+logits_loss.register_autograd(_logits_backward, setup_context=_keep_logits_grad)

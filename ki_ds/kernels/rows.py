@@ -1,0 +1,89 @@
+"""What every implementation of the loss's rows agrees on.
+
+Shape suffixes: N rows, V logits of a row, C <= V real classes, K teacher entries of a row.
+"""
+
+# ruff: noqa: N815  (shape suffixes are upper case on purpose)
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TOPK_SEMANTICS = ("renormalise", "tail", "sampled")
+
+
+@dataclass(frozen=True)
+class RowTask:
+    """The objective of a set of rows, without their tensors.
+
+    `alpha` is a float, or a 0-d tensor on the rows' device, which is never read by the host.
+    `grad_scale` multiplies the written gradient alone (float16 gradients are kept away from
+    subnormal numbers by it) and is taken out again by whoever reads the gradient.
+    """
+
+    num_classes: int
+    alpha: float | Tensor = 0.0
+    tau: float = 2.0
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    semantics: str = "renormalise"
+    grad_scale: float = 1.0
+
+    def uses_teacher(self) -> bool:
+        """False if alpha is known to be 0, so that no teacher's number may be touched."""
+        return isinstance(self.alpha, Tensor) or self.alpha != 0.0
+
+
+class RowTerms(NamedTuple):
+    """Per-row terms in the compute dtype; an ignored row's are 0."""
+
+    ce_N: Tensor
+    smooth_ce_N: Tensor  # the same tensor as ce_N without label smoothing
+    kl_N: Tensor | None  # None: no teacher was asked
+
+
+class LossSums(NamedTuple):
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+
+
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    """float32 for every training dtype; float64 stays float64 (meant for checks)."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def grad_scale_for(dtype: torch.dtype) -> float:
+    """What a logit gradient of this dtype is multiplied by while it is stored.
+
+    softmax of 50k classes is about 2e-5, below float16's smallest normal number 6e-5.
+    """
+    return 1024.0 if dtype == torch.float16 else 1.0
+
+
+def sum_rows(terms: RowTerms, task: RowTask, row_weights_N: Tensor | None) -> LossSums:
+    """The three sums over rows; only `loss` sees alpha, tau^2, smoothing and the row weights."""
+    loss_N = (1 - task.alpha) * terms.smooth_ce_N
+    kl = terms.ce_N.new_zeros(())
+    if terms.kl_N is not None:
+        loss_N = loss_N + task.alpha * task.tau**2 * terms.kl_N
+        kl = terms.kl_N.sum()
+    if row_weights_N is not None:
+        loss_N = loss_N * row_weights_N
+    return LossSums(loss=loss_N.sum(), ce=terms.ce_N.sum(), kl=kl)
+
+
+def mix_teachers(logits: list[Tensor], shares: list[float], task: RowTask) -> Tensor:
+    """Logits [N, C] whose softmax at `task.tau` is the teachers' average softmax at `task.tau`."""
+    dtype = compute_dtype(logits[0])
+    total = sum(shares)
+    mixed: Tensor | None = None
+    for logits_NV, share in zip(logits, shares, strict=True):
+        scaled = logits_NV[:, : task.num_classes].to(dtype) / task.tau
+        log_share = torch.log_softmax(scaled, dim=-1) + math.log(share / total)
+        mixed = log_share if mixed is None else torch.logaddexp(mixed, log_share)
+    assert mixed is not None
+    return mixed * task.tau
