@@ -145,3 +145,25 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
         "special_ids": asdict(special_ids(tokenizer)),
     }
     return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
+
+
+def read_fairseq_dict(path: str | os.PathLike[str]) -> tuple[list[str], SpecialIds]:
+    """(symbol of each id, special ids) of a fairseq `dict.txt`; the mask, which the file lacks, is last.
+
+    A line is `symbol count`, split at the last blank. UserError with the line that is not.
+    """
+    symbols = list(SPECIAL_TOKENS[:4])
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no readable fairseq dictionary ({error}); name dict.txt") from None
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        symbol, _, count = line.removesuffix(" #fairseq:overwrite").rpartition(" ")
+        if not symbol or not count.isdecimal():
+            raise UserError(f"{path} line {number} is not 'symbol count' ({line[:40]!r}); mend or fetch it again")
+        symbols.append(symbol)
+    if len(set(symbols)) != len(symbols):
+        twice = next(symbol for i, symbol in enumerate(symbols) if symbol in symbols[:i])
+        raise UserError(f"{path} has the symbol {twice!r} twice; fetch it again")
+    symbols.append(MASK)
+    return symbols, SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=len(symbols) - 1)

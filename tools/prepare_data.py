@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Turn text into a corpus folder: train and validation token stores, tokenizer, corpus.json."""
+
+import argparse
+import sys
+
+from ki_ds.data.prepare import TokenizerSpec, build_store
+from ki_ds.errors import UserError, ends_cleanly
+
+
+@ends_cleanly
+def main() -> None:
+    """Command line; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="files, folders, globs: .txt .jsonl .xml[.gz .bz2 .xz]"
+    )
+    parser.add_argument("--out", required=True, help="corpus folder to make")
+    parser.add_argument("--tokenizer", help="Hugging Face tokenizer, folder or hub name")
+    parser.add_argument("--train_tokenizer", action="store_true", help="train byte-level BPE on the corpus instead")
+    parser.add_argument("--vocab_size", type=int, default=50_265, help="ids of the tokenizer to train")
+    parser.add_argument("--num_workers", type=int, help="processes (default: one a core)")
+    parser.add_argument("--valid_fraction", type=float, default=1 / 200, help="share of documents for validation")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of validation documents")
+    parser.add_argument("--text_key", default="text", help="key of the text in JSON lines")
+    args = parser.parse_args()
+    if (args.tokenizer is None) != args.train_tokenizer:
+        raise UserError("--tokenizer and --train_tokenizer: exactly one of them says where the tokenizer comes from")
+    corpus = build_store(
+        args.input,
+        TokenizerSpec(vocab_size=args.vocab_size) if args.train_tokenizer else args.tokenizer,
+        args.out,
+        num_workers=args.num_workers,
+        valid_fraction=args.valid_fraction,
+        seed=args.seed,
+        text_key=args.text_key,
+    )
+    for name, count in corpus.info["counts"].items():
+        print(f"{args.out}/{name}: " + ", ".join(f"{number:,} {what}" for what, number in count.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
