@@ -13,7 +13,10 @@ class UserError(ValueError):
 
     The message is one line: the value, the rule that it breaks, and what to do, e.g.
     "data.seq_len=600 exceeds the student's 512 positions; lower it or take a longer model".
+    `said_by_main`: every rank of a job comes to this error, so that rank 0 alone need print it.
     """
+
+    said_by_main = False
 
 
 def ends_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -24,7 +27,8 @@ def ends_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+            if not error.said_by_main or os.environ.get("RANK", "0") == "0":
+                print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
             return EXIT_USER_ERROR
         except KeyboardInterrupt:
             print("interrupted; call it again to go on", file=sys.stderr, flush=True)

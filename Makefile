@@ -1,0 +1,40 @@
+# make demo [TASK=mlm|causal] [SIZE=full|smoke]   from raw text to a student that paid less
+# make test                                       the default test suite, a few minutes on two cores
+# make check                                      ruff, mypy and the tests: what CI runs
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TASK   ?= mlm
+SIZE   ?= full
+
+.PHONY: install demo test test-slow lint check clean
+
+install: $(VENV)/.installed
+
+# torch first: with any looser requirement pip would bring several GB of CUDA packages along.
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,dev,mpi]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet --no-deps -c constraints.txt triton
+	touch $@
+
+demo: install
+	$(BIN)/python tools/demo.py --task $(TASK) --size $(SIZE)
+
+test: install
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

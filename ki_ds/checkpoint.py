@@ -1,0 +1,199 @@
+"""Checkpoints that are either whole or not there, and the folder of a run.
+
+    RUN_DIR/config.yaml            resolved configuration
+    RUN_DIR/run.json               manifest: status, lineage, parameters, hashes of data and teacher
+    RUN_DIR/metrics.jsonl          every figure
+    RUN_DIR/checkpoints/step_N/    engine/ (DeepSpeed's shards), hf/ (Hugging Face folder), state.json, manifest.json
+    RUN_DIR/checkpoints/latest     the newest one's name, written last
+    RUN_DIR/best/                  Hugging Face folder with the lowest validation cross-entropy
+
+A checkpoint is written under a temporary name, hashed, synced and renamed; `load` verifies the hashes before
+anything is unpickled, and takes the newest intact one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from ki_ds.data.store import sync_folder, write_atomically
+from ki_ds.distributed import barrier, from_main, is_main, say, world_size
+from ki_ds.errors import UserError
+
+
+class EngineState(Protocol):
+    """What a checkpoint needs of an engine (see `ki_ds.engine.StudentEngine`)."""
+
+    def save(self, folder: Path, tag: str) -> None: ...
+    def load(self, folder: Path, tag: str) -> None: ...
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it, or start in another run_dir") from None
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file atomically: readers see the old one or the new one."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+# --- one run a folder -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Hold the folder for this job while the context lasts.
+
+    Raises:
+        UserError: another job that still runs holds it, or it cannot be made.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir} cannot be written ({error.strerror}); give another folder") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"run_dir={run_dir} is in use by a job that still runs; wait for it or give another"
+            ) from None
+        yield
+
+
+# --- saving -----------------------------------------------------------------------------------------------------
+
+
+def save(
+    root: Path, step: int, engine: EngineState, state: dict[str, Any], export: Callable[[Path], None], *, keep: int
+) -> Path:
+    """Write checkpoint `step` and return its folder. Called by all ranks, on a file system they share.
+
+    Args:
+        root: RUN_DIR/checkpoints.
+        state: the loop's own state, as JSON.
+        export: writes the Hugging Face folder; called by all ranks, writes on rank 0.
+        keep: newest checkpoints that stay; older ones are removed once this one is whole.
+    """
+    name = f"step_{step:08d}"
+    temporary, final = root / f".{name}.tmp", root / name
+    if is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    engine.save(temporary, "engine")
+    export(temporary / "hf")
+    barrier()
+    if is_main():
+        write_json(temporary / "state.json", {**state, "step": step, "world_size": world_size()})
+        write_json(temporary / "manifest.json", {"files": _hash_files(temporary)})
+        sync_folder(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+        sync_folder(root)
+        write_atomically(root / "latest", name + "\n")
+        for old in _names(root)[:-keep]:
+            shutil.rmtree(root / old)
+    barrier()
+    return final
+
+
+def _hash_files(folder: Path) -> dict[str, list[int | str]]:
+    """{relative name: [bytes, SHA-256]} of every file, each synced to disk."""
+    files: dict[str, list[int | str]] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[str(path.relative_to(folder))] = [path.stat().st_size, _sha256(path)]
+    return files
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Replace a folder by what `write` puts into a new one, so that it is never half-written. All ranks call this."""
+    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    if is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+    barrier()
+    write(temporary)
+    barrier()
+    if is_main():
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    barrier()
+
+
+# --- loading ----------------------------------------------------------------------------------------------------
+
+
+def _names(root: Path) -> list[str]:
+    """Checkpoints by step, oldest first; unfinished ones have another name and are not among them."""
+    return sorted(p.name for p in root.glob("step_*") if p.is_dir()) if root.exists() else []
+
+
+def damage(folder: Path) -> str | None:
+    """None for an intact checkpoint, else what is wrong with it. Reads every byte, unpickles none."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return "no readable manifest"
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+        if _sha256(path) != digest:
+            return f"{name} has changed"
+    return None
+
+
+def newest_intact(root: Path) -> Path | None:
+    """The newest intact checkpoint; None when the run has none yet. Called by all ranks, which agree.
+
+    Raises:
+        UserError: there are checkpoints, but none is intact: never a silent start from scratch.
+    """
+
+    def find() -> tuple[str | None, list[str]]:
+        broken: list[str] = []
+        for name in reversed(_names(root)):
+            if (what := damage(root / name)) is None:
+                return name, broken
+            broken.append(f"{name} ({what})")
+        return None, broken
+
+    name, broken = from_main(find() if is_main() else None)  # type: ignore[misc]
+    if broken and name is None:
+        raise UserError(
+            f"{root} holds no intact checkpoint: {', '.join(broken)}; restore one, or start in another run_dir"
+        )
+    if broken:
+        say(f"warning: {', '.join(broken)} is damaged; going on from {name}")
+    return None if name is None else root / name
+
+
+def load(folder: Path, engine: EngineState) -> dict[str, Any]:
+    """Restore the engine from a checkpoint and return the loop's state. Called by all ranks."""
+    state = read_json(folder / "state.json")
+    engine.load(folder, "engine")
+    return state

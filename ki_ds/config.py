@@ -1,0 +1,436 @@
+"""One run, as frozen typed dataclasses: every field with its unit and source, checked before anything starts.
+
+`parse` reads `--config a.yaml --config b.yaml --optim.lr 3e-4` (later wins); `save`/`load` keep the resolved
+configuration beside the run. A recipe is a YAML file of these fields; scale is a second, small YAML laid over it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+
+from ki_ds.errors import UserError
+
+Task = Literal["mlm", "causal"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the student reads.
+
+    Args:
+        corpus: folder written by tools/prepare_data.py: train.*, valid.* (199:1, section 3) and tokenizer/.
+        seq_len: tokens in a block, `<s>` included for mlm (512 in the paper).
+        mask_probability: share of a block's tokens that the mlm student predicts.
+        keep_probability: share of those tokens left as they are.
+        random_probability: share of those tokens replaced by a random one; the rest becomes the mask token.
+        num_workers: loader processes per rank; the order never depends on it. 0 loads in the training process.
+        valid_mask_variants: times the mlm validation set is masked, each time with other fixed masks.
+        max_valid_samples: validation blocks used at most; null takes all.
+    """
+
+    corpus: str = ""
+    seq_len: int = 512
+    mask_probability: float = 0.15
+    keep_probability: float = 0.1
+    random_probability: float = 0.1
+    num_workers: int = 1
+    valid_mask_variants: int = 1
+    max_valid_samples: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The student.
+
+    Args:
+        name: a preset of Table 6 (roberta_medium, roberta_base, gpt_124m, ...), or a Hugging Face folder or hub name.
+        init: random starts from scratch; pretrained starts from the weights of the folder that `name` gives.
+        num_layers: overrides the preset's number of layers.
+        hidden_size: overrides the preset's hidden size.
+        num_heads: overrides the preset's number of attention heads.
+        ffn_size: overrides the preset's feed-forward size.
+        num_positions: position embeddings of a preset, in tokens (512, Table 6).
+        vocab_multiple: the embedding is padded to a multiple of this; padding takes no probability.
+        dropout: dropout of a preset (0.1).
+        attention_dropout: attention dropout of a preset (0.1).
+        init_std: standard deviation of a preset's initial weights (0.02).
+    """
+
+    name: str = "roberta_base"
+    init: Literal["random", "pretrained"] = "random"
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    num_heads: int | None = None
+    ffn_size: int | None = None
+    num_positions: int = 512
+    vocab_multiple: int = 64
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    init_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Who teaches, and where it runs.
+
+    Args:
+        path: a run or checkpoint folder of ours, a Hugging Face folder or hub name; null trains without a teacher.
+        placement: online runs the teacher in the student's process.
+        dtype: the teacher's weights; auto takes fp16 on a GPU (as the paper does) and fp32 on a CPU.
+    """
+
+    path: str | None = None
+    placement: Literal["online"] = "online"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+
+@dataclass(frozen=True)
+class InheritConfig:
+    """How much is inherited, and how long (section 2.2, equation 2; Fig. 1b).
+
+    Args:
+        schedule: alpha over time: linear decay to 0, heaviside (1, then 0), constant, or none (self-learning).
+        steps: T_inherit, the steps of teacher-guided learning (Table 7).
+        slope: the paper's alpha_T instead of `steps`: alpha_t = max(1 - slope * t / T, 0), so T_inherit = T / slope.
+        constant_alpha: alpha of the constant schedule.
+        tau: temperature of both softmaxes; the KL is scaled by tau squared (2 in the released code).
+    """
+
+    schedule: Literal["linear", "heaviside", "constant", "none"] = "none"
+    steps: int | None = None
+    slope: float | None = None
+    constant_alpha: float = 0.5
+    tau: float = 2.0
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How the objective is computed; no field but label_smoothing changes its value.
+
+    Args:
+        backend: auto takes the Triton kernels on a GPU and chunked PyTorch elsewhere.
+        chunk_rows: rows whose logits exist at once; null chooses from the sizes.
+        label_smoothing: share of the label's mass spread over the other classes (Table 10; 0 in all other runs).
+    """
+
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    chunk_rows: int | None = None
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with the paper's settings (appendix, Table 7).
+
+    Args:
+        lr: peak learning rate (Table 6: 5.0e-4 for the base size at a global batch of 2,048).
+        beta1: decay of the first moment.
+        beta2: decay of the second moment (0.98).
+        eps: Adam's epsilon (1e-6).
+        weight_decay: decoupled weight decay (0.01).
+        decay_norms_and_biases: decay every parameter, as the released code does; false spares norms and biases.
+        warmup_fraction: share of the steps with linear warm-up; then linear decay to 0.
+        max_grad_norm: clips the global gradient norm; 0 clips nothing, as the released code does.
+    """
+
+    lr: float = 5.0e-4
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1.0e-6
+    weight_decay: float = 0.01
+    decay_norms_and_biases: bool = True
+    warmup_fraction: float = 0.1
+    max_grad_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How DeepSpeed hosts the student.
+
+    Args:
+        ds_config: DeepSpeed JSON with ZeRO, offload and communication settings only (ds_configs/).
+        precision: of the student's weights and activations; losses are always computed in float32.
+        activation_checkpointing: recompute activations in the backward pass instead of storing them.
+        num_threads: CPU threads per rank; 0 shares the cores out among the ranks of a host. No effect on a GPU.
+    """
+
+    ds_config: str = "ds_configs/zero1.json"
+    precision: Precision = "fp32"
+    activation_checkpointing: bool = False
+    num_threads: int = 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, and what is kept.
+
+    Args:
+        num_steps: T, optimizer steps of the whole run (125k RoBERTa, 62.5k GPT).
+        global_batch_size: sequences per optimizer step over all ranks and accumulation steps (2,048 in the paper).
+        micro_batch_size: sequences per forward pass of one rank; accumulation follows from both and the ranks.
+        eval_micro_batch_size: sequences per forward pass in validation; null takes micro_batch_size.
+        eval_every: steps between validations; the first (step 0) and the last step are always validated.
+        save_every: steps between checkpoints; the last step is always saved.
+        log_every: steps between lines of metrics.
+        keep_checkpoints: newest full checkpoints kept; the best weights are kept beside them.
+        stop_at_step: leave after this step with a checkpoint, all schedules unchanged; null runs to the end.
+        changed_config: a run folder with another configuration is refused (refuse), or goes on with the new one
+            (allow), e.g. an inheriting run that goes on as plain self-learning.
+    """
+
+    num_steps: int = 125_000
+    global_batch_size: int = 2048
+    micro_batch_size: int = 16
+    eval_micro_batch_size: int | None = None
+    eval_every: int = 1000
+    save_every: int = 1000
+    log_every: int = 10
+    keep_checkpoints: int = 2
+    stop_at_step: int | None = None
+    changed_config: Literal["refuse", "allow"] = "refuse"
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """Where metrics go besides metrics.jsonl; DeepSpeed's monitor writes them under the same names.
+
+    Args:
+        tensorboard: write TensorBoard events to RUN_DIR/monitor.
+        csv: write one CSV a metric to RUN_DIR/monitor.
+        wandb_project: Weights & Biases project; null sends nothing. The key is read from the environment only.
+        progress: the progress bar on rank 0; auto shows it on a terminal and prints plain lines elsewhere.
+    """
+
+    tensorboard: bool = False
+    csv: bool = False
+    wandb_project: str | None = None
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run.
+
+    Args:
+        run_dir: folder of the run: configuration, metrics, checkpoints, best weights. Called again, it goes on there.
+        task: mlm (RoBERTa) or causal (GPT).
+        seed: of initial weights, data order, masks and dropout.
+    """
+
+    run_dir: str = ""
+    task: Task = "mlm"
+    seed: int = 1
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    inherit: InheritConfig = field(default_factory=InheritConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+
+# Fields that say how a run is carried out, not what it computes: they may differ when a run goes on.
+OPERATIONAL_FIELDS = frozenset(
+    {
+        "run_dir",
+        "data.corpus",  # its content is compared by hash
+        "data.num_workers",
+        "teacher.path",  # likewise
+        "loss.backend",
+        "loss.chunk_rows",
+        "engine.ds_config",
+        "engine.activation_checkpointing",
+        "engine.num_threads",
+        "train.micro_batch_size",
+        "train.eval_micro_batch_size",
+        "train.eval_every",
+        "train.save_every",
+        "train.log_every",
+        "train.keep_checkpoints",
+        "train.stop_at_step",
+        "train.changed_config",
+        "monitor.tensorboard",
+        "monitor.csv",
+        "monitor.wandb_project",
+        "monitor.progress",
+    }
+)
+
+
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog="deepspeed launchers/train_ki.sh",
+        description="Train a language model, alone or inheriting from a smaller one.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML of the fields below; give several, later ones win.")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    return parser
+
+
+def parse(argv: list[str]) -> RunConfig:
+    """The validated run that a command line describes.
+
+    Args:
+        argv: `--config FILE` any number of times and `--group.field value`; later ones win.
+
+    Raises:
+        UserError: an unknown key, a wrong type, or values that cannot go together; it names value, rule and fix.
+        SystemExit: after --help or --print_config.
+    """
+    parser = _parser()
+    try:
+        groups = parser.instantiate(parser.parse_args(argv))
+    except jsonargparse.ArgumentError as error:
+        raise UserError(f"configuration: {error}; --help lists every field with its meaning") from None
+    config = RunConfig(**{f.name: groups[f.name] for f in dataclasses.fields(RunConfig)})
+    validate(config)
+    return config
+
+
+def load(path: str | Path) -> RunConfig:
+    """The run that a saved configuration file describes. Raises UserError as `parse` does."""
+    return parse(["--config", str(path)])
+
+
+def save(config: RunConfig, path: str | Path) -> None:
+    """Write the resolved configuration as YAML that `load` and `--config` read."""
+    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field by its dotted name, e.g. {"optim.lr": 5e-4, ...}."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, f"{prefix}{item.name}."))
+        else:
+            flat[prefix + item.name] = value
+    return flat
+
+
+def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields that change what a run computes and differ: {name: (old value, new value)}."""
+    before, after = flatten(old), flatten(new)
+    return {k: (before[k], after[k]) for k in before if k not in OPERATIONAL_FIELDS and before[k] != after[k]}
+
+
+def inherit_steps(config: RunConfig) -> int | None:
+    """T_inherit in steps, from `inherit.steps` or from the paper's slope (T_inherit = T / alpha_T)."""
+    if config.inherit.slope is not None:
+        return round(config.train.num_steps / config.inherit.slope)
+    return config.inherit.steps
+
+
+def validate(config: RunConfig) -> None:
+    """Return silently, or raise UserError for the first rule that the values break."""
+    _check_ranges(flatten(config))
+    _check_inheritance(config)
+    if not config.run_dir:
+        raise UserError("run_dir is empty; give the run a folder, e.g. --run_dir runs/base")
+    if not config.data.corpus:
+        raise UserError("data.corpus is empty; give a folder made by tools/prepare_data.py")
+    _check_masking(config)
+    if config.train.global_batch_size % config.train.micro_batch_size:
+        raise UserError(
+            f"train.global_batch_size={config.train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size={config.train.micro_batch_size}; change one of them"
+        )
+
+
+# name: (smallest, largest, largest itself allowed)
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    "seed": (0, 2**63 - 1, True),
+    "data.seq_len": (8, 2**20, True),
+    "data.mask_probability": (1e-6, 1, True),
+    "data.keep_probability": (0, 1, True),
+    "data.random_probability": (0, 1, True),
+    "data.num_workers": (0, 1024, True),
+    "data.valid_mask_variants": (1, 10_000, True),
+    "data.max_valid_samples": (1, 2**62, True),
+    "model.num_layers": (1, 10_000, True),
+    "model.hidden_size": (1, 2**20, True),
+    "model.num_heads": (1, 2**20, True),
+    "model.ffn_size": (1, 2**24, True),
+    "model.num_positions": (8, 2**20, True),
+    "model.vocab_multiple": (1, 2**16, True),
+    "model.dropout": (0, 1, False),
+    "model.attention_dropout": (0, 1, False),
+    "model.init_std": (1e-9, 10, True),
+    "inherit.steps": (1, 2**62, True),
+    "inherit.slope": (1e-9, 1e9, True),
+    "inherit.constant_alpha": (0, 1, True),
+    "inherit.tau": (1e-3, 1e3, True),
+    "loss.chunk_rows": (1, 2**31, True),
+    "loss.label_smoothing": (0, 1, False),
+    "optim.lr": (1e-12, 100, True),
+    "optim.beta1": (0, 1, False),
+    "optim.beta2": (0, 1, False),
+    "optim.eps": (1e-30, 1, True),
+    "optim.weight_decay": (0, 100, True),
+    "optim.warmup_fraction": (0, 1, False),
+    "optim.max_grad_norm": (0, 1e9, True),
+    "engine.num_threads": (0, 4096, True),
+    "train.num_steps": (1, 2**62, True),
+    "train.global_batch_size": (1, 2**40, True),
+    "train.micro_batch_size": (1, 2**30, True),
+    "train.eval_micro_batch_size": (1, 2**30, True),
+    "train.eval_every": (1, 2**62, True),
+    "train.save_every": (1, 2**62, True),
+    "train.log_every": (1, 2**62, True),
+    "train.keep_checkpoints": (1, 2**31, True),
+    "train.stop_at_step": (1, 2**62, True),
+}
+
+
+def _check_ranges(flat: dict[str, Any]) -> None:
+    for name, (low, high, closed) in _RANGES.items():
+        value = flat[name]
+        if value is None:
+            continue
+        if not (low <= value <= high) or (value == high and not closed):
+            raise UserError(f"{name}={value} is outside [{low:g}, {high:g}{']' if closed else ')'}; change it")
+
+
+def _check_inheritance(config: RunConfig) -> None:
+    inherit, path = config.inherit, config.teacher.path
+    if inherit.schedule != "none" and path is None:
+        raise UserError(
+            f"inherit.schedule={inherit.schedule} needs a teacher; give teacher.path, or inherit.schedule none"
+        )
+    if inherit.schedule == "none" and path is not None:
+        raise UserError(
+            f"teacher.path={path} would never be used with inherit.schedule=none; give a schedule or no teacher"
+        )
+    given = [name for name in ("steps", "slope") if getattr(inherit, name) is not None]
+    if inherit.schedule in ("linear", "heaviside") and len(given) != 1:
+        what = "neither inherit.steps nor inherit.slope" if not given else "both inherit.steps and inherit.slope"
+        raise UserError(f"inherit.schedule={inherit.schedule} was given {what}; give exactly one of them")
+    if inherit.schedule in ("constant", "none") and given:
+        raise UserError(f"inherit.{given[0]} has no meaning with inherit.schedule={inherit.schedule}; leave it out")
+    if inherit.schedule != "constant" and inherit.constant_alpha != InheritConfig.constant_alpha:
+        raise UserError(f"inherit.constant_alpha has no meaning with inherit.schedule={inherit.schedule}; leave it out")
+
+
+def _check_masking(config: RunConfig) -> None:
+    data = config.data
+    if data.keep_probability + data.random_probability > 1:
+        raise UserError(
+            f"data.keep_probability={data.keep_probability} and data.random_probability={data.random_probability} "
+            "add up to more than 1; lower one of them"
+        )
+    if config.task == "causal":
+        for name in ("mask_probability", "keep_probability", "random_probability", "valid_mask_variants"):
+            if getattr(data, name) != getattr(DataConfig, name):
+                raise UserError(f"data.{name}={getattr(data, name)} has no meaning for task=causal; leave it out")

@@ -1,0 +1,286 @@
+"""The student's DeepSpeed engine; the only module that imports deepspeed.
+
+DeepSpeed's JSON holds ZeRO, offload and communication; batch, accumulation, precision, clipping and optimizer come
+from the run's configuration. A JSON that says otherwise, and every setting in which DeepSpeed trains wrongly
+without a word, is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ki_ds.config import EngineConfig, MonitorConfig, OptimConfig, RunConfig
+from ki_ds.data.batches import Batch
+from ki_ds.distributed import local_world_size, pick_gloo_interface, repair_environment, world_size
+from ki_ds.errors import UserError
+from ki_ds.loss import LossOutput
+from ki_ds.models import InheritanceModel
+from ki_ds.signals import HiddenSignal
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.ops
+from deepspeed.utils import logger as _deepspeed_logger
+
+# Filled in from the run's configuration; a JSON may repeat them but not contradict them.
+_OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+_OWNED_BY = {
+    "optimizer": "optim.*",
+    "scheduler": "optim.*",
+    "torch_autocast": "engine.precision",
+    "amp": "engine.precision",
+    "tensorboard": "monitor.tensorboard",
+    "wandb": "monitor.wandb_project",
+    "csv_monitor": "monitor.csv",
+    "activation_checkpointing": "engine.activation_checkpointing",
+}
+_HALVES = ("fp16", "bf16")
+
+
+def start(config: EngineConfig) -> torch.device:
+    """This rank's device, with the ranks connected and the CPU's threads shared out.
+
+    Raises:
+        UserError: the launcher's environment makes no sense.
+    """
+    _deepspeed_logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old calls
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # Its C++ extension would be compiled at every start (34 s, and fatal without ninja); gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    repair_environment(os.environ)
+    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" in os.environ:  # mpirun across hosts
+        deepspeed.comm.comm.mpi_discovery(verbose=False)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+    pick_gloo_interface(os.environ)
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.num_threads or max(1, cores // local_world_size()))
+    deepspeed.init_distributed(verbose=False)
+    _check_world(int(os.environ["WORLD_SIZE"]))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _check_world(expected: int) -> None:
+    if world_size() != expected:
+        raise UserError(f"WORLD_SIZE={expected}, but {world_size()} ranks are connected; check the launcher's settings")
+
+
+# --- configuration ----------------------------------------------------------------------------------------------
+
+
+def read_ds_config(path: str) -> dict[str, Any]:
+    """The DeepSpeed JSON as a dict. Raises UserError when it is missing or not a JSON object."""
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"engine.ds_config={path} cannot be read ({error}); take one of ds_configs/") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"engine.ds_config={path} is not a JSON object; take one of ds_configs/")
+    return settings
+
+
+def complete_ds_config(settings: dict[str, Any], run: RunConfig, *, world: int) -> dict[str, Any]:
+    """DeepSpeed's whole configuration for a run: the JSON's ZeRO and communication, the rest filled in.
+
+    Raises:
+        UserError: the JSON contradicts the run, or asks for a setting in which DeepSpeed trains wrongly.
+    """
+    _refuse_foreign_settings(settings, run)
+    filled = {
+        "train_batch_size": run.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": run.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(run, world),
+        "gradient_clipping": run.optim.max_grad_norm,
+    }
+    for key in _OWNED:
+        if settings.get(key, "auto") not in ("auto", filled[key]):
+            raise UserError(
+                f"engine.ds_config={run.engine.ds_config} sets {key}={settings[key]}, the run needs {filled[key]}; "
+                "leave it out of the JSON"
+            )
+    for half in _HALVES:
+        section = {k: v for k, v in settings.get(half, {}).items() if k != "enabled"}
+        filled[half] = {**section, "enabled": run.engine.precision == half}
+    return {
+        **settings,
+        **filled,
+        "steps_per_print": 10**9,  # metrics are ours
+        "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own needs a compiler at start
+        "zero_force_ds_cpu_optimizer": False,
+        **_monitor_sections(run.monitor, run.run_dir),
+    }
+
+
+def zero_stage(settings: dict[str, Any]) -> int:
+    """The ZeRO stage that a DeepSpeed JSON asks for."""
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def accumulation_steps(run: RunConfig, world: int) -> int:
+    """Micro-batches per rank and optimizer step. Raises UserError when the global batch cannot be split so."""
+    steps, rest = divmod(run.train.global_batch_size, run.train.micro_batch_size * world)
+    if rest or not steps:
+        raise UserError(
+            f"train.global_batch_size={run.train.global_batch_size} is not a multiple of train.micro_batch_size="
+            f"{run.train.micro_batch_size} x {world} ranks; change one of them"
+        )
+    return steps
+
+
+def _refuse_foreign_settings(settings: dict[str, Any], run: RunConfig) -> None:
+    path = run.engine.ds_config
+    for key, field in _OWNED_BY.items():
+        if key in settings:
+            raise UserError(f"engine.ds_config={path} sets {key}, which {field} decides; leave it out of the JSON")
+    for half in _HALVES:
+        enabled = settings.get(half, {}).get("enabled", "auto")
+        if enabled not in ("auto", run.engine.precision == half):
+            raise UserError(
+                f"engine.ds_config={path} sets {half}.enabled={enabled}, engine.precision={run.engine.precision} "
+                "decides; leave it out of the JSON"
+            )
+    if run.engine.precision != "fp32" and zero_stage(settings) == 0:
+        # fp16 gradients would be unscaled twice, and Adam would start at its second step
+        raise UserError(
+            f"engine.precision={run.engine.precision} with ZeRO stage 0 trains wrongly in DeepSpeed; "
+            "take ds_configs/zero1.json or a higher stage"
+        )
+
+
+def _monitor_sections(monitor: MonitorConfig, run_dir: str) -> dict[str, Any]:
+    folder = str(Path(run_dir) / "monitor")
+    sections: dict[str, Any] = {}
+    if monitor.tensorboard:
+        sections["tensorboard"] = {"enabled": True, "output_path": folder, "job_name": "tensorboard"}
+    if monitor.csv:
+        sections["csv_monitor"] = {"enabled": True, "output_path": folder, "job_name": "csv"}
+    if monitor.wandb_project is not None:
+        sections["wandb"] = {"enabled": True, "project": monitor.wandb_project}
+    return sections
+
+
+# --- the engine -------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over all trainable parameters, with norms and biases in a group of their own when they are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": optim.weight_decay}]
+    if not optim.decay_norms_and_biases:
+        matrices = [p for p in parameters if p.ndim >= 2]
+        vectors = [p for p in parameters if p.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": optim.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+    betas = (optim.beta1, optim.beta2)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+
+
+class StudentEngine:
+    """The student under DeepSpeed: losses by the row, one division by the global rows, one update a step."""
+
+    _precisions_used: set[str] = set()  # noqa: RUF012 - of the process on purpose, see below
+
+    def __init__(self, model: InheritanceModel, run: RunConfig, *, device: torch.device):
+        # A second engine of another precision in one process trains wrongly: DeepSpeed keeps global state.
+        if self._precisions_used - {run.engine.precision}:
+            raise UserError(
+                f"engine.precision={run.engine.precision} after {sorted(self._precisions_used)} in one process; "
+                "start a new process"
+            )
+        self._precisions_used.add(run.engine.precision)
+        settings = read_ds_config(run.engine.ds_config)
+        self.zero_stage = zero_stage(settings)
+        self.device = device
+        self.model = model
+        if run.engine.activation_checkpointing:
+            model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            optimizer=make_optimizer(model, run.optim),
+            config=complete_ds_config(settings, run, world=world_size()),
+        )
+
+    def loss(self, batch: Batch, signal: HiddenSignal | None, alpha: float) -> LossOutput:
+        """The sums of equation 2 over the labelled rows of this rank's micro-batch, with gradient."""
+        return LossOutput(*self._engine(batch, signal, alpha))
+
+    def backward(self, loss_sum: Tensor, global_rows: Tensor) -> None:
+        """Accumulate the gradient of loss_sum / global_rows, the mean over ALL ranks and accumulation steps.
+
+        DeepSpeed averages gradients over the ranks, which are not means here, so that average is undone.
+        """
+        self._engine.backward(loss_sum * (world_size() / global_rows), scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> None:
+        """End a micro-step; after the last one of a global batch, update the weights."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> LossOutput:
+        """The student's plain cross-entropy sums on a batch: no teacher, no dropout, no smoothing, no gradient."""
+        self._engine.eval()
+        try:
+            return LossOutput(*self._engine(batch))
+        finally:
+            self._engine.train()
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The global gradient norm of the last update, where ZeRO has computed it."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates left out because fp16 gradients overflowed."""
+        return int(self._engine.skipped_steps)
+
+    def write_monitor(self, events: list[tuple[str, float, int]]) -> None:
+        """Hand (name, value, step) events to TensorBoard, W&B or CSV, whichever are on."""
+        if self._engine.monitor.enabled:
+            self._engine.monitor.write_events(events)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The Hugging Face model's whole state dict in the training dtype; complete on rank 0. Called by all ranks."""
+        if self.zero_stage == 3:
+            state = self._engine._zero3_consolidated_16bit_state_dict() or {}
+        else:
+            state = self._engine.module.state_dict()
+        return {name.removeprefix("lm."): tensor for name, tensor in state.items()}
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write the engine's sharded state (weights, optimizer, counters) to folder/tag. Called by all ranks."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Restore what `save` wrote at the same world size. Raises UserError when DeepSpeed cannot."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise UserError(
+                f"{folder / tag} holds no engine state that DeepSpeed can load; resume from another checkpoint"
+            )
+
+    def close(self) -> None:
+        """Give DeepSpeed's buffers and hooks back."""
+        self._engine.destroy()

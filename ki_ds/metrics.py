@@ -1,0 +1,165 @@
+"""What a run reports: sums and counts over ranks, one JSON line a record, a progress bar, DeepSpeed's monitor.
+
+Means are made here, at the edge, from sums. One word per figure, the same in the JSONL file, the monitors and the
+progress bar: alpha, loss, ce, kl, ppl, lr, tokens_per_second, ...
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ki_ds.distributed import all_sum, is_main
+from ki_ds.loss import LossOutput
+
+
+@dataclass
+class Totals:
+    """What a run has cost so far, over all ranks. FLOPs are 6 P per token for training, 2 P for a forward."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    student_flops: float = 0.0
+    teacher_flops: float = 0.0
+    seconds: float = 0.0  # of training, without validation and saving
+
+
+class Window:
+    """Sums since the last line of metrics; nothing is read back from the device before `close`."""
+
+    def __init__(self, device: torch.device):
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._tokens = self._teacher_tokens = 0
+
+    def add(self, out: LossOutput, num_tokens: int, *, taught: bool) -> None:
+        """Count one micro-batch of this rank."""
+        row = (out.loss_sum.detach(), out.ce_sum, out.kl_sum, out.num_rows)
+        self._sums += torch.stack([value.double() for value in row])
+        self._tokens += num_tokens
+        self._teacher_tokens += num_tokens if taught else 0
+
+    def close(self) -> tuple[dict[str, float], int, int]:
+        """({loss, ce, kl} per row, tokens, tokens seen by the teacher) over all ranks. Waits for the device."""
+        counts = torch.tensor([self._tokens, self._teacher_tokens], dtype=torch.float64, device=self._sums.device)
+        loss, ce, kl, rows, tokens, taught = all_sum(torch.cat([self._sums, counts])).tolist()
+        rows = max(rows, 1.0)
+        return {"loss": loss / rows, "ce": ce / rows, "kl": kl / rows}, int(tokens), int(taught)
+
+
+def perplexity(ce_sum: float, num_rows: float) -> float:
+    """exp of the mean cross-entropy in nats; infinite rather than an overflow."""
+    mean = ce_sum / max(num_rows, 1.0)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def global_rows(num_rows: int, device: torch.device) -> Tensor:
+    """Labelled rows of the global batch as a 0-d float32 tensor on the device, at least 1; no host sync."""
+    return all_sum(torch.tensor(float(num_rows), device=device)).clamp_(min=1.0)
+
+
+class Stopwatch:
+    """Seconds of training, over all resumes; paused while something else is done."""
+
+    def __init__(self, seconds: float = 0.0):
+        self._seconds, self._since = seconds, None  # type: float, float | None
+
+    def run(self) -> None:
+        """Count from now on."""
+        self._since = time.monotonic()
+
+    def pause(self) -> float:
+        """Stop counting; return the seconds so far. Waits for the device, whose work is counted."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if self._since is not None:
+            self._seconds += time.monotonic() - self._since
+            self._since = None
+        return self._seconds
+
+
+class MetricsLog:
+    """The file metrics.jsonl of a run; only rank 0 writes it."""
+
+    def __init__(self, path: Path, *, resume_step: int):
+        """Open for appending. Records after `resume_step` come from a part that is done again, and are dropped."""
+        self._path = path
+        if is_main() and path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= resume_step]
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, kind: str, totals: Totals, **figures: Any) -> None:
+        """Append one record: {"kind": kind, the totals, the figures}."""
+        if is_main():
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": kind, **asdict(totals), **figures}) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut by a crash
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """All records of a metrics.jsonl, in order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Display:
+    """A progress bar with ETA on a terminal, plain lines elsewhere, or nothing; silent on ranks above 0."""
+
+    def __init__(self, kind: str, *, title: str, num_steps: int, start_step: int):
+        self._progress: Progress | None = None
+        self._lines, self._title, self._num_steps = False, title, num_steps
+        if not is_main() or kind == "none":
+            return
+        self._lines = kind == "lines" or (kind == "auto" and not sys.stdout.isatty())
+        if not self._lines:
+            columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            text = TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}")
+            self._progress = Progress(*columns, *text, console=Console(force_terminal=True), refresh_per_second=4)
+            self._task = self._progress.add_task(title, total=num_steps, completed=start_step, figures="")
+            self._progress.start()
+        self._valid, self._started, self._start_step = "", time.monotonic(), start_step
+
+    def advance(self, step: int) -> None:
+        """Show that `step` updates are done."""
+        if self._progress:
+            self._progress.update(self._task, completed=step)
+
+    def figures(self, step: int, figures: dict[str, float]) -> None:
+        """Show a line of training figures."""
+        parts = (f"{figures['tokens_per_second']:,.0f} tokens/s", f"alpha {figures['alpha']:.2f}")
+        parts += (f"ce {figures['ce']:.3f}", f"kl {figures['kl']:.3f}", f"lr {figures['lr']:.1e}")
+        self._show(step, "  ".join(parts))
+
+    def validation(self, step: int, ppl: float) -> None:
+        """Show a validation perplexity, which then stays beside the other figures."""
+        self._valid = f"  valid ppl {ppl:.2f}"
+        if self._lines:
+            print(f"{self._title} step {step}/{self._num_steps}{self._valid}", flush=True)
+
+    def _show(self, step: int, text: str) -> None:
+        if self._progress:
+            self._progress.update(self._task, completed=step, figures=text + self._valid)
+        elif self._lines:
+            done = max(step - self._start_step, 1)
+            eta = (time.monotonic() - self._started) / done * (self._num_steps - step)
+            print(f"{self._title} step {step}/{self._num_steps}  eta {eta:.0f} s  {text}{self._valid}", flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        if self._progress:
+            self._progress.stop()

@@ -1,0 +1,392 @@
+"""The language models: presets of Table 6, any Hugging Face masked or causal LM, and how rows meet the head.
+
+A model is asked a question about the labelled rows of a batch. The question is put to the output projection,
+inside the model's own forward: rows are selected before any head (15% of them for mlm), no logits are formed
+that nobody wants, and ZeRO-3 has the projection's weight gathered exactly there.
+
+Shape suffixes: B sequences, L positions, N labelled rows in order, D hidden size, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GPT2Config,
+    PreTrainedModel,
+    RobertaConfig,
+)
+
+from ki_ds.config import LossConfig, ModelConfig, Task
+from ki_ds.data.batches import IGNORE_INDEX, Batch
+from ki_ds.data.store import SpecialIds
+from ki_ds.errors import UserError
+from ki_ds.loss import linear_inheritance_loss
+from ki_ds.signals import HiddenSignal
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row of Table 6; the vocabulary comes from the tokenizer, the head is tied to the embedding."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    ffn_size: int
+    peak_lr: float  # at a global batch of 2,048
+
+
+PRESETS: dict[str, Preset] = {
+    "roberta_medium": Preset(9, 576, 12, 3072, 5.0e-4),
+    **{f"roberta_d{d}": Preset(12, d, 12, 3072, 5.0e-4) for d in (384, 480, 576, 672)},
+    **{f"roberta_h{h}": Preset(h, 768, 12, 3072, 5.0e-4) for h in (4, 6, 8, 10)},
+    "roberta_base": Preset(12, 768, 12, 3072, 5.0e-4),
+    "roberta_base_plus": Preset(18, 864, 12, 3600, 3.5e-4),
+    "roberta_large": Preset(24, 1024, 16, 4096, 2.5e-4),
+    "gpt_73m": Preset(9, 576, 12, 3072, 5.0e-4),
+    "gpt_124m": Preset(12, 768, 12, 3072, 5.0e-4),
+    "gpt_209m": Preset(18, 864, 12, 3600, 4.0e-4),
+    "gpt_354m": Preset(24, 1024, 16, 4096, 3.5e-4),
+    "gpt_773m": Preset(36, 1280, 20, 5120, 3.0e-4),
+    "gpt_1b": Preset(40, 1440, 20, 5760, 2.5e-4),
+}
+_PRESET_ONLY = ("num_layers", "hidden_size", "num_heads", "ffn_size", "num_positions", "vocab_multiple", "dropout")
+_PRESET_ONLY += ("attention_dropout", "init_std")
+
+
+# --- building ---------------------------------------------------------------------------------------------------
+
+
+def build_lm(
+    model: ModelConfig, task: Task, *, num_classes: int, special_ids: SpecialIds, seed: int
+) -> PreTrainedModel:
+    """The student as a float32 Hugging Face model on the CPU, the same on every rank.
+
+    Args:
+        num_classes: ids of the tokenizer, the mask token included; a preset's embedding is padded beyond it.
+        special_ids: the tokenizer's.
+        seed: of the initial weights.
+
+    Raises:
+        UserError: a preset of the other task, an override that does not fit, a folder that cannot be read, or a
+            vocabulary smaller than the tokenizer's.
+    """
+    torch.manual_seed(seed)
+    if model.name in PRESETS:
+        lm = _auto(task).from_config(_preset_config(model, task, num_classes, special_ids))
+    else:
+        lm = _from_folder(model, task)
+    check_vocabulary(lm, num_classes, what=f"model.name={model.name}")
+    lm.config.use_cache = False
+    return lm
+
+
+def _auto(task: Task) -> Any:
+    return AutoModelForMaskedLM if task == "mlm" else AutoModelForCausalLM
+
+
+def _preset_config(
+    model: ModelConfig, task: Task, num_classes: int, special_ids: SpecialIds
+) -> RobertaConfig | GPT2Config:
+    if model.init == "pretrained":
+        raise UserError(f"model.init=pretrained needs a folder with weights, but model.name={model.name} is a preset")
+    if model.name.startswith("gpt") != (task == "causal"):
+        raise UserError(f"model.name={model.name} is not a model for task={task}; take a preset of that task")
+    preset = PRESETS[model.name]
+    hidden = model.hidden_size or preset.hidden_size
+    heads = model.num_heads or preset.num_heads
+    if hidden % heads:
+        raise UserError(f"model.hidden_size={hidden} is not a multiple of model.num_heads={heads}; change one of them")
+    layers, ffn = model.num_layers or preset.num_layers, model.ffn_size or preset.ffn_size
+    vocab_size = math.ceil(num_classes / model.vocab_multiple) * model.vocab_multiple
+    special = {"bos_token_id": special_ids.bos, "eos_token_id": special_ids.eos}
+    if task == "causal":
+        return GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=model.num_positions,
+            n_embd=hidden,
+            n_layer=layers,
+            n_head=heads,
+            n_inner=ffn,
+            activation_function="gelu",  # the erf form, as in the released code; gelu_new is the tanh form
+            resid_pdrop=model.dropout,
+            embd_pdrop=model.dropout,
+            attn_pdrop=model.attention_dropout,
+            initializer_range=model.init_std,
+            **special,
+        )
+    pad = 1 if special_ids.pad is None else special_ids.pad
+    return RobertaConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=model.num_positions + pad + 1,  # RoBERTa's first position is pad + 1
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=ffn,
+        hidden_dropout_prob=model.dropout,
+        attention_probs_dropout_prob=model.attention_dropout,
+        initializer_range=model.init_std,
+        layer_norm_eps=1e-5,
+        type_vocab_size=1,
+        pad_token_id=pad,
+        **special,
+    )
+
+
+def _from_folder(model: ModelConfig, task: Task) -> PreTrainedModel:
+    changed = [name for name in _PRESET_ONLY if getattr(model, name) != getattr(ModelConfig, name)]
+    if changed:
+        raise UserError(
+            f"model.{changed[0]} can only change a preset ({', '.join(PRESETS)}), and model.name={model.name} is none"
+        )
+    folder = model_folder(model.name)
+    if model.init == "pretrained":
+        return load_lm(folder, task, torch.float32, what="model.name")
+    return _auto(task).from_config(_read(lambda: AutoConfig.from_pretrained(folder), "model.name", folder))
+
+
+def load_lm(folder: str, task: Task, dtype: torch.dtype, *, what: str) -> PreTrainedModel:
+    """A Hugging Face masked (mlm) or causal LM with its weights, on the CPU, in `dtype`, without a cache of keys.
+
+    Args:
+        folder: a Hugging Face folder or hub name.
+        what: the configuration field that named it, for the error line.
+
+    Raises:
+        UserError: it cannot be read, or it is not a model for the task.
+    """
+    lm, report = _read(lambda: _auto(task).from_pretrained(folder, dtype=dtype, output_loading_info=True), what, folder)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(
+            f"{what}={folder} lacks {len(missing)} weights of a {task} model ({missing[0]}, ...); "
+            f"take a checkpoint of a {task} language model"
+        )
+    lm.config.use_cache = False
+    return lm
+
+
+def _read(reader: Callable[[], Any], what: str, folder: str) -> Any:
+    """reader(), with the many errors of a folder that is not a model turned into one line."""
+    try:
+        return reader()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{what}={folder} cannot be read as a model ({reason}); give a preset ({', '.join(PRESETS)}), a run of "
+            "ours, or a Hugging Face folder"
+        ) from None
+
+
+def model_folder(path: str) -> str:
+    """The Hugging Face folder inside a run (its best weights) or a checkpoint of ours; any other path is itself.
+
+    Raises:
+        UserError: the run has no weights yet.
+    """
+    root = Path(path)
+    if (root / "run.json").exists():
+        if not (root / "best" / "config.json").exists():
+            raise UserError(
+                f"{path} is a run without weights yet (no {root / 'best'}); let it reach its first validation"
+            )
+        return str(root / "best")
+    if (root / "hf" / "config.json").exists():
+        return str(root / "hf")
+    return path
+
+
+def check_vocabulary(lm: PreTrainedModel, num_classes: int, *, what: str) -> None:
+    """Return silently, or raise UserError when the model has fewer output classes than the tokenizer has ids."""
+    size = lm.get_output_embeddings().weight.shape[0] if lm.get_output_embeddings() is not None else 0
+    if size < num_classes:
+        raise UserError(f"{what} has {size} output classes for the tokenizer's {num_classes} ids; take one that fits")
+
+
+def max_positions(lm: PreTrainedModel) -> int | None:
+    """Tokens that a row may have; None where the architecture sets no limit (rotary or relative positions)."""
+    limit = getattr(lm.config, "max_position_embeddings", None)
+    table = getattr(getattr(lm.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)  # RoBERTa's kind counts positions from pad + 1
+    return limit if limit is None or padding is None else limit - padding - 1
+
+
+def count_parameters(lm: PreTrainedModel) -> dict[str, int]:
+    """num_parameters, and dense_parameters: those that multiply every token (embedding look-ups cost nothing).
+
+    A tied embedding is counted once: it is the output projection's matrix. Position tables and an untied input
+    embedding are looked up only. FLOPs per token are then 6 * dense_parameters for training, 2 for a forward.
+    """
+    total = sum(p.numel() for p in lm.parameters())
+    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+    looked_up = {
+        id(p): p.numel()
+        for module in lm.modules()
+        if isinstance(module, nn.Embedding) and (module is not embedding or module.weight is not head.weight)
+        for p in module.parameters()
+    }
+    return {"num_parameters": total, "dense_parameters": total - sum(looked_up.values())}
+
+
+def weights_sha256(folder: str) -> str:
+    """SHA-256 over the weight files of a Hugging Face folder, names included; the identity of a teacher."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# --- asking about rows ------------------------------------------------------------------------------------------
+
+# answer(hidden_ND, weight_VD, bias_V or None) -> whatever the question asks for
+Answer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class AskedHead(nn.Linear):
+    """A model's output projection: while `answer` is set, its forward gives that answer instead of logits."""
+
+    answer: Answer | None
+    rows_N: Tensor | None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.answer is None:
+            return super().forward(hidden)
+        hidden_ND = hidden.reshape(-1, hidden.shape[-1])
+        if self.rows_N is not None:  # an architecture whose body we could not hook
+            hidden_ND = hidden_ND[self.rows_N]
+        return self.answer(hidden_ND, self.weight, self.bias)
+
+
+class RowLM(nn.Module):
+    """A Hugging Face LM that answers questions about the labelled rows of a batch."""
+
+    def __init__(self, lm: PreTrainedModel):
+        super().__init__()
+        self.lm = lm
+        head = lm.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise UserError(
+                f"{type(lm).__name__} has no linear output projection ({type(head).__name__}); take another"
+            )
+        head.__class__ = AskedHead  # in place: names, ties and hooks stay as they are
+        head.answer = head.rows_N = None
+        for body in {id(m): m for m in (lm.base_model, lm.get_decoder()) if m is not lm and m is not head}.values():
+            body.register_forward_hook(self._select_rows)
+
+    @property
+    def _head(self) -> AskedHead:
+        return self.lm.get_output_embeddings()
+
+    def _select_rows(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        rows_N = self._head.rows_N
+        if rows_N is not None:
+            hidden_BLD = output.last_hidden_state
+            output["last_hidden_state"] = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])[rows_N][None]
+            self._head.rows_N = None
+        return output
+
+    def ask(self, batch: Batch, answer: Answer) -> Tensor:
+        """answer(hidden_ND, weight_VD, bias_V) for the labelled rows of the batch, given from inside the head."""
+        head = self._head
+        head.answer, head.rows_N = answer, batch.rows_N
+        try:
+            return self.lm(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits
+        finally:
+            head.answer = head.rows_N = None
+
+    def signal(self, batch: Batch) -> HiddenSignal:
+        """The hidden states of the labelled rows with the output projection, as a teacher gives them."""
+        hidden_ND = self.ask(batch, lambda hidden_ND, _weight, _bias: hidden_ND)
+        return HiddenSignal(hidden_ND.reshape(-1, hidden_ND.shape[-1]), self._head.weight, self._head.bias)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Return silently if the head's answer really is what comes out; raise UserError if the model changes it.
+
+        Run once on a few tokens before anything is trained: soft-capped or scaled logits are found here.
+        """
+        embedding = self.lm.get_input_embeddings().weight
+        ids = torch.arange(2, 10, device=embedding.device)[None] % embedding.shape[0]
+        rows = torch.tensor([1, 4, 6], device=ids.device)
+        batch = _probe(ids, rows)
+        training = self.training
+        self.eval()
+        expected = self.lm(input_ids=ids).logits[0, rows].float()
+        signal = self.signal(batch)
+        logits = nn.functional.linear(signal.hidden_ND, signal.weight_VD, signal.bias_V).float()
+        echo = self.ask(batch, lambda *_: torch.ones((), dtype=embedding.dtype))
+        self.train(training)
+        exact = torch.allclose(logits, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+        if not exact or float(echo) != 1.0:
+            raise UserError(
+                f"{type(self.lm).__name__} changes its logits after the output projection; take another model"
+            )
+
+
+def _probe(input_ids_BL: Tensor, rows_N: Tensor) -> Batch:
+    """A batch of one sequence in which the given positions are labelled (with their own ids)."""
+    labels_BL = torch.full_like(input_ids_BL, IGNORE_INDEX)
+    labels_BL[0, rows_N] = input_ids_BL[0, rows_N]
+    zero = torch.zeros(1, dtype=torch.int64)
+    return Batch(input_ids_BL, labels_BL, rows_N, input_ids_BL[0, rows_N], None, zero, zero, input_ids_BL.numel())
+
+
+class InheritanceModel(RowLM):
+    """The student with its objective: what the DeepSpeed engine wraps."""
+
+    def __init__(self, lm: PreTrainedModel, *, num_classes: int, loss: LossConfig, tau: float):
+        super().__init__(lm)
+        self.num_classes, self.loss, self.tau = num_classes, loss, tau
+
+    def forward(self, batch: Batch, signal: HiddenSignal | None = None, alpha: float | Tensor = 0.0) -> tuple:
+        """(loss_sum, ce_sum, kl_sum, num_rows) over the labelled rows of the batch (equation 2).
+
+        Args:
+            batch: on the model's device.
+            signal: the teacher's; None is self-learning, whatever alpha is.
+            alpha: the inheritance rate, a number or a 0-d tensor.
+        """
+        sums: tuple = ()
+
+        def objective(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+            nonlocal sums
+            teacher = {}
+            if signal is not None:
+                teacher = {
+                    "teacher_hidden": signal.hidden_ND,
+                    "teacher_weight": signal.weight_VD,
+                    "teacher_bias": signal.bias_V,
+                    "alpha": alpha,
+                }
+            out = linear_inheritance_loss(
+                hidden_ND,
+                weight_VD,
+                batch.row_labels_N,
+                student_bias=bias_V,
+                tau=self.tau,
+                chunk_rows=self.loss.chunk_rows,
+                num_classes=self.num_classes,
+                label_smoothing=self.loss.label_smoothing if self.training else 0.0,
+                backend=self.loss.backend,
+                **teacher,
+            )
+            sums = (out.ce_sum, out.kl_sum, out.num_rows)
+            return out.loss_sum
+
+        # the loss must leave through the model's own outputs: ZeRO-3 hooks its backward onto them
+        return self.ask(batch, objective), *sums

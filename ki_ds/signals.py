@@ -1,0 +1,40 @@
+"""What a teacher says about a batch, and the protocol of everything that can say it.
+
+The trainer hands a signal on to the loss without looking inside, so where the teacher runs (in the process, on
+ranks of its own, from a cache) is the teacher's business alone.
+
+Shape suffixes: N labelled rows of the batch in order, D hidden size, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ki_ds.data.batches import Batch
+
+
+@dataclass(frozen=True)
+class HiddenSignal:
+    """The teacher's last hidden states of the labelled rows and its output projection: logits = h W^T + b.
+
+    Logits are never formed outside the loss, which computes them a chunk of rows at a time.
+    """
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+
+
+class Teacher(Protocol):
+    """A frozen teacher. It is never trained, and never consulted once alpha is 0."""
+
+    def signal(self, batch: Batch) -> HiddenSignal:
+        """What the teacher says about the labelled rows of exactly this (masked) batch."""
+        ...
+
+    def free(self) -> None:
+        """Give all of the teacher's memory back; `signal` must not be called again."""
+        ...

@@ -1,0 +1,91 @@
+"""From the configuration to a teacher, with every check that must come before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ki_ds.config import Task, TeacherConfig
+from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash
+from ki_ds.errors import UserError
+from ki_ds.models import (
+    DTYPES,
+    check_vocabulary,
+    count_parameters,
+    load_lm,
+    max_positions,
+    model_folder,
+    weights_sha256,
+)
+from ki_ds.signals import Teacher
+from ki_ds.teachers.online import OnlineTeacher
+
+_LARGEST_PADDING = 1024  # output classes beyond the tokenizer's ids that can still be padding
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What a run's manifest says about its teacher."""
+
+    path: str
+    weights_sha256: str | None
+    num_parameters: int
+    dense_parameters: int
+    tokenizer_checked: bool
+
+
+def make_teacher(
+    config: TeacherConfig, task: Task, *, tokenizer_sha256: str, num_classes: int, seq_len: int, device: torch.device
+) -> tuple[Teacher, TeacherFacts]:
+    """The teacher that the configuration asks for, and its facts.
+
+    Args:
+        tokenizer_sha256: hash of the tokenizer that the corpus was prepared with.
+        num_classes: ids of that tokenizer.
+        seq_len: the longest row that it will be asked about, in tokens.
+
+    Raises:
+        UserError: it cannot be read, has another tokenizer or vocabulary, or too few positions.
+    """
+    assert config.path is not None
+    folder = model_folder(config.path)
+    name = "fp16" if device.type == "cuda" else "fp32"
+    dtype = DTYPES[name if config.dtype == "auto" else config.dtype]
+    checked = _check_tokenizer(folder, tokenizer_sha256)
+    lm = load_lm(folder, task, dtype, what="teacher.path")
+    _check_shape(lm, config.path, num_classes=num_classes, seq_len=seq_len)
+    digest = weights_sha256(folder) if Path(folder).is_dir() else None
+    facts = TeacherFacts(config.path, digest, **count_parameters(lm), tokenizer_checked=checked)
+    return OnlineTeacher(lm, device=device), facts
+
+
+def _check_tokenizer(folder: str, expected: str) -> bool:
+    """True when the teacher's tokenizer is the corpus's, False when its folder has none; else UserError."""
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    if Path(folder).is_dir() and not any((Path(folder) / file).exists() for file in files):
+        return False
+    found = tokenizer_hash(load_tokenizer(folder))
+    if found != expected:
+        raise UserError(
+            f"teacher.path={folder} has another tokenizer ({found[:12]}) than data.corpus ({expected[:12]}); "
+            "take a teacher of the same tokenizer, or prepare the corpus with the teacher's"
+        )
+    return True
+
+
+def _check_shape(lm: PreTrainedModel, path: str, *, num_classes: int, seq_len: int) -> None:
+    check_vocabulary(lm, num_classes, what=f"teacher.path={path}")
+    size = lm.get_output_embeddings().weight.shape[0]
+    if size > num_classes + _LARGEST_PADDING:
+        raise UserError(
+            f"teacher.path={path} has {size} output classes, too many for the tokenizer's {num_classes} ids and "
+            "padding; take a teacher of the same vocabulary"
+        )
+    limit = max_positions(lm)
+    if limit is not None and seq_len > limit:
+        raise UserError(
+            f"data.seq_len={seq_len} exceeds the teacher's {limit} positions; lower it or take another teacher"
+        )
