@@ -1,0 +1,319 @@
+"""The token store: layouts to the byte, round trips, refusal of everything malformed, no half-written files."""
+
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ki_ds.data import store as store_module
+from ki_ds.data.store import SpecialIds, StoreWriter, open_store, token_dtype, verify_store
+from ki_ds.errors import UserError
+
+SPECIALS = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=4)
+SHARED = Path(os.environ.get("KI_DS_SHARED", Path(__file__).parents[3] / "shared"))
+released = pytest.mark.skipif(
+    not (SHARED / "fairseq/data-bin").is_dir(), reason="released fairseq files (KI_DS_SHARED) are not there"
+)
+
+
+def write(prefix, documents, vocab_size=100):
+    with StoreWriter(prefix, vocab_size=vocab_size, special_ids=SPECIALS, tokenizer_hash="h") as writer:
+        for document in documents:
+            writer.add_document(document)
+    return open_store(prefix)
+
+
+def megatron_bytes(documents, code=8, modes=False):
+    """(idx, bin) written by the layout, field by field."""
+    items = [item for document in documents for item in document]
+    letter, width = {8: ("H", 2), 4: ("i", 4)}[code]
+    idx = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code)
+    idx += struct.pack("<Q", len(items)) + struct.pack("<Q", len(documents) + 1)
+    for item in items:
+        idx += struct.pack("<i", len(item))
+    position = 0
+    for item in items:
+        idx += struct.pack("<q", position)
+        position += len(item) * width
+    bound = 0
+    for document in [[], *documents]:
+        bound += len(document)
+        idx += struct.pack("<q", bound)
+    if modes:
+        idx += b"\x00" * len(items)
+    return idx, b"".join(struct.pack("<" + letter, i) for item in items for i in item)
+
+
+def put(tmp_path, idx, bin_):
+    (tmp_path / "s.idx").write_bytes(idx)
+    (tmp_path / "s.bin").write_bytes(bin_)
+    return tmp_path / "s"
+
+
+DOCUMENTS = [[[5, 6, 2], [7, 2]], [[8, 9, 10, 2]]]
+documents_of_items = st.lists(
+    st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=9), min_size=1, max_size=4), max_size=6
+)
+
+
+class TestLayouts:
+    @pytest.mark.parametrize(("code", "modes"), [(8, False), (8, True), (4, False)])
+    def test_a_file_written_byte_by_byte_is_read(self, tmp_path, code, modes):
+        store = open_store(put(tmp_path, *megatron_bytes(DOCUMENTS, code, modes)))
+        assert (store.kind, store.num_items, store.num_tokens, store.num_documents) == ("Megatron", 3, 9, 2)
+        assert store.dtype == {8: np.uint16, 4: np.int32}[code]
+        assert [store.item(i).tolist() for i in range(3)] == [[5, 6, 2], [7, 2], [8, 9, 10, 2]]
+        assert store.document_indices.tolist() == [0, 2, 3]
+        assert store.document_ends().tolist() == [5, 9]
+        assert store.manifest is None
+        assert verify_store(store.prefix) is None
+
+    @pytest.mark.parametrize("vocab_size", [100, 65_500])
+    def test_ours_is_that_layout_to_the_byte(self, tmp_path, vocab_size):
+        write(tmp_path / "s", DOCUMENTS, vocab_size)
+        code = 8 if vocab_size < 65_500 else 4
+        assert ((tmp_path / "s.idx").read_bytes(), (tmp_path / "s.bin").read_bytes()) == megatron_bytes(DOCUMENTS, code)
+
+    def test_fairseq_documents_end_at_blank_lines(self, tmp_path):
+        sizes = [3, 1, 2, 1, 2]
+        idx = b"MMIDIDX\0\0" + struct.pack("<QBQ", 1, 8, 5) + struct.pack("<5i", *sizes)
+        idx += struct.pack("<5q", 0, 6, 8, 12, 14)
+        store = open_store(put(tmp_path, idx, struct.pack("<9H", 9, 9, 2, 2, 9, 2, 7, 9, 2)))
+        assert store.kind == "fairseq"
+        assert store.document_indices.tolist() == [0, 2, 5]  # the lone token 7 is a line, not a blank one
+
+    @released
+    def test_the_released_files_are_read_as_they_are(self):
+        store = open_store(SHARED / "fairseq/data-bin/train")
+        assert (store.kind, store.num_items, store.num_tokens) == ("fairseq", 3000, 135_496)
+        assert store.dtype == np.uint16
+        assert all(int(store.item(i)[-1]) == 2 for i in range(0, 3000, 97))
+        assert open_store(SHARED / "fairseq/data-bin/valid").num_items == 300
+
+    def test_dtype_changes_at_65_500(self):
+        assert token_dtype(65_499) == np.uint16
+        assert token_dtype(65_500) == np.int32
+
+
+class TestRoundTrip:
+    @given(documents=documents_of_items, wide=st.booleans())
+    @settings(max_examples=40, deadline=None)
+    def test_what_is_written_is_read(self, tmp_path_factory, documents, wide):
+        folder = tmp_path_factory.mktemp("store")
+        store = write(folder / "s", documents, 70_000 if wide else 100)
+        items = [item for document in documents for item in document]
+        assert [store.item(i).tolist() for i in range(len(store))] == items
+        assert store.tokens.tolist() == [i for item in items for i in item]
+        assert store.document_indices.tolist() == np.cumsum([0, *map(len, documents)]).tolist()
+        assert store.item_ends(0, len(items)).tolist() == np.cumsum([len(i) for i in items]).tolist()
+        manifest = verify_store(folder / "s")
+        assert manifest is not None
+        assert (manifest.num_tokens, manifest.special_ids) == (store.num_tokens, SPECIALS)
+
+    def test_a_pickled_store_opens_again_without_its_tokens(self, tmp_path):
+        store = write(tmp_path / "s", [[list(range(90)) * 50]])
+        data = pickle.dumps(store)
+        assert len(data) < 1000
+        assert pickle.loads(data).tokens.tolist() == store.tokens.tolist()
+
+    def test_any_of_its_files_names_a_store(self, tmp_path):
+        write(tmp_path / "s", DOCUMENTS)
+        assert open_store(tmp_path / "s.bin").num_items == open_store(f"{tmp_path}/s.idx").num_items == 3
+
+
+class TestMalformed:
+    def test_missing(self, tmp_path):
+        with pytest.raises(UserError, match=r"s\.idx cannot be read"):
+            open_store(tmp_path / "s")
+
+    def test_legacy_index_says_how_to_convert(self, tmp_path):
+        with pytest.raises(UserError, match=r"legacy fairseq index.*--dataset-impl mmap"):
+            open_store(put(tmp_path, b"TNTIDX\0\0" + bytes(64), b""))
+
+    @pytest.mark.parametrize("content", [b"", b"x", b"not a token index, but long enough to be one", bytes(200)])
+    def test_not_a_token_file(self, tmp_path, content):
+        with pytest.raises(UserError, match=r"s\.idx"):
+            open_store(put(tmp_path, content, b""))
+
+    @pytest.mark.parametrize(
+        ("offset", "layout", "value", "message"),
+        [
+            (9, "<Q", 2, "index version 2"),
+            (17, "<B", 6, "dtype code 6"),
+            (17, "<B", 4, "has 18 bytes, but its index speaks of"),
+            (18, "<Q", 4, "fits neither"),
+            (18, "<Q", 2**63, "fits neither"),
+            (26, "<Q", 4, "fits neither"),
+            (34, "<i", 4, "wrong byte"),
+            (34, "<i", -3, "wrong byte"),
+            (54, "<q", 8, "wrong byte"),
+            (70, "<q", 1, "document indices"),
+            (78, "<q", 4, "document indices"),
+            (86, "<q", 2, "document indices"),
+        ],
+    )
+    def test_each_field_is_checked(self, tmp_path, offset, layout, value, message):
+        idx, bin_ = megatron_bytes(DOCUMENTS)
+        changed = bytearray(idx)
+        struct.pack_into(layout, changed, offset, value)
+        if offset == 17 and value == 4:
+            # the pointers would have noticed first: make them those of int32
+            changed[46:70] = struct.pack("<3q", 0, 12, 20)
+        with pytest.raises(UserError, match=message):
+            open_store(put(tmp_path, bytes(changed), bin_))
+
+    @given(cut=st.integers(0, 93), which=st.sampled_from(["idx", "bin"]))
+    @settings(max_examples=40, deadline=None)
+    def test_every_cut_is_refused_in_one_line(self, tmp_path_factory, cut, which):
+        idx, bin_ = megatron_bytes(DOCUMENTS)
+        assert len(idx) == 94
+        prefix = put(tmp_path_factory.mktemp("cut"), idx, bin_)
+        path = prefix.with_suffix("." + which)
+        path.write_bytes(path.read_bytes()[: cut % path.stat().st_size])
+        with pytest.raises(UserError) as caught:
+            open_store(prefix)
+        assert "\n" not in str(caught.value)
+
+    @given(data=st.data())
+    @settings(max_examples=100, deadline=None)
+    def test_a_changed_index_is_refused_or_reads_the_same(self, tmp_path_factory, data):
+        idx, bin_ = megatron_bytes(DOCUMENTS)
+        changed = bytearray(idx)
+        changed[data.draw(st.integers(0, len(idx) - 1))] = data.draw(st.integers(0, 255))
+        prefix = put(tmp_path_factory.mktemp("fuzz"), bytes(changed), bin_)
+        try:
+            store = open_store(prefix)
+        except UserError:
+            return
+        # only the place of an inner document boundary can be changed and still be possible
+        assert [store.item(i).tolist() for i in range(3)] == [i for d in DOCUMENTS for i in d]
+
+    def test_an_edit_of_the_same_size_is_noticed_by_its_hash(self, tmp_path):
+        write(tmp_path / "s", DOCUMENTS)
+        data = bytearray((tmp_path / "s.bin").read_bytes())
+        data[0] ^= 1
+        (tmp_path / "s.bin").write_bytes(data)
+        open_store(tmp_path / "s")
+        with pytest.raises(UserError, match=r"s\.bin has SHA-256 .* its manifest says"):
+            verify_store(tmp_path / "s")
+
+    @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"special_ids": 3}', "\udcff"])
+    def test_a_broken_manifest(self, tmp_path, text):
+        write(tmp_path / "s", DOCUMENTS)
+        (tmp_path / "s.json").write_text(text, errors="surrogateescape")
+        with pytest.raises(UserError, match="not a manifest"):
+            open_store(tmp_path / "s")
+
+    @pytest.mark.parametrize(("key", "value"), [("num_tokens", 8), ("format_version", 9), ("dtype", "int32")])
+    def test_a_manifest_of_another_store(self, tmp_path, key, value):
+        write(tmp_path / "s", DOCUMENTS)
+        manifest = json.loads((tmp_path / "s.json").read_text())
+        (tmp_path / "s.json").write_text(json.dumps(manifest | {key: value}))
+        with pytest.raises(UserError, match=r"s\.json"):
+            open_store(tmp_path / "s")
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from ki_ds.data.store import SpecialIds, StoreWriter
+with StoreWriter(sys.argv[1], vocab_size=100, special_ids=SpecialIds(eos=2)) as writer:
+    for i in range(400):
+        writer.add_items(np.full(1000, i % 100), np.array([1000]))
+        if i == 300:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+FULL = """
+import resource, sys
+import numpy as np
+from ki_ds.data.store import SpecialIds, StoreWriter
+from ki_ds.errors import ends_cleanly
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+@ends_cleanly
+def main():
+    with StoreWriter(sys.argv[1], vocab_size=100, special_ids=SpecialIds(eos=2)) as writer:
+        for i in range(400):
+            writer.add_items(np.full(100, i % 100), np.full(50, 2))
+sys.exit(main())
+"""
+
+
+class TestNothingHalfWritten:
+    def test_an_exception_leaves_nothing(self, tmp_path):
+        def fail():
+            with StoreWriter(tmp_path / "s", vocab_size=9, special_ids=SPECIALS) as writer:
+                writer.add_document([[1, 2]])
+                raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            fail()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_id_outside_the_vocabulary(self, tmp_path):
+        with pytest.raises(UserError, match="5 to 100 leave the vocabulary of 100"):
+            write(tmp_path / "s", [[[5, 100]]])
+        assert list(tmp_path.iterdir()) == []
+
+    def test_no_silent_overwriting(self, tmp_path):
+        write(tmp_path / "s", DOCUMENTS)
+        before = (tmp_path / "s.bin").read_bytes()
+        with pytest.raises(UserError, match="exists already"):
+            write(tmp_path / "s", [[[1]]])
+        assert (tmp_path / "s.bin").read_bytes() == before
+
+    def test_two_writers(self, tmp_path):
+        with StoreWriter(tmp_path / "s", vocab_size=9, special_ids=SPECIALS) as first:
+            first.add_document([[1, 2]])
+            with (
+                pytest.raises(UserError, match="by another process"),
+                StoreWriter(tmp_path / "s", vocab_size=9, special_ids=SPECIALS),
+            ):
+                pass
+        assert open_store(tmp_path / "s").tokens.tolist() == [1, 2]
+
+    def test_a_killed_writer_leaves_no_final_name_and_can_be_followed(self, tmp_path):
+        done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "s"], check=False)
+        assert done.returncode == -signal.SIGKILL
+        assert all(path.suffix == ".tmp" for path in tmp_path.iterdir())
+        write(tmp_path / "s", DOCUMENTS)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["s.bin", "s.idx", "s.json"]
+
+    @pytest.mark.parametrize("limit", [100, 40_000, 79_999, 100_000])  # of 80,000 bytes .bin, 240,042 .idx
+    def test_a_full_disk_is_one_line(self, tmp_path, limit):
+        done = subprocess.run(
+            [sys.executable, "-c", FULL, tmp_path / "s", str(limit)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert "free space" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert list(tmp_path.iterdir()) == []
+
+    def test_too_little_space_is_told_before_writing(self, tmp_path):
+        with (
+            pytest.raises(UserError, match="MB are needed"),
+            StoreWriter(tmp_path / "s", vocab_size=9, special_ids=SPECIALS, expected_bytes=1 << 60),
+        ):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+    def test_space_that_runs_out_is_told_while_writing(self, tmp_path, monkeypatch):
+        usage = store_module.shutil.disk_usage(tmp_path)
+
+        def fill():
+            with StoreWriter(tmp_path / "s", vocab_size=9, special_ids=SPECIALS) as writer:
+                monkeypatch.setattr(store_module.shutil, "disk_usage", lambda _: usage._replace(free=10))
+                writer.add_items(np.ones(5_000_000, np.int64), np.array([5_000_000]))
+
+        with pytest.raises(UserError, match="MB free"):
+            fill()
+        assert list(tmp_path.iterdir()) == []
