@@ -32,7 +32,7 @@ class EngineState(Protocol):
     """What a checkpoint needs of an engine (see `ki_ds.engine.StudentEngine`)."""
 
     def save(self, folder: Path, tag: str) -> None: ...
-    def load(self, folder: Path, tag: str) -> None: ...
+    def load(self, folder: Path, tag: str, *, saved_world: int) -> None: ...
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -195,5 +195,5 @@ def newest_intact(root: Path) -> Path | None:
 def load(folder: Path, engine: EngineState) -> dict[str, Any]:
     """Restore the engine from a checkpoint and return the loop's state. Called by all ranks."""
     state = read_json(folder / "state.json")
-    engine.load(folder, "engine")
+    engine.load(folder, "engine", saved_world=state["world_size"])
     return state

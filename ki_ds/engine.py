@@ -7,10 +7,14 @@ without a word, is refused.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 
 from ki_ds.config import EngineConfig, MonitorConfig, OptimConfig, RunConfig
 from ki_ds.data.batches import Batch
-from ki_ds.distributed import local_world_size, pick_gloo_interface, repair_environment, world_size
+from ki_ds.distributed import barrier, is_main, local_world_size, pick_gloo_interface, repair_environment, world_size
 from ki_ds.errors import UserError
 from ki_ds.loss import LossOutput
 from ki_ds.models import InheritanceModel
@@ -30,6 +34,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils import logger as _deepspeed_logger
 
 # Filled in from the run's configuration; a JSON may repeat them but not contradict them.
@@ -193,6 +198,18 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
 
 
+def _reshard(shards: Path, universal: Path) -> None:
+    """Write a sharded state as DeepSpeed's universal checkpoint, which any number of ranks can load."""
+    shutil.rmtree(universal.parent, ignore_errors=True)
+    arguments = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(
+            SimpleNamespace(
+                input_folder=str(shards), output_folder=str(universal), inject_missing_state=True, **arguments
+            )
+        )
+
+
 class StudentEngine:
     """The student under DeepSpeed: losses by the row, one division by the global rows, one update a step."""
 
@@ -273,13 +290,30 @@ class StudentEngine:
         """Write the engine's sharded state (weights, optimizer, counters) to folder/tag. Called by all ranks."""
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Restore what `save` wrote at the same world size. Raises UserError when DeepSpeed cannot."""
+    def load(self, folder: Path, tag: str, *, saved_world: int) -> None:
+        """Restore what `save` wrote with `saved_world` ranks: bit for bit with as many, to float32 with others.
+
+        Raises:
+            UserError: DeepSpeed cannot load it.
+        """
+        if self.zero_stage == 0 or saved_world == world_size():  # stage 0 has no shards
+            self._load(folder, tag)
+            return
+        resharded = folder.with_name(f".{folder.name}.resharded")
+        if is_main():
+            _reshard(folder / tag, resharded / tag)
+        barrier()
+        self._engine._config.load_universal_checkpoint = True
+        self._load(resharded, tag)
+        self._engine._config.load_universal_checkpoint = False
+        barrier()
+        if is_main():
+            shutil.rmtree(resharded)
+
+    def _load(self, folder: Path, tag: str) -> None:
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
-            raise UserError(
-                f"{folder / tag} holds no engine state that DeepSpeed can load; resume from another checkpoint"
-            )
+            raise UserError(f"{folder / tag} holds no state that DeepSpeed can load; resume from another checkpoint")
 
     def close(self) -> None:
         """Give DeepSpeed's buffers and hooks back."""
