@@ -86,7 +86,7 @@ class Call:
             tau=float(tau),
             ignore_index=ignore_index,
             label_smoothing=float(label_smoothing),
-            backend=resolve_backend(backend, inputs.device),
+            backend=_backend(backend, inputs),
         )
 
     @property
@@ -245,6 +245,13 @@ class Call:
             _wants_grad(bias),
         )
         return sums[:4]
+
+
+def _backend(backend: str, inputs: Tensor) -> str:
+    """As `resolve_backend`; float64, which is for checks, is left to plain PyTorch."""
+    if inputs.dtype == torch.float64 and backend == "triton":
+        raise UserError('backend="triton" computes in float32, the inputs are float64; take backend="torch"')
+    return resolve_backend("torch" if inputs.dtype == torch.float64 else backend, inputs.device)
 
 
 def _wants_grad(tensor: Tensor | None) -> bool:

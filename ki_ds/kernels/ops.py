@@ -195,9 +195,13 @@ def _(logits, labels, *args):
 
 
 @torch.library.custom_op("ki_ds::scale_", mutates_args=("tensor",))
-def scale_(tensor: Tensor, factor: Tensor) -> None:
-    """Multiply in place by a 0-d factor that may not fit the tensor's own dtype; 1 costs no pass on a CPU."""
-    if tensor.is_cuda:
+def scale_(tensor: Tensor, factor: Tensor, backend: str) -> None:
+    """Multiply in place by a 0-d factor that may not fit the tensor's own dtype; 1 costs no pass."""
+    if backend == "triton":
+        from ki_ds.kernels import triton_scale
+
+        triton_scale.scale_(tensor, factor)
+    elif tensor.is_cuda:
         for part in tensor.view(-1).split(SCALE_ELEMENTS):
             part.copy_(part.to(factor.dtype).mul_(factor))
     elif float(factor) != 1.0:
@@ -209,6 +213,7 @@ def _keep_logits_grad(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.no_grads = _no_grads(inputs)
     ctx.grad_scale = grad_scale_for(inputs[0].dtype)
+    ctx.backend = inputs[-2]
     ctx.spent = False
     ctx.save_for_backward(output[4])
 
@@ -227,7 +232,7 @@ def _logits_backward(ctx, grad_loss, *_):
             grads[0] = (grad.to(factor.dtype) * factor).to(grad.dtype)
         else:
             ctx.spent = True
-            scale_(grad, factor)
+            scale_(grad, factor, ctx.backend)
             grads[0] = grad
     return tuple(grads)
 

@@ -136,6 +136,8 @@ class _BlockWork:
     def dense(self, teacher_RV: Tensor, grad_RV: Tensor | None) -> None:
         task, tau = self.task, self.task.tau
         teacher_RC = teacher_RV[:, : task.num_classes].to(self.logits_RC.dtype)
+        if isinstance(task.alpha, Tensor):  # at 0 the teacher must not show, whatever it holds
+            teacher_RC = torch.where(task.alpha == 0, self.logits_RC, teacher_RC)
         teacher = _softmax(teacher_RC, tau)
         student = _softmax(self.logits_RC, tau)
         # as one dot product of differences, so that equal logits give exactly 0
@@ -221,6 +223,8 @@ class _TopK:
     """
 
     def __init__(self, logits_RC: Tensor, ids_RK: Tensor, probs_RK: Tensor, task: RowTask) -> None:
+        if isinstance(task.alpha, Tensor):  # at 0 the teacher must not show, whatever it holds
+            probs_RK = torch.where(task.alpha == 0, 0.0, probs_RK)
         self.present_RK = (probs_RK > 0) & (ids_RK >= 0) & (ids_RK < task.num_classes)
         self.ids_RK = torch.where(self.present_RK, ids_RK, 0).long()
         self.probs_RK = torch.where(self.present_RK, probs_RK, 0.0).to(logits_RC.dtype)

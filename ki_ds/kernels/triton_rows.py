@@ -1,0 +1,148 @@
+"""What the Triton kernels share: one pass over a row that gathers its statistics, and how a row is tiled.
+
+A row is read in tiles [LANES, WIDTH]. Each lane keeps maximum and sums of its own, rescaled as its maximum
+grows, so that no warp waits for another before the row's end. Exponentials are powers of 2 of logits times
+log2(e) / tau. At tau = 2, e^z is the square of e^(z / 2), which saves one exponential in every pass.
+
+Shape suffixes: T lanes, E neighbouring columns of a lane.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+LOWEST = tl.constexpr(-1.0e30)  # below every logit, and finite: differences of it are no NaN
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How one program, which works off one row, is laid out."""
+
+    num_warps: int = 16
+    lanes_per_thread: int = 1
+    width: int = 8  # 16 bytes of half-precision logits
+    num_stages: int = 1
+
+    @property
+    def lanes(self) -> int:
+        return 32 * self.num_warps * self.lanes_per_thread
+
+
+@triton.jit
+def columns_of(T: tl.constexpr, E: tl.constexpr):
+    """Column numbers [T, E] of a tile that starts at 0."""
+    return tl.arange(0, T)[:, None] * E + tl.arange(0, E)[None, :]
+
+
+@triton.jit
+def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def _add_two(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _visit_student(z, peak, soft, plain, scale, tau, TAU_IS_2: tl.constexpr):
+    """Take a tile [T, E] of student logits into a lane's maximum and its sums at tau and at 1."""
+    grown = tl.maximum(peak, tl.max(z, axis=1))
+    shrink = tl.exp2((peak - grown) * scale)
+    power = tl.exp2(z * scale - (grown * scale)[:, None])
+    soft = soft * shrink + tl.sum(power, axis=1)
+    if TAU_IS_2:
+        plain = plain * (shrink * shrink) + tl.sum(power * power, axis=1)
+    else:
+        steep = scale * tau
+        plain = plain * tl.exp2((peak - grown) * steep)
+        plain += tl.sum(tl.exp2(z * steep - (grown * steep)[:, None]), axis=1)
+    return grown, soft, plain
+
+
+@triton.jit
+def _visit_teacher(t, z, peak, total, cross, scale):
+    """Take a tile of teacher logits into a lane's maximum, sum, and sum of power * (t - z)."""
+    grown = tl.maximum(peak, tl.max(t, axis=1))
+    shrink = tl.exp2((peak - grown) * scale)
+    power = tl.exp2(t * scale - (grown * scale)[:, None])
+    total = total * shrink + tl.sum(power, axis=1)
+    cross = cross * shrink + tl.sum(power * (t - z), axis=1)
+    return grown, total, cross
+
+
+@triton.jit
+def gather_statistics(
+    student_row,
+    teacher_row,
+    num_classes,
+    scale,
+    tau,
+    HAS_TEACHER: tl.constexpr,
+    SUM_LOGITS: tl.constexpr,
+    TAU_IS_2: tl.constexpr,
+    T: tl.constexpr,
+    E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """peak, soft, plain of the student; peak, total, cross of the teacher; the sum of the student's logits.
+
+    peak is the row's maximum; soft and plain are sums of exp((z - peak) / tau) and exp(z - peak).
+    """
+    cols = columns_of(T, E)
+    peak = tl.full([T], LOWEST, tl.float32)
+    soft = tl.zeros([T], tl.float32)
+    plain = tl.zeros([T], tl.float32)
+    t_peak = tl.full([T], LOWEST, tl.float32)
+    total = tl.zeros([T], tl.float32)
+    cross = tl.zeros([T], tl.float32)
+    logits = tl.zeros([T], tl.float32)
+    full = num_classes // (T * E) * (T * E)
+    for start in tl.range(0, full, T * E, num_stages=STAGES):
+        z = tl.load(student_row + start + cols, eviction_policy="evict_last").to(tl.float32)
+        if HAS_TEACHER:
+            t = tl.load(teacher_row + start + cols, eviction_policy="evict_last").to(tl.float32)
+            t_peak, total, cross = _visit_teacher(t, z, t_peak, total, cross, scale)
+        peak, soft, plain = _visit_student(z, peak, soft, plain, scale, tau, TAU_IS_2)
+        if SUM_LOGITS:
+            logits += tl.sum(tl.where(z > LOWEST, z, 0.0), axis=1)  # an entry that was taken out is -inf
+    inside = full + cols < num_classes
+    z = tl.load(student_row + full + cols, mask=inside, other=0.0).to(tl.float32)
+    if SUM_LOGITS:
+        logits += tl.sum(tl.where(z > LOWEST, z, 0.0), axis=1)
+    z = tl.where(inside, z, LOWEST)
+    if HAS_TEACHER:
+        t = tl.load(teacher_row + full + cols, mask=inside, other=0.0).to(tl.float32)
+        t_peak, total, cross = _visit_teacher(tl.where(inside, t, LOWEST), z, t_peak, total, cross, scale)
+    peak, soft, plain = _visit_student(z, peak, soft, plain, scale, tau, TAU_IS_2)
+    # lanes to row
+    row_peak = tl.max(peak, axis=0)
+    shrink = tl.exp2((peak - row_peak) * scale)
+    if TAU_IS_2:
+        plain *= shrink * shrink
+    else:
+        plain *= tl.exp2((peak - row_peak) * (scale * tau))
+    if HAS_TEACHER:
+        row_t_peak = tl.max(t_peak, axis=0)
+        t_shrink = tl.exp2((t_peak - row_t_peak) * scale)
+        soft, plain, total, cross = tl.reduce((soft * shrink, plain, total * t_shrink, cross * t_shrink), 0, _add_four)
+    else:
+        soft, plain = tl.reduce((soft * shrink, plain), 0, _add_two)
+        row_t_peak, total, cross = row_peak, soft, soft
+    if SUM_LOGITS:
+        row_logits = tl.sum(logits, axis=0)
+    else:
+        row_logits = soft
+    return row_peak, soft, plain, row_t_peak, total, cross, row_logits
+
+
+@triton.jit
+def clear_row(row, start, num_columns, T: tl.constexpr, E: tl.constexpr):
+    """Write zeros into columns start to num_columns of a row."""
+    cols = columns_of(T, E)
+    for first in range(start, num_columns, T * E):
+        inside = first + cols < num_columns
+        tl.store(row + first + cols, tl.zeros([T, E], tl.float32).to(row.dtype.element_ty), mask=inside)
