@@ -4,8 +4,6 @@ Everything that can be checked without waiting for a device is checked here, in 
 Labels and entries on a GPU cannot: a label that is no class makes its row's loss NaN there.
 """
 
-# ruff: noqa: N815  (shape suffixes are upper case on purpose)
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple

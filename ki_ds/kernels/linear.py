@@ -6,8 +6,6 @@ together with the loss, because every chunk's logits are gone afterwards; the we
 Shape suffixes: N rows, R rows of a chunk, M rows of one teacher, V rows of a head's weight (logits), D hidden.
 """
 
-# ruff: noqa: N815  (shape suffixes are upper case on purpose)
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Shape suffixes: N rows, V logits of a row, C <= V real classes, K teacher entries of a row.
 """
 
-# ruff: noqa: N815  (shape suffixes are upper case on purpose)
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -132,10 +132,7 @@ def gather_statistics(
     else:
         soft, plain = tl.reduce((soft * shrink, plain), 0, _add_two)
         row_t_peak, total, cross = row_peak, soft, soft
-    if SUM_LOGITS:
-        row_logits = tl.sum(logits, axis=0)
-    else:
-        row_logits = soft
+    row_logits = tl.sum(logits, axis=0)
     return row_peak, soft, plain, row_t_peak, total, cross, row_logits
 
 
