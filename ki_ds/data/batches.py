@@ -6,7 +6,6 @@ number of ranks, workers, accumulation steps and resumes.
 Shape suffixes: B samples of a micro-batch, L padded length, T tokens of one sample, N labelled positions,
 S samples of an epoch.
 """
-# ruff: noqa: N815 - shape suffixes are upper case on purpose
 
 import itertools
 from collections.abc import Iterator

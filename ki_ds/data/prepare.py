@@ -33,6 +33,7 @@ from ki_ds.data.store import StoreWriter, full_disk_is_one_line, sync_folder, to
 from ki_ds.data.tokenize import (
     TokenizerKind,
     load_tokenizer,
+    save_tokenizer,
     special_ids,
     tokenizer_hash,
     train_tokenizer,
@@ -134,7 +135,7 @@ def build_store(
         if isinstance(tokenizer, TokenizerSpec):
             _train(run, tokenizer, partial / "tokenizer")
         else:
-            load_tokenizer(tokenizer).save_pretrained(partial / "tokenizer")
+            save_tokenizer(load_tokenizer(tokenizer), partial / "tokenizer")
         info = _write_stores(run, partial, request)
         write_atomically(partial / "corpus.json", json.dumps(info, indent=2, sort_keys=True) + "\n")
     return open_corpus(folder)

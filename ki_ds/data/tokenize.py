@@ -1,10 +1,12 @@
 """Tokenizers: train one, load any of Hugging Face's, and tell two of them apart by a hash."""
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from ki_ds.data.corpora import Document
-from ki_ds.data.store import SpecialIds
+from ki_ds.data.store import SpecialIds, full_disk_is_one_line
 from ki_ds.errors import UserError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which worker processes need not pay
@@ -79,11 +81,32 @@ def _save(backend: Tokenizer, out: Path) -> "PreTrainedTokenizerBase":
         mask_token=AddedToken(MASK, lstrip=True, special=True),
         clean_up_tokenization_spaces=False,
     )
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save_pretrained(temporary)
-    temporary.replace(out)
+    save_tokenizer(tokenizer, out)
     return load_tokenizer(out)
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Save a tokenizer as a folder: whole or not at all. UserError on a full disk."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with full_disk_is_one_line(folder), _os_errors_of_rust():
+            tokenizer.save_pretrained(temporary)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _os_errors_of_rust() -> Iterator[None]:
+    """Turn the bare exceptions of the tokenizers library, "File too large (os error 27)", into OSErrors."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
 
 
 def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":

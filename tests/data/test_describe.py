@@ -1,8 +1,8 @@
 """What is told about a store, and what is refused."""
 
 import os
+import runpy
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -83,20 +83,24 @@ class TestDescribe:
 
 
 class TestCommand:
-    def run(self, *args):
-        return subprocess.run(
-            [sys.executable, ROOT / "tools/inspect_data.py", *args], capture_output=True, text=True, check=False
-        )
+    @pytest.fixture
+    def command(self, monkeypatch, capsys):
+        def run(*args):
+            monkeypatch.setattr(sys, "argv", ["inspect_data.py", *map(str, args)])
+            code = runpy.run_path(str(ROOT / "tools/inspect_data.py"))["main"]()
+            return code, *capsys.readouterr()
 
-    def test_it_prints_what_is_told(self, tmp_path):
-        done = self.run(fairseq(tmp_path))
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines() == describe_store(tmp_path / "f")
+        return run
 
-    def test_a_cut_index_is_one_line(self, tmp_path):
+    def test_it_prints_what_is_told(self, tmp_path, command):
+        code, out, _ = command(fairseq(tmp_path))
+        assert code == 0
+        assert out.splitlines() == describe_store(tmp_path / "f")
+
+    def test_a_cut_index_is_one_line(self, tmp_path, command):
         prefix = fairseq(tmp_path)
         prefix.with_suffix(".idx").write_bytes(prefix.with_suffix(".idx").read_bytes()[:-4])
-        done = self.run(prefix)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
-        assert done.stderr.count("\n") == 1
+        code, _, err = command(prefix)
+        assert code == 2
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -194,28 +196,24 @@ class TestNothingHalfWritten:
                 build(tmp_path / "in", tmp_path / "c", tokenizer=corpus.tokenizer_dir, num_workers=workers)
         assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
-    def test_a_full_disk(self, prepared, tmp_path):
-        _, _, corpus = prepared
-        size = (corpus.tokenizer_dir / "tokenizer.json").stat().st_size + 5000
-        write_text(tmp_path / "in", num_documents=1500)
-        code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
-        code += f"sys.path.insert(0, {str(ROOT / 'tools')!r}); import prepare_data; sys.exit(prepare_data.main())"
-        args = ["--input", tmp_path / "in", "--out", tmp_path / "c", "--tokenizer", corpus.tokenizer_dir]
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(size), *args, "--num_workers", "1"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 2, done.stderr
-        assert done.stderr.strip().split("\n")[-1].startswith("error: ")
-        assert "free space" in done.stderr
-        assert "Traceback" not in done.stderr
+    @pytest.mark.parametrize("limit", [300, 3000, 30_000])  # in the configuration, the tokenizer, the tokens
+    def test_a_full_disk(self, prepared, tmp_path, limit):
+        source, _ = write_text(tmp_path / "in", num_documents=800)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(UserError, match=r"cannot be written .*free space") as caught:
+                build(source, tmp_path / "c", prepared[2].tokenizer_dir if limit < 30_000 else SPEC)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "\n" not in str(caught.value)
         assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
     def test_a_killed_preparation_leaves_no_final_name_and_no_worker(self, prepared, tmp_path):
         source, _, corpus = prepared
-        source, _ = write_text(tmp_path / "in", num_documents=30_000)
+        (tmp_path / "in").mkdir()
+        source = shutil.copy(source, tmp_path / "in")
+        Path(source).write_text((Path(source).read_text() + "\n\n") * 500)
         args = ["--input", source, "--out", tmp_path / "c", "--tokenizer", corpus.tokenizer_dir]
         process = subprocess.Popen(
             [sys.executable, ROOT / "tools/prepare_data.py", *args, "--num_workers", "2"], stderr=subprocess.DEVNULL
@@ -288,30 +286,33 @@ class TestOrderedMap:
 
 
 class TestCommand:
-    def run(self, *args):
-        return subprocess.run(
-            [sys.executable, ROOT / "tools/prepare_data.py", *args], capture_output=True, text=True, check=False
-        )
+    @pytest.fixture
+    def command(self, monkeypatch, capsys):
+        def run(*args):
+            monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, args)])
+            code = runpy.run_path(str(ROOT / "tools/prepare_data.py"))["main"]()
+            return code, *capsys.readouterr()
 
-    def test_it_prepares_and_tells_the_counts(self, prepared, tmp_path):
+        return run
+
+    def test_it_prepares_and_tells_the_counts(self, prepared, tmp_path, command):
         source, _, corpus = prepared
-        done = self.run(
-            "--input", source, "--out", tmp_path / "c", "--train_tokenizer", "--vocab_size", "300", "--num_workers", "1"
-        )
-        assert done.returncode == 0, done.stderr
-        assert f"{corpus.info['counts']['train']['tokens']:,} tokens" in done.stdout
+        args = ("--input", source, "--train_tokenizer", "--vocab_size", 300, "--num_workers", 1)
+        code, out, _ = command("--out", tmp_path / "c", *args)
+        assert code == 0
+        assert f"{corpus.info['counts']['train']['tokens']:,} tokens" in out
         assert contents(tmp_path / "c") == contents(corpus.folder)
 
     @pytest.mark.parametrize(
         ("args", "message"),
         [
-            (["--input", "no-such.txt", "--train_tokenizer"], "no-such.txt does not exist"),
-            (["--input", "x"], "exactly one of them"),
+            (("--input", "no-such.txt", "--train_tokenizer"), "no-such.txt does not exist"),
+            (("--input", "x"), "exactly one of them"),
         ],
     )
-    def test_bad_input_is_one_line(self, tmp_path, args, message):
-        done = self.run(*args, "--out", tmp_path / "c")
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
+    def test_bad_input_is_one_line(self, tmp_path, command, args, message):
+        code, _, err = command("--out", tmp_path / "c", *args)
+        assert code == 2
+        assert message in err
+        assert err.count("\n") == 1
         assert list(tmp_path.iterdir()) == []

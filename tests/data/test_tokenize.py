@@ -11,6 +11,7 @@ from ki_ds.data.store import SpecialIds
 from ki_ds.data.tokenize import (
     load_tokenizer,
     read_fairseq_dict,
+    save_tokenizer,
     special_ids,
     tokenizer_hash,
     train_tokenizer,
@@ -63,6 +64,16 @@ class TestTraining:
     def test_no_overwriting(self, trained):
         with pytest.raises(UserError, match="exists already"):
             train_tokenizer([TEXT], 280, out_dir=trained[0])
+
+    def test_a_failed_save_leaves_nothing(self, tmp_path):
+        class Full:
+            def save_pretrained(self, folder):
+                folder.mkdir()
+                raise Exception("File too large (os error 27)")  # as the tokenizers library says it
+
+        with pytest.raises(UserError, match="free space"):
+            save_tokenizer(Full(), tmp_path / "t")
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestLoading:
