@@ -269,7 +269,9 @@ class _TokenizedPart:
 
 @functools.cache
 def _backend(path: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(path))
+    backend = Tokenizer.from_file(str(path))
+    backend.encode_special_tokens = True  # "</s>" within a text is text, and must not end an item
+    return backend
 
 
 def _tokenize(chunk: list[RawDocument], *, path: Path, eos: int, dtype: np.dtype, seed: int) -> list[_TokenizedPart]:

@@ -1,7 +1,9 @@
 """Samples, batches and loaders: the same global batches for every split, and nothing lost at a resume."""
 
 import itertools
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,11 @@ from ki_ds.data.batches import (
 )
 from ki_ds.data.blocks import MaskConfig
 from ki_ds.data.store import SpecialIds, StoreWriter, open_store
+from ki_ds.data.tokenize import read_fairseq_dict
 from ki_ds.errors import UserError
+
+RELEASED = Path(os.environ.get("KI_DS_SHARED", Path(__file__).parents[3] / "shared")) / "fairseq/data-bin"
+released = pytest.mark.skipif(not RELEASED.is_dir(), reason="released fairseq files (KI_DS_SHARED) are not there")
 
 VOCAB = 300
 SPECIALS = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=4)
@@ -137,6 +143,19 @@ class TestDataset:
     def test_a_vocabulary_without_padding_pads_with_eos(self, tmp_path):
         store = write_store(tmp_path, specials=SpecialIds(bos=7, eos=7, unk=7))
         assert BlockDataset(store, task="causal", seq_len=64).pad_id == 7
+
+    @released
+    @pytest.mark.parametrize("task", ["mlm", "causal"])
+    def test_released_files_are_trained_on_as_they_are(self, task):
+        symbols, specials = read_fairseq_dict(RELEASED / "dict.txt")
+        store = open_store(RELEASED / "train")
+        dataset = BlockDataset(store, task=task, seq_len=128, vocab_size=len(symbols), special_ids=specials)
+        assert sum(dataset.size(i) for i in range(len(dataset))) == 135_496 + (task == "mlm") * len(dataset)
+        sample = dataset.sample(0, seed=1, epoch=0)
+        text = store.tokens[: dataset.size(0) - (task == "mlm")].tolist()
+        restored = sample.input_ids_T.copy()
+        restored[sample.positions_N] = sample.labels_N
+        assert restored.tolist() == ([0, *text] if task == "mlm" else text)
 
 
 class TestBadInput:

@@ -95,6 +95,15 @@ class TestResult:
         assert whole.valid_prefix is None
         assert contents(whole.folder) == contents(parts.folder)
 
+    def test_names_of_special_tokens_in_a_text_stay_text(self, prepared, tmp_path):
+        (tmp_path / "in.txt").write_text("tea </s> <mask> <s>cup\n\nwater")
+        corpus = build(tmp_path / "in.txt", tmp_path / "c", prepared[2].tokenizer_dir, valid_fraction=0)
+        store = open_store(corpus.train_prefix)
+        assert [store.item(i).tolist().index(2) + 1 for i in (0, 1)] == store.sizes.tolist()
+        assert set(store.tokens.tolist()) & set(range(5)) == {2}
+        decoded = load_tokenizer(corpus.tokenizer_dir).decode(store.item(0)[:-1].tolist())
+        assert decoded == "tea </s> <mask> <s>cup"
+
     def test_a_given_tokenizer_is_copied_beside_the_data(self, prepared, tmp_path):
         source, _, corpus = prepared
         again = build(source, tmp_path / "c", tokenizer=corpus.tokenizer_dir)
