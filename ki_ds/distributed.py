@@ -69,6 +69,13 @@ def pick_gloo_interface(env: MutableMapping[str, str]) -> None:
             return
 
 
+def free_port() -> str:
+    """A TCP port of this host that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def rank() -> int:
     """This process's rank; 0 outside a distributed run."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from ki_ds.config import EngineConfig, MonitorConfig, OptimConfig, RunConfig
 from ki_ds.data.batches import Batch
-from ki_ds.distributed import barrier, is_main, local_world_size, pick_gloo_interface, repair_environment, world_size
+from ki_ds.distributed import (
+    barrier,
+    free_port,
+    is_main,
+    local_world_size,
+    pick_gloo_interface,
+    repair_environment,
+    world_size,
+)
 from ki_ds.errors import UserError
 from ki_ds.loss import LossOutput
 from ki_ds.models import InheritanceModel
@@ -68,8 +76,7 @@ def start(config: EngineConfig) -> torch.device:
     if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" in os.environ:  # mpirun across hosts
         deepspeed.comm.comm.mpi_discovery(verbose=False)
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     pick_gloo_interface(os.environ)
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.num_threads or max(1, cores // local_world_size()))
@@ -130,6 +137,12 @@ def complete_ds_config(settings: dict[str, Any], run: RunConfig, *, world: int) 
         "zero_force_ds_cpu_optimizer": False,
         **_monitor_sections(run.monitor, run.run_dir),
     }
+
+
+def supports(precision: str) -> bool:
+    """Whether DeepSpeed can train in this precision on this machine's accelerator."""
+    accelerator = deepspeed.accelerator.get_accelerator()
+    return {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}[precision]
 
 
 def zero_stage(settings: dict[str, Any]) -> int:
@@ -223,6 +236,10 @@ class StudentEngine:
                 "start a new process"
             )
         self._precisions_used.add(run.engine.precision)
+        if not supports(run.engine.precision):
+            raise UserError(
+                f"engine.precision={run.engine.precision} is not supported on this device; take fp32 or bf16"
+            )
         settings = read_ds_config(run.engine.ds_config)
         self.zero_stage = zero_stage(settings)
         self.device = device

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from ki_ds.data.prepare import TokenizerSpec, build_store
+from ki_ds.distributed import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SUBJECTS = "the cat|a dog|one old man|her sister|the tall tree|every child|our teacher|some student|the small model"
@@ -70,13 +70,6 @@ def write_config(path: Path, config: dict) -> Path:
     return path
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a child process that must not see this one's ranks."""
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -87,7 +80,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 def run_ranks(command: list[str], *, world: int, timeout: float = 300) -> list[subprocess.CompletedProcess]:
     """Run `python command...` once a rank, connected, and wait for all; the results by rank."""
-    port = str(free_port())
+    port = free_port()
     processes = []
     for rank in range(world):
         env = environment(

@@ -1,0 +1,157 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ki_ds import engine
+from ki_ds.config import parse
+from ki_ds.data.batches import TrainBatches
+from ki_ds.errors import UserError
+from ki_ds.models import build_lm
+from ki_ds.train import load_corpus
+from tests.tiny import ROOT, environment, run_ranks, tiny_config, tiny_corpus, write_config
+from tests.workers.split_gradients import run_config
+
+BASE = ["--run_dir", "r", "--data.corpus", "c", "--train.global_batch_size", "32", "--train.micro_batch_size", "4"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return tiny_corpus(tmp_path_factory.mktemp("engine") / "corpus")
+
+
+def plain_gradients(corpus_dir):
+    """The same global batch in one piece, in float64, without DeepSpeed and without our loss."""
+    run = run_config(str(corpus_dir), "0", 8)
+    corpus = load_corpus(run)
+    special = {"num_classes": corpus.num_classes, "special_ids": corpus.train.special_ids}
+    student = build_lm(run.model, "mlm", **special, seed=1).double().eval()
+    teacher = build_lm(dataclasses.replace(run.model, hidden_size=16), "mlm", **special, seed=2).double().eval()
+    ((batch,),) = list(TrainBatches(corpus.train, seed=5, micro_batch_size=8, global_batch_size=8, num_steps=1))
+    z_s, z_t = (
+        lm(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits.flatten(0, 1)[batch.rows_N][
+            :, : corpus.num_classes
+        ]
+        for lm in (student, teacher)
+    )
+    kl = torch.nn.functional.kl_div((z_s / 2).log_softmax(-1), (z_t / 2).softmax(-1), reduction="sum")
+    ce = torch.nn.functional.cross_entropy(z_s, batch.row_labels_N, reduction="sum")
+    ((0.4 * ce + 0.6 * 4 * kl) / batch.num_rows).backward()
+    return {f"lm.{name}": p.grad.float() for name, p in student.named_parameters()}
+
+
+def test_gradients_are_equal_for_every_split_of_a_global_batch(corpus, tmp_path):
+    expected = plain_gradients(corpus)
+    seen = 0
+    for world in (1, 2):
+        out = tmp_path / f"{world}.pt"
+        results = run_ranks(
+            ["-m", "tests.workers.split_gradients", str(corpus), str(out), "0", "1", "2", "3"], world=world
+        )
+        assert [r.returncode for r in results] == [0] * world, results[0].stderr[-3000:]
+        for (stage, accumulation), found in torch.load(out).items():
+            assert found.keys() == expected.keys()
+            for name, gradient in expected.items():
+                case = f"ranks {world}, accumulation {accumulation}, ZeRO {stage}: {name}"
+                torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6, msg=case)
+            seen += 1
+    assert seen == 2 * 3 * 4
+
+
+def test_the_engine_fills_in_what_the_run_decides():
+    run = parse([*BASE, "--engine.precision", "bf16", "--optim.max_grad_norm", "1.5"])
+    filled = engine.complete_ds_config({"zero_optimization": {"stage": 2}}, run, world=2)
+    assert filled["train_batch_size"] == 32
+    assert filled["gradient_accumulation_steps"] == 4
+    assert filled["gradient_clipping"] == 1.5
+    assert filled["bf16"] == {"enabled": True}
+    assert filled["fp16"] == {"enabled": False}
+    assert filled["zero_optimization"] == {"stage": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "words"),
+    [
+        ({"train_batch_size": 64}, [], "train_batch_size=64, the run needs 32"),
+        ({"gradient_clipping": 1.0}, [], "gradient_clipping=1.0, the run needs 0.0"),
+        ({"optimizer": {"type": "Adam"}}, [], "sets optimizer, which optim"),
+        ({"torch_autocast": {"enabled": True}}, [], "torch_autocast, which engine.precision"),
+        ({"fp16": {"enabled": True}}, [], "fp16.enabled=True, engine.precision=fp32"),
+        ({}, ["--engine.precision", "fp16"], "fp16 with ZeRO stage 0"),
+        ({"zero_optimization": {"stage": 0}}, ["--engine.precision", "bf16"], "bf16 with ZeRO stage 0"),
+        ({}, ["--train.micro_batch_size", "32"], "x 2 ranks"),
+    ],
+)
+def test_conflicts_and_settings_that_train_wrongly_are_refused(settings, arguments, words):
+    with pytest.raises(UserError, match=words):
+        engine.complete_ds_config(settings, parse([*BASE, *arguments]), world=2)
+
+
+def test_values_that_agree_and_auto_are_taken():
+    settings = {"train_batch_size": 32, "gradient_accumulation_steps": "auto", "fp16": {"loss_scale_window": 500}}
+    filled = engine.complete_ds_config(settings, parse(BASE), world=2)
+    assert filled["fp16"] == {"loss_scale_window": 500, "enabled": False}
+
+
+def test_a_broken_json_is_one_line(tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    for name in ("bad.json", "missing.json"):
+        with pytest.raises(UserError, match=name):
+            engine.read_ds_config(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
+def test_shipped_configs_hold_zero_and_communication_only(path):
+    settings = engine.read_ds_config(str(path))
+    assert settings.keys() == {"zero_optimization"}
+    engine.complete_ds_config(settings, parse([*BASE, "--engine.ds_config", str(path)]), world=2)
+
+
+def test_weight_decay_spares_norms_and_biases_only_when_asked():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    everything = engine.make_optimizer(model, parse(BASE).optim)
+    assert [(len(g["params"]), g["weight_decay"]) for g in everything.param_groups] == [(4, 0.01)]
+    spared = engine.make_optimizer(model, parse([*BASE, "--optim.decay_norms_and_biases", "false"]).optim)
+    assert [(len(g["params"]), g["weight_decay"]) for g in spared.param_groups] == [(1, 0.01), (3, 0.0)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_stage_trains_alike(precision, corpus, tmp_path):
+    """Two ranks; the final validation cross-entropy by ZeRO stage, offload and activation checkpointing."""
+    if not engine.supports(precision):
+        pytest.skip(f"DeepSpeed has no {precision} on this device")
+    zeros = ["zero0", "zero2", "zero3", "zero2_offload", "zero3_offload"] if precision == "fp32" else ["zero1", "zero3"]
+    teacher = write_config(tmp_path / "t.yaml", tiny_config(tmp_path / "teacher", corpus, train={"num_steps": 1}))
+    files = [str(teacher)]
+    for zero in zeros:
+        config = tiny_config(
+            tmp_path / zero,
+            corpus,
+            teacher={"path": str(tmp_path / "teacher")},
+            inherit={"schedule": "linear", "steps": 4},
+            model={"dropout": 0.0, "attention_dropout": 0.0},
+            engine={"ds_config": str(ROOT / f"ds_configs/{zero}.json"), "activation_checkpointing": zero == "zero3"},
+        )
+        files.append(str(write_config(tmp_path / f"{zero}.yaml", config)))
+    results = run_ranks(["-m", "tests.workers.train_many", "--engine.precision", precision, *files], world=2)
+    assert [r.returncode for r in results] == [0, 0], results[0].stderr[-3000:]
+    final = {}
+    for zero in zeros:
+        records = [json.loads(line) for line in (tmp_path / zero / "metrics.jsonl").read_text().splitlines()]
+        assert records[-1]["ppl"] < 0.95 * records[0]["ppl"]
+        final[zero] = records[-1]["ce"]
+    assert max(final.values()) - min(final.values()) < (1e-5 if precision == "fp32" else 5e-2), final
+
+
+def test_a_second_precision_in_one_process_is_refused(corpus):
+    script = (
+        "from ki_ds.engine import StudentEngine; StudentEngine._precisions_used.add('bf16')\n"
+        "from ki_ds.config import parse\n"
+        "try: StudentEngine(None, parse(['--run_dir', 'r', '--data.corpus', 'c']), device=None)\n"
+        "except ValueError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, cwd=ROOT)
+    assert "engine.precision=fp32 after ['bf16'] in one process" in result.stdout, result.stderr[-2000:]

@@ -1,0 +1,234 @@
+import hashlib
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from ki_ds import checkpoint, schedules
+from ki_ds import config as configuration
+from ki_ds.data.batches import ValidBatches
+from ki_ds.errors import UserError
+from ki_ds.train import load_corpus, main, train
+from tests.tiny import ROOT, run_ranks, tiny_config, tiny_corpus, train_ranks, write_config
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a corpus, and for each task a teacher trained on it."""
+    folder = tmp_path_factory.mktemp("train")
+    corpus = tiny_corpus(folder / "corpus")
+    for task in ("mlm", "causal"):
+        run(folder / f"{task}_teacher", corpus, task=task, model={"hidden_size": 16}, train={"num_steps": 8})
+    return folder
+
+
+def run(run_dir, corpus, **groups):
+    config = tiny_config(run_dir, corpus, **groups)
+    path = write_config(run_dir.with_suffix(".yaml"), config)
+    train(configuration.load(path))
+    return run_dir
+
+
+def inherit(base, name, task="mlm", **groups):
+    groups.setdefault("teacher", {"path": str(base / f"{task}_teacher")})
+    groups.setdefault("inherit", {"schedule": "linear", "steps": 4})
+    return run(base / name, base / "corpus", task=task, **groups)
+
+
+def records(run_dir, kind):
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in found if record["kind"] == kind]
+
+
+def weights_hash(run_dir):
+    newest = sorted((run_dir / "checkpoints").glob("step_*"))[-1]
+    return hashlib.sha256((newest / "hf" / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("task", ["mlm", "causal"])
+def test_a_student_inherits_and_everything_is_reported(base, task):
+    run_dir = inherit(base, f"{task}_student", task)
+    steps = records(run_dir, "train")
+    assert [r["alpha"] for r in steps] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert all(r["kl"] > 0 for r in steps[:4])
+    assert all(r["kl"] == 0 and r["loss"] == r["ce"] for r in steps[4:])
+    for r in steps[:4]:
+        assert r["loss"] == pytest.approx((1 - r["alpha"]) * r["ce"] + r["alpha"] * 4 * r["kl"], rel=1e-6)
+    manifest = json.loads((run_dir / "run.json").read_text())
+    assert manifest["status"] == "finished"
+    assert steps[-1]["student_flops"] == 6 * manifest["student"]["dense_parameters"] * steps[-1]["tokens"]
+    assert steps[-1]["teacher_flops"] == 2 * manifest["teacher"]["dense_parameters"] * steps[3]["tokens"]
+    valid = records(run_dir, "valid")
+    assert [r["step"] for r in valid] == [0, 3, 6]
+    assert valid[-1]["ppl"] < valid[0]["ppl"]
+
+
+@pytest.mark.parametrize("task", ["mlm", "causal"])
+def test_validation_is_the_exported_models_own_perplexity(base, task):
+    run_dir = base / f"{task}_teacher"
+    auto = AutoModelForMaskedLM if task == "mlm" else AutoModelForCausalLM
+    lm = auto.from_pretrained(run_dir / "best").double().eval()
+    assert AutoTokenizer.from_pretrained(run_dir / "best")("the cat").input_ids
+    corpus = load_corpus(configuration.load(run_dir / "config.yaml"))
+    ce_sum, num_rows = 0.0, 0
+    for batch in ValidBatches(corpus.valid, micro_batch_size=3):
+        with torch.no_grad():
+            logits = lm(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits
+        rows = logits.flatten(0, 1)[batch.rows_N][:, : corpus.num_classes]
+        ce_sum += torch.nn.functional.cross_entropy(rows, batch.row_labels_N, reduction="sum").item()
+        num_rows += batch.num_rows
+    best = json.loads((run_dir / "best" / "valid.json").read_text())
+    assert best["num_rows"] == num_rows
+    assert best["ppl"] == pytest.approx(math.exp(ce_sum / num_rows), rel=1e-5)
+    assert best["ppl"] == min(r["ppl"] for r in records(run_dir, "valid"))
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
+def test_resume_is_bitwise_the_same_run(base, zero):
+    engine = {"engine": {"ds_config": str(ROOT / f"ds_configs/{zero}.json")}}
+    whole = inherit(base, f"whole_{zero}", **engine)
+    for stop in (2, 4, 5):
+        name = f"part_{zero}_{stop}"
+        inherit(base, name, train={"stop_at_step": stop}, **engine)
+        part = inherit(base, name, **engine)
+        assert weights_hash(part) == weights_hash(whole)
+        for kind in ("train", "valid"):
+            values = [[(r["step"], r["ce"], r["tokens"]) for r in records(d, kind)] for d in (part, whole)]
+            assert set(values[1]) <= set(values[0])  # the part was validated once more, where it stopped
+        assert (part / "run.json").read_text().count("finished") == 1
+
+
+def test_resume_on_two_ranks_is_bitwise_too(base):
+    files = []
+    for name, stop in (("two_whole", 6), ("two_part", 4), ("two_part", 6)):
+        config = tiny_config(
+            base / name,
+            base / "corpus",
+            teacher={"path": str(base / "mlm_teacher")},
+            inherit={"schedule": "linear", "steps": 4},
+            train={"stop_at_step": stop},
+        )
+        files.append(str(write_config(base / f"{name}_{stop}.yaml", config)))
+    results = run_ranks(["-m", "tests.workers.train_many", *files], world=2)
+    assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:]
+    assert "going on from" in results[0].stdout
+    assert weights_hash(base / "two_part") == weights_hash(base / "two_whole")
+
+
+def test_another_number_of_ranks_goes_on_from_the_same_state(base):
+    """From two ranks to one: the next losses are those of the run that never stopped (dropout off)."""
+    quiet = {"model": {"dropout": 0.0, "attention_dropout": 0.0}}
+    whole = run(base / "one", base / "corpus", **quiet)
+    config = tiny_config(base / "two_then_one", base / "corpus", **quiet)
+    path = write_config(base / "two_then_one.yaml", config)
+    assert [r.returncode for r in train_ranks(path, "--train.stop_at_step", "4", world=2)] == [0, 0]
+    train(configuration.load(path))
+    losses = [[r["ce"] for r in records(d, "train")] for d in (whole, base / "two_then_one")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_a_finished_run_is_not_repeated(base, capsys):
+    before = weights_hash(inherit(base, "again"))
+    lines = (base / "again" / "metrics.jsonl").read_text()
+    inherit(base, "again")
+    assert "is finished" in capsys.readouterr().out
+    assert (base / "again" / "metrics.jsonl").read_text() == lines
+    assert weights_hash(base / "again") == before
+
+
+def test_a_damaged_checkpoint_is_passed_over(base, capsys):
+    whole = weights_hash(inherit(base, "intact"))
+    inherit(base, "damaged", train={"stop_at_step": 4})
+    newest = base / "damaged" / "checkpoints" / "step_00000004" / "engine" / "mp_rank_00_model_states.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    inherit(base, "damaged")
+    out = capsys.readouterr().out
+    assert "mp_rank_00_model_states.pt has changed" in out
+    assert "step_00000002" in out
+    assert weights_hash(base / "damaged") == whole
+
+
+def test_inheriting_can_go_on_as_self_learning(base):
+    inherit(base, "switch", train={"stop_at_step": 2})
+    none = {"teacher": {"path": None}, "inherit": {"schedule": "none", "steps": None}}
+    with pytest.raises(UserError, match=r"inherit.schedule=linear, now it is none"):
+        inherit(base, "switch", **none)
+    inherit(base, "switch", **none, train={"changed_config": "allow"})
+    assert [r["alpha"] for r in records(base / "switch", "train")] == [1.0, 0.75, 0, 0, 0, 0]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_a_line(base, monkeypatch):
+    rate = schedules.learning_rate
+    monkeypatch.setattr(schedules, "learning_rate", lambda t, **k: math.nan if t == 2 else rate(t, **k))
+    with pytest.raises(UserError, match="the loss is nan at step 4"):
+        run(base / "diverged", base / "corpus", train={"save_every": 2})
+    assert sorted(p.name for p in (base / "diverged" / "checkpoints").glob("step_*")) == ["step_00000002"]
+
+
+# --- bad input: one line, before the first step ---
+
+
+def refused(base, name, match, **groups):
+    with pytest.raises(UserError, match=match):
+        inherit(base, name, **groups)
+
+
+def test_teacher_of_another_vocabulary(base):
+    other = tiny_corpus(base / "other_corpus", vocab_size=300, seed=1)
+    run(base / "other_teacher", other, train={"num_steps": 1})
+    refused(base, "mixed", "has another tokenizer", teacher={"path": str(base / "other_teacher")})
+    assert not (base / "mixed" / "checkpoints").exists()
+
+
+def test_a_teacher_without_tokenizer_is_taken_by_its_size_and_that_is_said(base, capsys):
+    folder = base / "bare_teacher"
+    shutil.copytree(base / "mlm_teacher" / "best", folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    inherit(base, "bare", teacher={"path": str(folder)}, train={"num_steps": 1})
+    assert "has no tokenizer" in capsys.readouterr().out
+
+
+def test_a_causal_teacher_for_a_masked_student(base):
+    refused(base, "crossed", "teacher.path=", teacher={"path": str(base / "causal_teacher")})
+
+
+def test_missing_teacher_and_corpus(base):
+    refused(base, "orphan", "teacher.path=.*cannot be read", teacher={"path": str(base / "nobody")})
+    refused(base, "no_data", "is no prepared corpus", data={"corpus": str(base / "nothing")})
+
+
+def test_rows_longer_than_the_student_or_teacher(base):
+    refused(base, "long", "seq_len=64 exceeds the student's 32 positions", data={"seq_len": 64})
+    longer = {"data": {"seq_len": 64}, "model": {"num_positions": 64}}
+    refused(base, "longer", "seq_len=64 exceeds the teacher's 32 positions", **longer)
+
+
+def test_another_run_in_the_folder(base):
+    inherit(base, "taken", train={"stop_at_step": 2})
+    refused(base, "taken", "holds a run with optim.lr=0.003, now it is 0.001", optim={"lr": 0.001})
+    with checkpoint.claimed(base / "taken"):
+        refused(base, "taken", "in use by a job that still runs")
+    (base / "stranger").mkdir()
+    (base / "stranger" / "thesis.tex").write_text("")
+    refused(base, "stranger", "holds thesis.tex but no run")
+
+
+def test_data_changed_under_a_run(base):
+    corpus = tiny_corpus(base / "moving")
+    run(base / "moved", corpus, train={"stop_at_step": 2})
+    shutil.rmtree(corpus)
+    tiny_corpus(base / "moving", seed=3)
+    with pytest.raises(UserError, match="sha256 was"):
+        run(base / "moved", corpus)
+
+
+def test_main_gives_one_line_and_exit_code_2(base, capsys, monkeypatch):
+    monkeypatch.setattr("ki_ds.train.leave", lambda code: None)
+    assert main(["--run_dir", str(base / "x"), "--data.corpus", "nowhere", "--optim.lr", "zero"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
