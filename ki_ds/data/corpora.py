@@ -109,7 +109,7 @@ class Corpus:
         self._bytes_before = 0
         found = False
         for path in self.files:
-            with path.open("rb") as raw:
+            with _opened(path) as raw:
                 self._open_file = raw
                 for document in self._read(path, raw):
                     found = True
@@ -135,6 +135,13 @@ class Corpus:
             raise UserError(
                 f"{path} cannot be unpacked to its end ({error}); it is cut or damaged: fetch it again"
             ) from None
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); get the right to read it") from None
 
 
 def _files_of(source: str) -> list[Path]:
@@ -169,7 +176,7 @@ def _kind_of(stem: str) -> str | None:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with _opened(path) as file:
         ends = file.read(_FINGERPRINT_BYTES)
         file.seek(max(size - _FINGERPRINT_BYTES, 0))
         ends += file.read(_FINGERPRINT_BYTES)

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from tokenizers import Tokenizer
 
 from ki_ds.data.corpora import Corpus, Document, RawDocument
-from ki_ds.data.store import StoreWriter, full_disk_is_one_line, sync_folder, token_dtype, write_atomically
+from ki_ds.data.store import StoreWriter, sync_folder, token_dtype, write_atomically, write_errors_are_one_line
 from ki_ds.data.tokenize import (
     TokenizerKind,
     load_tokenizer,
@@ -425,9 +425,10 @@ def _partial_folder(folder: Path) -> Iterator[Path]:
 
     What a killed process left of it is removed first. UserError when another process builds it right now.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
-    with full_disk_is_one_line(folder), folder.with_name(f".{folder.name}.lock").open("w") as lock:
+    with write_errors_are_one_line(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with write_errors_are_one_line(folder), folder.with_name(f".{folder.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

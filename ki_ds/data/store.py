@@ -42,7 +42,16 @@ FAIRSEQ_EOS = 2
 _PREAMBLE = struct.Struct("<9sQBQ")  # magic, version, dtype code, number of items
 _WINDOW = 1 << 20  # items handled at once, so that memory does not grow with the index
 _BUFFER_BYTES = 8 << 20
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_UNWRITABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,12 +334,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 @contextlib.contextmanager
-def full_disk_is_one_line(path: Path) -> Iterator[None]:
-    """Turn "no space left", "quota exceeded" and "file too large" into a UserError that names the folder."""
+def write_errors_are_one_line(path: Path) -> Iterator[None]:
+    """Turn a full disk, a quota and missing rights into a UserError that names `path`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL_DISK:
+        if error.errno not in _UNWRITABLE:
             raise
         raise UserError(
             f"{path} cannot be written ({error.strerror}); nothing was left: free space or take another folder"
@@ -360,7 +369,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Put `text` under `path`: whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with full_disk_is_one_line(path), temporary.open("w", encoding="utf-8") as file:
+        with write_errors_are_one_line(path), temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -410,10 +419,15 @@ class StoreWriter:
         for suffix in (".idx", ".json"):
             if Path(f"{self.prefix}{suffix}").exists():
                 raise UserError(f"{self.prefix}{suffix} exists already; remove that store or take another name")
+        with write_errors_are_one_line(self.prefix):
+            self._open_files()
+        return self
+
+    def _open_files(self) -> None:
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         check_space(self.prefix.parent, max(self._expected_bytes, 2 * _BUFFER_BYTES))
-        # Opened without truncation: another writer's file must not be harmed before its lock is seen.
-        self._bin: BinaryIO = open(os.open(self._temporary(".bin"), os.O_RDWR | os.O_CREAT, 0o666), "wb")
+        # Opened for appending: another writer's file must not be harmed before its lock is seen.
+        self._bin: BinaryIO = self._temporary(".bin").open("ab")
         try:
             fcntl.flock(self._bin, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -422,14 +436,13 @@ class StoreWriter:
         self._bin.truncate(0)
         # Sizes go through a file of their own: the index wants their number before them.
         self._sizes: BinaryIO = self._temporary(".sizes").open("w+b")
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             if kind is None:
-                with full_disk_is_one_line(self.prefix):
+                with write_errors_are_one_line(self.prefix):
                     self._finish()
         finally:
             for file in (self._bin, self._sizes):
@@ -448,7 +461,7 @@ class StoreWriter:
                 "tokenize with the tokenizer that this store is meant for"
             )
         data = np.ascontiguousarray(tokens, self.dtype).tobytes()
-        with full_disk_is_one_line(self.prefix):
+        with write_errors_are_one_line(self.prefix):
             if self.num_tokens * self.dtype.itemsize % _BUFFER_BYTES + len(data) >= _BUFFER_BYTES:
                 check_space(self.prefix.parent, len(data) + 12 * self.num_items)
             self._bin.write(data)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from ki_ds.data.corpora import Document
-from ki_ds.data.store import SpecialIds, full_disk_is_one_line
+from ki_ds.data.store import SpecialIds, write_errors_are_one_line
 from ki_ds.errors import UserError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which worker processes need not pay
@@ -90,7 +90,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with full_disk_is_one_line(folder), _os_errors_of_rust():
+        with write_errors_are_one_line(folder), _os_errors_of_rust():
             tokenizer.save_pretrained(temporary)
         temporary.replace(folder)
     finally:

@@ -189,7 +189,7 @@ class TestBadInput:
         dataset = pickle.loads(pickle.dumps(mlm))
         dataset.vocab_size = 250  # as if the look at both ends had missed it
         batches = TrainBatches(
-            dataset, seed=1, micro_batch_size=8, global_batch_size=8, num_workers=workers, num_steps=2
+            dataset, seed=1, micro_batch_size=8, global_batch_size=8, num_workers=workers, num_steps=50
         )
         with pytest.raises(UserError, match="the vocabulary ends at 249") as caught:
             list(batches)

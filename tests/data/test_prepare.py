@@ -218,6 +218,10 @@ class TestNothingHalfWritten:
         assert "\n" not in str(caught.value)
         assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
+    def test_a_place_that_cannot_be_written(self, prepared):
+        with pytest.raises(UserError, match="cannot be written"):
+            build(prepared[0], prepared[0] / "inside/c", prepared[2].tokenizer_dir)
+
     def test_a_killed_preparation_leaves_no_final_name_and_no_worker(self, prepared, tmp_path):
         source, _, corpus = prepared
         (tmp_path / "in").mkdir()

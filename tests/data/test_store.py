@@ -298,6 +298,11 @@ class TestNothingHalfWritten:
         assert done.stderr.count("\n") == 1
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_place_that_cannot_be_written(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match="cannot be written"):
+            write(tmp_path / "file/s", DOCUMENTS)
+
     def test_too_little_space_is_told_before_writing(self, tmp_path):
         with (
             pytest.raises(UserError, match="MB are needed"),
