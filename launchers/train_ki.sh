@@ -24,7 +24,7 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-DEMO = os.path.join(ROOT, "launchers", "recipes", "demo_inherit.yaml")
+DEMO = [os.path.join(ROOT, "launchers", "recipes", name) for name in ("demo_mlm.yaml", "demo_mlm_inherit.yaml")]
 
 if __name__ == "__main__":
     # DeepSpeed's launcher adds --local_rank=N; openmpi, slurm and torchrun say it in the environment.
@@ -38,5 +38,5 @@ if __name__ == "__main__":
 
     from ki_ds.train import main
 
-    sys.exit(main(arguments or ["--config", DEMO]))
+    sys.exit(main(arguments or [part for recipe in DEMO for part in ("--config", recipe)]))
 pass

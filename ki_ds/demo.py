@@ -1,0 +1,65 @@
+"""From raw text to a student that paid less: corpus, teacher, student alone, student inheriting, report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ki_ds.chain import Job, run_job
+from ki_ds.config import Task
+from ki_ds.data.corpora import gensim_dump_path
+from ki_ds.data.prepare import TokenizerSpec, build_store
+from ki_ds.report import text_table, write_report
+
+VOCAB_SIZES = {"mlm": 1024, "causal": 2048}
+VALID_FRACTION = 0.05  # 199:1 of 105 articles would leave less than one article
+
+
+def demo_folder(task: Task, size: str, seed: int) -> Path:
+    """Where a demo keeps everything."""
+    return Path("runs") / "_".join(
+        ["demo", task, *([size] if size != "full" else []), *([f"seed{seed}"] if seed != 1 else [])]
+    )
+
+
+def demo_jobs(task: Task, size: str, seed: int) -> list[Job]:
+    """The demo's three runs in order: teacher, self-learner, inheritor. Recipes hold every hyperparameter."""
+    folder = demo_folder(task, size, seed)
+    smoke = size == "smoke"
+    overlays = {"teacher": ("demo_smoke.yaml",), "self": ("demo_smoke.yaml",)} if smoke else {}
+    overlays["inherit"] = ("demo_smoke.yaml", "demo_smoke_inherit.yaml") if smoke else ()
+    common = {"data.corpus": folder / "corpus", "seed": seed}
+    jobs = []
+    for name in ("teacher", "self", "inherit"):
+        arm = () if name == "self" else (f"demo_{task}_{name}.yaml",)
+        fields = {**common, "teacher.path": folder / "teacher"} if name == "inherit" else common
+        jobs.append(Job(name, folder / name, (f"demo_{task}.yaml", *arm, *overlays.get(name, ())), fields))
+    return jobs
+
+
+def run_demo(task: Task, *, size: str = "full", seed: int = 1) -> None:
+    """Run what is left of the demo and print its table; finished parts are not repeated.
+
+    Raises:
+        UserError: a part cannot be done; called again, it goes on there.
+    """
+    started = time.monotonic()
+    folder = demo_folder(task, size, seed)
+    num_ranks = torch.cuda.device_count() or 2
+    print(
+        f"[1/5] corpus: Wikipedia articles -> {VOCAB_SIZES[task]} byte-level BPE tokens -> {folder}/corpus", flush=True
+    )
+    spec = TokenizerSpec(vocab_size=VOCAB_SIZES[task])
+    build_store([gensim_dump_path()], spec, folder / "corpus", valid_fraction=VALID_FRACTION)
+    jobs = demo_jobs(task, size, seed)
+    titles = ["a small teacher, trained alone", "a larger student, alone", "the same student, inheriting"]
+    for number, (job, title) in enumerate(zip(jobs, titles, strict=True), start=2):
+        print(f"[{number}/5] {title}: {job.run_dir}", flush=True)
+        run_job(job, num_ranks=num_ranks)
+    print(f"[5/5] report: {folder}/report.html", flush=True)
+    comparison = write_report([job.run_dir for job in jobs[1:]], folder / "report.html")
+    Console().print(text_table(comparison))
+    print(f"whole demo: {(time.monotonic() - started) / 60:.1f} minutes in this call")
