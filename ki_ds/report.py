@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from rich.markup import escape
 from rich.table import Table
 
 from ki_ds.config import OPERATIONAL_FIELDS
@@ -279,6 +280,7 @@ def _notes(runs: Sequence[Run], baseline: Arm | None, same_machine: bool) -> Ite
 # --- the table --------------------------------------------------------------------------------------------------
 
 COLUMNS = ("", "steps", "FLOPs, student only", "FLOPs with teacher", "time", "final perplexity")
+SAVING = "  saving"  # first cell of the rows that state shares saved
 
 
 def table_rows(comparison: Comparison) -> list[tuple[str, ...]]:
@@ -291,7 +293,7 @@ def table_rows(comparison: Comparison) -> list[tuple[str, ...]]:
     for arm, pairs in zip(comparison.others, comparison.savings, strict=True):
         cells = _cost_cells([pair.inheriting for pair in pairs])
         rows.append((arm.label, *cells, _spread([pair.final_ppl for pair in pairs], _ppl)))
-        rows.append(("  saving", *_saving_cells(pairs, comparison.same_machine), _ppl_change(pairs)))
+        rows.append((SAVING, *_saving_cells(pairs, comparison.same_machine), _ppl_change(pairs)))
     return rows
 
 
@@ -365,12 +367,13 @@ def caption(comparison: Comparison) -> str:
 
 def text_table(comparison: Comparison) -> Table:
     """The table for a terminal, for rich to print; notes are its caption."""
-    table = Table(title=caption(comparison), caption="\n".join(comparison.notes), title_justify="left")
+    table = Table(title=caption(comparison), caption=escape("\n".join(comparison.notes)), title_justify="left")
     table.caption_justify = "left"
     for column in COLUMNS:
         table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for row in table_rows(comparison):
-        table.add_row(*row, end_section=row[0] == "  saving", style="bold" if row[0] == "  saving" else None)
+        saving = row[0] == SAVING
+        table.add_row(*map(escape, row), end_section=saving, style="bold" if saving else None)
     return table
 
 
@@ -608,7 +611,7 @@ def _html_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str) 
     lines = [f"<table><caption>{html.escape(title)}</caption>" if title else "<table>"]
     lines.append("<thead><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr></thead><tbody>")
     for row in rows:
-        kind = ' class="saving"' if row[0] == "  saving" else ""
+        kind = ' class="saving"' if row[0] == SAVING else ""
         lines.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
     return "\n".join(lines) + "</tbody></table>"
 

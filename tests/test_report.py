@@ -320,7 +320,8 @@ def test_page_of_runs_without_a_baseline_or_with_an_unreached_target(tmp_path):
 
 def test_text_table_shows_every_cell(tmp_path):
     runs = [read_run(write_run(tmp_path / "self", [400, 100, 60, 50]))]
-    runs.append(read_run(write_run(tmp_path / "ki", [400, 80, 50, 45], inherits=True)))
+    heir = write_run(tmp_path / "ki", [400, 80, 50, 45], inherits=True)
+    runs.append(read_run(f"teacher [bold]={heir}"))  # brackets are text, not markup
     comparison = compare(runs)
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(text_table(comparison))
