@@ -182,7 +182,7 @@ def newest_intact(root: Path) -> Path | None:
             broken.append(f"{name} ({what})")
         return None, broken
 
-    name, broken = from_main(find() if is_main() else None)  # type: ignore[misc]
+    name, broken = from_main(find() if is_main() else (None, []))
     if broken and name is None:
         raise UserError(
             f"{root} holds no intact checkpoint: {', '.join(broken)}; restore one, or start in another run_dir"

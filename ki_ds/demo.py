@@ -15,7 +15,7 @@ from ki_ds.data.prepare import TokenizerSpec, build_store
 from ki_ds.report import text_table, write_report
 
 VOCAB_SIZES = {"mlm": 1024, "causal": 2048}
-VALID_FRACTION = 0.05  # 199:1 of 105 articles would leave less than one article
+VALID_FRACTION = 0.05  # 199:1 of 106 articles would leave one of them
 
 
 def demo_folder(task: Task, size: str, seed: int) -> Path:
@@ -29,14 +29,15 @@ def demo_jobs(task: Task, size: str, seed: int) -> list[Job]:
     """The demo's three runs in order: teacher, self-learner, inheritor. Recipes hold every hyperparameter."""
     folder = demo_folder(task, size, seed)
     smoke = size == "smoke"
-    overlays = {"teacher": ("demo_smoke.yaml",), "self": ("demo_smoke.yaml",)} if smoke else {}
-    overlays["inherit"] = ("demo_smoke.yaml", "demo_smoke_inherit.yaml") if smoke else ()
     common = {"data.corpus": folder / "corpus", "seed": seed}
     jobs = []
     for name in ("teacher", "self", "inherit"):
-        arm = () if name == "self" else (f"demo_{task}_{name}.yaml",)
+        recipes = [f"demo_{task}.yaml"]
+        recipes += [f"demo_{task}_{name}.yaml"] if name != "self" else []
+        recipes += ["demo_smoke.yaml"] if smoke else []
+        recipes += ["demo_smoke_inherit.yaml"] if smoke and name == "inherit" else []
         fields = {**common, "teacher.path": folder / "teacher"} if name == "inherit" else common
-        jobs.append(Job(name, folder / name, (f"demo_{task}.yaml", *arm, *overlays.get(name, ())), fields))
+        jobs.append(Job(name, folder / name, tuple(recipes), fields))
     return jobs
 
 

@@ -10,12 +10,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import MutableMapping
+from typing import TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from ki_ds.errors import UserError
+
+Value = TypeVar("Value")
 
 
 def repair_environment(env: MutableMapping[str, str]) -> None:
@@ -115,7 +118,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def from_main(value: object) -> object:
+def from_main(value: Value) -> Value:
     """What rank 0 passed, on every rank. `value` must be picklable; other ranks' values are dropped."""
     if world_size() == 1:
         return value

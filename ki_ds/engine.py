@@ -8,6 +8,7 @@ without a word, is refused.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -114,7 +115,7 @@ def complete_ds_config(settings: dict[str, Any], run: RunConfig, *, world: int) 
         UserError: the JSON contradicts the run, or asks for a setting in which DeepSpeed trains wrongly.
     """
     _refuse_foreign_settings(settings, run)
-    filled = {
+    filled: dict[str, Any] = {
         "train_batch_size": run.train.global_batch_size,
         "train_micro_batch_size_per_gpu": run.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(run, world),
@@ -184,6 +185,9 @@ def _refuse_foreign_settings(settings: dict[str, Any], run: RunConfig) -> None:
 def _monitor_sections(monitor: MonitorConfig, run_dir: str) -> dict[str, Any]:
     folder = str(Path(run_dir) / "monitor")
     sections: dict[str, Any] = {}
+    for field, package in (("tensorboard", "tensorboard"), ("wandb_project", "wandb")):
+        if getattr(monitor, field) and importlib.util.find_spec(package) is None:
+            raise UserError(f"monitor.{field} needs the package {package}; pip install {package}, or leave it out")
     if monitor.tensorboard:
         sections["tensorboard"] = {"enabled": True, "output_path": folder, "job_name": "tensorboard"}
     if monitor.csv:

@@ -65,7 +65,7 @@ def perplexity(ce_sum: float, num_rows: float) -> float:
 
 def global_rows(num_rows: int, device: torch.device) -> Tensor:
     """Labelled rows of the global batch as a 0-d float32 tensor on the device, at least 1; no host sync."""
-    return all_sum(torch.tensor(float(num_rows), device=device)).clamp_(min=1.0)
+    return all_sum(torch.full((), float(num_rows), device=device)).clamp_(min=1.0)
 
 
 class Stopwatch:
@@ -75,8 +75,9 @@ class Stopwatch:
         self._seconds, self._since = seconds, None  # type: float, float | None
 
     def run(self) -> None:
-        """Count from now on."""
-        self._since = time.monotonic()
+        """Count from now on, unless it counts already."""
+        if self._since is None:
+            self._since = time.monotonic()
 
     def pause(self) -> float:
         """Stop counting; return the seconds so far. Waits for the device, whose work is counted."""
@@ -141,8 +142,8 @@ class Display:
 
     def figures(self, step: int, figures: dict[str, float]) -> None:
         """Show a line of training figures."""
-        parts = (f"{figures['tokens_per_second']:,.0f} tokens/s", f"alpha {figures['alpha']:.2f}")
-        parts += (f"ce {figures['ce']:.3f}", f"kl {figures['kl']:.3f}", f"lr {figures['lr']:.1e}")
+        parts = [f"{figures['tokens_per_second']:,.0f} tokens/s", f"alpha {figures['alpha']:.2f}"]
+        parts += [f"ce {figures['ce']:.3f}", f"kl {figures['kl']:.3f}", f"lr {figures['lr']:.1e}"]
         self._show(step, "  ".join(parts))
 
     def validation(self, step: int, ppl: float) -> None:

@@ -62,8 +62,10 @@ PRESETS: dict[str, Preset] = {
     "gpt_773m": Preset(36, 1280, 20, 5120, 3.0e-4),
     "gpt_1b": Preset(40, 1440, 20, 5760, 2.5e-4),
 }
-_PRESET_ONLY = ("num_layers", "hidden_size", "num_heads", "ffn_size", "num_positions", "vocab_multiple", "dropout")
-_PRESET_ONLY += ("attention_dropout", "init_std")
+_PRESET_ONLY = [
+    *("num_layers", "hidden_size", "num_heads", "ffn_size", "num_positions", "vocab_multiple"),
+    *("dropout", "attention_dropout", "init_std"),
+]
 
 
 # --- building ---------------------------------------------------------------------------------------------------
@@ -111,7 +113,6 @@ def _preset_config(
         raise UserError(f"model.hidden_size={hidden} is not a multiple of model.num_heads={heads}; change one of them")
     layers, ffn = model.num_layers or preset.num_layers, model.ffn_size or preset.ffn_size
     vocab_size = math.ceil(num_classes / model.vocab_multiple) * model.vocab_multiple
-    special = {"bos_token_id": special_ids.bos, "eos_token_id": special_ids.eos}
     if task == "causal":
         return GPT2Config(
             vocab_size=vocab_size,
@@ -125,7 +126,8 @@ def _preset_config(
             embd_pdrop=model.dropout,
             attn_pdrop=model.attention_dropout,
             initializer_range=model.init_std,
-            **special,
+            bos_token_id=special_ids.bos,
+            eos_token_id=special_ids.eos,
         )
     pad = 1 if special_ids.pad is None else special_ids.pad
     return RobertaConfig(
@@ -141,7 +143,8 @@ def _preset_config(
         layer_norm_eps=1e-5,
         type_vocab_size=1,
         pad_token_id=pad,
-        **special,
+        bos_token_id=special_ids.bos,
+        eos_token_id=special_ids.eos,
     )
 
 
@@ -284,7 +287,7 @@ class RowLM(nn.Module):
                 f"{type(lm).__name__} has no linear output projection ({type(head).__name__}); take another"
             )
         head.__class__ = AskedHead  # in place: names, ties and hooks stay as they are
-        head.answer = head.rows_N = None
+        self._head.answer = self._head.rows_N = None
         for body in {id(m): m for m in (lm.base_model, lm.get_decoder()) if m is not lm and m is not head}.values():
             body.register_forward_hook(self._select_rows)
 
@@ -320,7 +323,7 @@ class RowLM(nn.Module):
 
         Run once on a few tokens before anything is trained: soft-capped or scaled logits are found here.
         """
-        embedding = self.lm.get_input_embeddings().weight
+        embedding: Tensor = self._head.weight
         ids = torch.arange(2, 10, device=embedding.device)[None] % embedding.shape[0]
         rows = torch.tensor([1, 4, 6], device=ids.device)
         batch = _probe(ids, rows)
@@ -362,28 +365,25 @@ class InheritanceModel(RowLM):
             alpha: the inheritance rate, a number or a 0-d tensor.
         """
         sums: tuple = ()
+        if signal is None:
+            alpha = 0.0
 
         def objective(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
             nonlocal sums
-            teacher = {}
-            if signal is not None:
-                teacher = {
-                    "teacher_hidden": signal.hidden_ND,
-                    "teacher_weight": signal.weight_VD,
-                    "teacher_bias": signal.bias_V,
-                    "alpha": alpha,
-                }
             out = linear_inheritance_loss(
                 hidden_ND,
                 weight_VD,
                 batch.row_labels_N,
                 student_bias=bias_V,
+                teacher_hidden=None if signal is None else signal.hidden_ND,
+                teacher_weight=None if signal is None else signal.weight_VD,
+                teacher_bias=None if signal is None else signal.bias_V,
+                alpha=alpha,
                 tau=self.tau,
                 chunk_rows=self.loss.chunk_rows,
                 num_classes=self.num_classes,
                 label_smoothing=self.loss.label_smoothing if self.training else 0.0,
                 backend=self.loss.backend,
-                **teacher,
             )
             sums = (out.ce_sum, out.kl_sum, out.num_rows)
             return out.loss_sum

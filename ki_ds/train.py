@@ -268,7 +268,11 @@ def _check_lineage(run_dir: Path, manifest: dict[str, Any]) -> None:
 def _manifest(
     config: RunConfig, corpus: Corpus, parameters: dict[str, int], facts: TeacherFacts | None, device: torch.device
 ) -> dict[str, Any]:
-    valid = {"seed": VALID_SEED, "variants": config.data.valid_mask_variants, "seq_len": config.data.seq_len}
+    valid: dict[str, Any] = {
+        "seed": VALID_SEED,
+        "variants": config.data.valid_mask_variants,
+        "seq_len": config.data.seq_len,
+    }
     valid |= {"mask_probability": config.data.mask_probability, "max_samples": config.data.max_valid_samples}
     return {
         "name": Path(config.run_dir).name,
