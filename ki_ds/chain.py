@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +52,35 @@ def run_job(job: Job, *, num_ranks: int) -> None:
     deepspeed = Path(sys.executable).with_name("deepspeed")
     command = [str(deepspeed), "--num_gpus", str(num_ranks), str(LAUNCHER), *job.arguments()]
     environment = {**os.environ, "PATH": f"{deepspeed.parent}:{os.environ['PATH']}"}
-    code = subprocess.run(command, env=environment, check=False).returncode
+    code = _run_group(command, environment)
     if code or not is_finished(job.run_dir):  # DeepSpeed's launcher returns 0 when it is killed itself
         raise UserError(f"{job.name} stopped with exit code {code} before its last step; call it again to go on")
+
+
+def _run_group(command: list[str], environment: dict[str, str]) -> int:
+    """The command's exit code. It gets a process group of its own, which ends with us however we are ended.
+
+    DeepSpeed's launcher leaves its ranks behind when it is killed; ending the group leaves none.
+    """
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        for number, grace in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+            if _group_ended(process, number, grace):
+                break
+
+
+def _group_ended(process: subprocess.Popen, number: signal.Signals, grace_seconds: float) -> bool:
+    """Send a signal to what is left of the group; whether nothing is left after the time of grace."""
+    end = time.monotonic() + grace_seconds
+    while time.monotonic() < end:
+        process.poll()
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
