@@ -1,0 +1,352 @@
+import json
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from ki_ds import checkpoint
+from ki_ds.errors import UserError
+
+KILLED = 77
+
+
+class FakeEngine:
+    """An engine whose state is a number, kept in two shards."""
+
+    def __init__(self, state: int = 0):
+        self.state = state
+        self.loaded_world: int | None = None
+
+    def save(self, folder: Path, tag: str) -> None:
+        (folder / tag).mkdir()
+        for shard in range(2):
+            path = folder / tag / f"shard_{shard}.pt"
+            path.write_bytes(random.Random(self.state + shard).randbytes(700) + b"\0" * 700)
+        (folder / tag / "number").write_text(str(self.state))
+
+    def load(self, folder: Path, tag: str, *, saved_world: int) -> None:
+        self.state = int((folder / tag / "number").read_text())
+        self.loaded_world = saved_world
+
+
+def export(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights" * 100)
+    (folder / "config.json").write_text("{}")
+
+
+def save(root, step, *, keep=2, state=None):
+    return checkpoint.save(root, step, FakeEngine(step), state or {"best_ce": step / 2}, export, keep=keep)
+
+
+def names(root):
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def in_a_child(function) -> int:
+    """Run `function` in a forked process; its exit code, 0 when it came to its end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at(moment: int, function) -> int:
+    """Run `function` in a child that dies, without any cleaning up, at its `moment`-th change of the disk."""
+    seen = 0
+
+    def deadly(original):
+        def wrapped(*args, **kwargs):
+            nonlocal seen
+            if seen == moment:
+                os._exit(KILLED)
+            seen += 1
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    def work():
+        for name in ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir"):
+            setattr(os, name, deadly(getattr(os, name)))
+        for name in ("write_text", "write_bytes"):
+            setattr(Path, name, deadly(getattr(Path, name)))
+        function()
+
+    return in_a_child(work)
+
+
+def moments(function, prepare):
+    """Kill `function` at each of its moments, each time after `prepare()`; yields until it came to its end."""
+    for moment in range(200):
+        prepare()
+        code = killed_at(moment, function)
+        assert code in (0, KILLED)
+        if code == 0:
+            assert moment > 5
+            return
+        yield moment
+    raise AssertionError("never came to its end")
+
+
+# --- one run a folder ---
+
+
+def test_a_folder_is_claimed_once_over_processes(tmp_path):
+    def refused():
+        with pytest.raises(UserError, match="in use by a job that still runs"), checkpoint.claimed(tmp_path / "run"):
+            pass
+
+    with checkpoint.claimed(tmp_path / "run"):
+        assert in_a_child(refused) == 0
+    with checkpoint.claimed(tmp_path / "run"):
+        pass
+
+
+def test_a_killed_job_leaves_no_claim(tmp_path):
+    def die():
+        with checkpoint.claimed(tmp_path / "run"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_a_child(die) == -signal.SIGKILL
+    with checkpoint.claimed(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run cannot be written"), checkpoint.claimed(tmp_path / "file" / "run"):
+        pass
+
+
+# --- saving and loading ---
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    folder = save(tmp_path, 40, state={"best_ce": 2.5, "totals": {"step": 40, "seconds": 1.25}})
+    assert folder == tmp_path / "step_00000040"
+    assert checkpoint.damage(folder) is None
+    assert checkpoint.newest_intact(tmp_path) == folder
+    engine = FakeEngine()
+    state = checkpoint.load(folder, engine)
+    assert state == {"best_ce": 2.5, "totals": {"step": 40, "seconds": 1.25}, "step": 40, "world_size": 1}
+    assert (engine.state, engine.loaded_world) == (40, 1)
+    assert (folder / "hf" / "model.safetensors").read_bytes() == b"weights" * 100
+    assert (tmp_path / "latest").read_text() == "step_00000040\n"
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert there - listed.keys() == {"manifest.json"}
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_stay(tmp_path, keep):
+    for step in (2, 4, 10, 12):
+        save(tmp_path, step, keep=keep)
+    assert names(tmp_path) == ["step_00000002", "step_00000004", "step_00000010", "step_00000012"][-keep:]
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_step_that_is_saved_again_is_replaced(tmp_path):
+    save(tmp_path, 2, state={"best_ce": 1.0})
+    save(tmp_path, 2, state={"best_ce": 3.0})
+    assert checkpoint.load(tmp_path / "step_00000002", FakeEngine())["best_ce"] == 3.0
+    assert checkpoint.damage(tmp_path / "step_00000002") is None
+
+
+def test_no_checkpoint_yet(tmp_path):
+    assert checkpoint.newest_intact(tmp_path) is None
+    assert checkpoint.newest_intact(tmp_path / "nothing") is None
+
+
+# --- killed while saving ---
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_killed_anywhere_in_a_save_a_whole_checkpoint_loads(tmp_path, keep):
+    """At every mkdir, write, fsync, rename and removal: the one before loads, or the new one, and a next save works."""
+    root = tmp_path / "checkpoints"
+    before, new = root / "step_00000002", root / "step_00000004"
+
+    def prepare():
+        shutil.rmtree(root, ignore_errors=True)
+        save(root, 2, keep=keep)
+
+    outcomes = []
+    for moment in moments(lambda: save(root, 4, keep=keep), prepare):
+        newest = checkpoint.newest_intact(root)
+        assert newest is not None, moment
+        outcomes.append(newest)
+        if newest == before:
+            assert not new.exists(), f"moment {moment}: something half-written under the final name"
+        engine = FakeEngine()
+        assert checkpoint.load(newest, engine)["step"] == engine.state == int(newest.name[5:])
+        save(root, 4, keep=keep)
+        assert checkpoint.newest_intact(root) == new
+        assert [p for p in root.iterdir() if p.name.endswith(".tmp")] == []
+    assert outcomes == sorted(outcomes)  # from one moment on it is the new one
+    assert {before, new} == set(outcomes)
+
+
+@pytest.mark.parametrize("moment", ["engine", "export", "state.json", "manifest.json", "rename", "latest"])
+def test_an_error_in_a_save_comes_out_and_leaves_the_one_before(tmp_path, moment, monkeypatch):
+    save(tmp_path, 2)
+
+    def fails(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    engine, write, write_text = FakeEngine(4), export, checkpoint.write_atomically
+    match moment:
+        case "engine":
+            monkeypatch.setattr(engine, "save", fails)
+        case "export":
+            write = fails
+        case "rename":
+            monkeypatch.setattr(checkpoint.os, "rename", fails)
+        case name:
+            monkeypatch.setattr(
+                checkpoint, "write_atomically", lambda p, text: fails() if p.name == name else write_text(p, text)
+            )
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, 4, engine, {}, write, keep=1)
+    whole = ["step_00000002"] if moment != "latest" else ["step_00000002", "step_00000004"]
+    assert names(tmp_path) == whole
+    assert checkpoint.newest_intact(tmp_path) == tmp_path / whole[-1]
+
+
+# --- damage ---
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    folder = save(tmp_path, 2)
+    choose = random.Random(0)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    assert len(files) == 7
+    missed = []
+    for path in files:
+        original = path.read_bytes()
+        for _ in range(40):
+            data, place, bit = bytearray(original), choose.randrange(len(original)), choose.randrange(8)
+            data[place] ^= 1 << bit
+            path.write_bytes(data)
+            if checkpoint.damage(folder) is None:
+                missed.append((path.name, place, bit))
+        path.write_bytes(original)
+    assert missed == []
+    assert checkpoint.damage(folder) is None
+
+
+def test_every_truncated_emptied_or_missing_file_is_noticed_and_named(tmp_path):
+    folder = save(tmp_path, 2)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        original = path.read_bytes()
+        name = str(path.relative_to(folder))
+        for data, words in ((original[:-1], "bytes"), (b"", "bytes"), (None, "is missing")):
+            if data is None:
+                path.unlink()
+            else:
+                path.write_bytes(data)
+            if name == "manifest.json":
+                # its last byte is a line end, which changes nothing
+                expected = None if data == original[:-1] else "no readable manifest"
+                assert checkpoint.damage(folder) == expected
+            else:
+                found = checkpoint.damage(folder)
+                assert found is not None
+                assert name in found
+                assert words in found
+            path.write_bytes(original)
+    assert checkpoint.damage(folder) is None
+
+
+def test_the_newest_intact_one_is_taken_and_the_damaged_named(tmp_path, capsys):
+    for step in (2, 4, 6):
+        save(tmp_path, step, keep=3)
+    (tmp_path / "step_00000006" / "manifest.json").unlink()
+    (tmp_path / "step_00000004" / "engine" / "shard_1.pt").write_bytes(b"")
+    assert checkpoint.newest_intact(tmp_path) == tmp_path / "step_00000002"
+    said = capsys.readouterr().out
+    for words in ("step_00000006 (no readable manifest)", "step_00000004 (engine/shard_1.pt has 0 of 1400 bytes)"):
+        assert words in said
+    assert "going on from step_00000002" in said
+    assert said.count("\n") == 1
+
+
+def test_without_an_intact_one_nothing_starts_from_scratch(tmp_path):
+    for step in (2, 4):
+        (save(tmp_path, step) / "state.json").unlink()
+    with pytest.raises(UserError, match=r"holds no intact checkpoint: step_00000004 .*state.json.*step_00000002"):
+        checkpoint.newest_intact(tmp_path)
+
+
+def test_nothing_is_unpickled_to_find_damage(tmp_path, monkeypatch):
+    folder = save(tmp_path, 2)
+    monkeypatch.setattr("pickle.load", None)
+    monkeypatch.setattr("torch.load", None)
+    monkeypatch.setattr(FakeEngine, "load", None)
+    assert checkpoint.newest_intact(tmp_path) == folder
+
+
+# --- a folder replaced as a whole ---
+
+
+def write_files(text):
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        for name in "abc":
+            (folder / name).write_text(text)
+
+    return write
+
+
+def content(folder):
+    return [(folder / name).read_text() for name in "abc"] if folder.exists() else None
+
+
+def test_a_folder_is_made_and_replaced(tmp_path):
+    best = tmp_path / "best"
+    for text in ("one", "two"):
+        checkpoint.replace_folder(best, write_files(text))
+        assert content(best) == [text] * 3
+    assert names(tmp_path) == ["best"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_killed_anywhere_a_replaced_folder_is_never_half_written(tmp_path):
+    best = tmp_path / "best"
+
+    def prepare():
+        for folder in list(tmp_path.iterdir()):
+            shutil.rmtree(folder)
+        checkpoint.replace_folder(best, write_files("old"))
+
+    seen = []
+    for _ in moments(lambda: checkpoint.replace_folder(best, write_files("new")), prepare):
+        found = content(best)
+        if found is None:  # between two renames: the old one is whole under its other name
+            assert content(tmp_path / ".best.old") == ["old"] * 3
+        else:
+            assert found in (["old"] * 3, ["new"] * 3)
+        seen.append(found)
+        checkpoint.replace_folder(best, write_files("newer"))
+        assert content(best) == ["newer"] * 3
+        assert len(list(tmp_path.iterdir())) == 1
+    assert ["old"] * 3 in seen
+    assert ["new"] * 3 in seen
+
+
+def test_json_files(tmp_path):
+    path = tmp_path / "run.json"
+    checkpoint.write_json(path, {"status": "running"})
+    assert checkpoint.read_json(path) == {"status": "running"}
+    for broken in ("{", "\xff"):
+        path.write_text(broken, encoding="latin-1")
+        with pytest.raises(UserError, match=r"run\.json cannot be read"):
+            checkpoint.read_json(path)
+    with pytest.raises(UserError, match=r"none\.json cannot be read"):
+        checkpoint.read_json(tmp_path / "none.json")

@@ -1,0 +1,32 @@
+import dataclasses
+import inspect
+
+import pytest
+import torch
+
+from ki_ds.signals import HiddenSignal, Teacher
+from ki_ds.teachers.online import OnlineTeacher
+
+TEACHERS = [OnlineTeacher]
+
+
+def public_methods(kind):
+    return {name: m for name, m in vars(kind).items() if inspect.isfunction(m) and not name.startswith("_")}
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_every_teacher_has_the_protocols_methods_and_no_others(kind):
+    """The trainer must not come to depend on what only one kind of teacher can do."""
+    promised, given = public_methods(Teacher), public_methods(kind)
+    assert promised.keys() == {"signal", "free"} == given.keys()
+    for name, method in promised.items():
+        expected, found = inspect.signature(method), inspect.signature(inspect.unwrap(given[name]))
+        assert list(found.parameters) == list(expected.parameters)
+        assert found.return_annotation == expected.return_annotation
+
+
+def test_a_signal_cannot_be_changed():
+    signal = HiddenSignal(torch.zeros(3, 2), torch.zeros(5, 2), None)
+    for field in dataclasses.fields(signal):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(signal, field.name, torch.ones(1))
