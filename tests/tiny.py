@@ -26,6 +26,7 @@ def tiny_corpus(folder: Path, *, num_documents: int = 120, vocab_size: int = 320
     lines = []
     for _ in range(num_documents):
         lines += [" ".join(choose.choice(part) for part in parts) + "." for _ in range(6)] + [""]
+    folder.parent.mkdir(parents=True, exist_ok=True)
     text = folder.with_suffix(".txt")
     text.write_text("\n".join(lines), encoding="utf-8")
     spec = TokenizerSpec(vocab_size=vocab_size)

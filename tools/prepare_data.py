@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="corpus folder to make")
     parser.add_argument("--tokenizer", help="Hugging Face tokenizer, folder or hub name")
     parser.add_argument("--train_tokenizer", action="store_true", help="train byte-level BPE on the corpus instead")
-    parser.add_argument("--vocab_size", type=int, default=50_265, help="ids of the tokenizer to train")
+    parser.add_argument("--vocab_size", type=int, help="ids of the tokenizer to train (default 50,265)")
     parser.add_argument("--num_workers", type=int, help="processes (default: one a core)")
     parser.add_argument("--valid_fraction", type=float, default=1 / 200, help="share of documents for validation")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of validation documents")
@@ -26,9 +26,11 @@ def main() -> None:
     args = parser.parse_args()
     if (args.tokenizer is None) != args.train_tokenizer:
         raise UserError("--tokenizer and --train_tokenizer: exactly one of them says where the tokenizer comes from")
+    if args.vocab_size is not None and args.tokenizer is not None:
+        raise UserError(f"--vocab_size={args.vocab_size} has no meaning with --tokenizer; leave it out")
     corpus = build_store(
         args.input,
-        TokenizerSpec(vocab_size=args.vocab_size) if args.train_tokenizer else args.tokenizer,
+        TokenizerSpec(vocab_size=args.vocab_size or 50_265) if args.train_tokenizer else args.tokenizer,
         args.out,
         num_workers=args.num_workers,
         valid_fraction=args.valid_fraction,
