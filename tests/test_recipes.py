@@ -1,0 +1,56 @@
+import re
+
+import pytest
+
+from ki_ds.chain import RECIPES
+from ki_ds.config import parse
+from ki_ds.demo import demo_jobs
+from tests.tiny import ROOT
+
+# Every recipe, with what it is laid over. A base stands alone.
+STACKS = {
+    "demo_mlm.yaml": [],
+    "demo_mlm_teacher.yaml": ["demo_mlm.yaml"],
+    "demo_mlm_inherit.yaml": ["demo_mlm.yaml"],
+    "demo_causal.yaml": [],
+    "demo_causal_teacher.yaml": ["demo_causal.yaml"],
+    "demo_causal_inherit.yaml": ["demo_causal.yaml"],
+    "demo_smoke.yaml": ["demo_mlm.yaml"],
+    "demo_smoke_inherit.yaml": ["demo_mlm.yaml", "demo_mlm_inherit.yaml", "demo_smoke.yaml"],
+}
+
+
+def arguments(recipes):
+    return [part for name in recipes for part in ("--config", str(RECIPES / name))]
+
+
+def test_every_recipe_is_known_here():
+    assert {p.name for p in RECIPES.iterdir()} == STACKS.keys()
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_every_recipe_describes_a_run(name):
+    parse(arguments([*STACKS[name], name]))
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_an_overlay_changes_something(name):
+    if below := STACKS[name]:
+        assert parse(arguments([*below, name])) != parse(arguments(below))
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_files_that_a_recipe_names_exist(name):
+    run = parse(arguments([*STACKS[name], name]))
+    assert (ROOT / run.engine.ds_config).is_file()
+    for mentioned in re.findall(r"(?:launchers|ds_configs|tools)/[\w/.]+\w", (RECIPES / name).read_text()):
+        assert (ROOT / mentioned).exists(), mentioned
+    for mentioned in re.findall(r"\w+\.yaml", (RECIPES / name).read_text()):
+        assert (RECIPES / mentioned).exists(), mentioned
+
+
+@pytest.mark.parametrize("task", ["mlm", "causal"])
+def test_by_hand_a_recipe_is_the_demos_run(task):
+    """`--config demo_TASK.yaml --config demo_TASK_inherit.yaml` goes on in the very folder that the demo made."""
+    for job in demo_jobs(task, "full", 1):
+        assert parse(arguments(job.recipes)) == parse(job.arguments())
