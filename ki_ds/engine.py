@@ -46,6 +46,7 @@ import deepspeed.ops
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils import logger as _deepspeed_logger
 
+ROOT = Path(__file__).resolve().parent.parent
 # Filled in from the run's configuration; a JSON may repeat them but not contradict them.
 _OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 _OWNED_BY = {
@@ -98,9 +99,13 @@ def _check_world(expected: int) -> None:
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
-    """The DeepSpeed JSON as a dict. Raises UserError when it is missing or not a JSON object."""
+    """The DeepSpeed JSON as a dict. Raises UserError when it is missing or not a JSON object.
+
+    A relative path is looked up from the working folder, then beside the package, where ds_configs/ lies.
+    """
+    file = Path(path) if Path(path).exists() else ROOT / path
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"engine.ds_config={path} cannot be read ({error}); take one of ds_configs/") from None
     if not isinstance(settings, dict):

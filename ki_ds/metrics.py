@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 
 from ki_ds.distributed import all_sum, is_main
@@ -119,32 +121,40 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class Display:
-    """A progress bar with ETA on a terminal, plain lines elsewhere, or nothing; silent on ranks above 0."""
+    """A progress bar with ETA and a line of figures on a terminal, plain lines elsewhere, or nothing.
+
+    Silent on ranks above 0.
+    """
 
     def __init__(self, kind: str, *, title: str, num_steps: int, start_step: int):
-        self._progress: Progress | None = None
-        self._lines, self._title, self._num_steps = False, title, num_steps
-        if not is_main() or kind == "none":
-            return
-        self._lines = kind == "lines" or (kind == "auto" and not sys.stdout.isatty())
-        if not self._lines:
+        self._title, self._num_steps, self._start_step = title, num_steps, start_step
+        self._started, self._valid = time.monotonic(), ""
+        bar = kind == "bar" or (kind == "auto" and sys.stdout.isatty())
+        self._lines = is_main() and not bar and kind != "none"
+        self._live: Live | None = None
+        if is_main() and bar:
             columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            text = TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}")
-            self._progress = Progress(*columns, *text, console=Console(force_terminal=True), refresh_per_second=4)
-            self._task = self._progress.add_task(title, total=num_steps, completed=start_step, figures="")
-            self._progress.start()
-        self._valid, self._started, self._start_step = "", time.monotonic(), start_step
+            self._progress = Progress(*columns, TextColumn("eta"), TimeRemainingColumn())
+            self._task = self._progress.add_task(title, total=num_steps, completed=start_step)
+            self._live = Live(self._progress, console=Console(force_terminal=True), refresh_per_second=4)
+            self._live.start()
 
     def advance(self, step: int) -> None:
         """Show that `step` updates are done."""
-        if self._progress:
+        if self._live:
             self._progress.update(self._task, completed=step)
 
     def figures(self, step: int, figures: dict[str, float]) -> None:
         """Show a line of training figures."""
         parts = [f"{figures['tokens_per_second']:,.0f} tokens/s", f"alpha {figures['alpha']:.2f}"]
         parts += [f"ce {figures['ce']:.3f}", f"kl {figures['kl']:.3f}", f"lr {figures['lr']:.1e}"]
-        self._show(step, "  ".join(parts))
+        text = "  ".join(parts) + self._valid
+        if self._live:
+            self._live.update(Group(self._progress, Text(text)))
+        elif self._lines:
+            done = max(step - self._start_step, 1)
+            eta = (time.monotonic() - self._started) / done * (self._num_steps - step)
+            print(f"{self._title} step {step}/{self._num_steps}  eta {eta:.0f} s  {text}", flush=True)
 
     def validation(self, step: int, ppl: float) -> None:
         """Show a validation perplexity, which then stays beside the other figures."""
@@ -152,15 +162,7 @@ class Display:
         if self._lines:
             print(f"{self._title} step {step}/{self._num_steps}{self._valid}", flush=True)
 
-    def _show(self, step: int, text: str) -> None:
-        if self._progress:
-            self._progress.update(self._task, completed=step, figures=text + self._valid)
-        elif self._lines:
-            done = max(step - self._start_step, 1)
-            eta = (time.monotonic() - self._started) / done * (self._num_steps - step)
-            print(f"{self._title} step {step}/{self._num_steps}  eta {eta:.0f} s  {text}{self._valid}", flush=True)
-
     def close(self) -> None:
         """Leave the terminal in order."""
-        if self._progress:
-            self._progress.stop()
+        if self._live:
+            self._live.stop()

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     GPT2Config,
+    PreTrainedConfig,
     PreTrainedModel,
     RobertaConfig,
 )
@@ -157,7 +158,12 @@ def _from_folder(model: ModelConfig, task: Task) -> PreTrainedModel:
     folder = model_folder(model.name)
     if model.init == "pretrained":
         return load_lm(folder, task, torch.float32, what="model.name")
-    return _auto(task).from_config(_read(lambda: AutoConfig.from_pretrained(folder), "model.name", folder))
+    return _auto(task).from_config(read_config(folder, what="model.name"))
+
+
+def read_config(folder: str, *, what: str) -> PreTrainedConfig:
+    """The configuration of a Hugging Face folder or hub name. Raises UserError, naming the field `what`."""
+    return _read(lambda: AutoConfig.from_pretrained(folder), what, folder)
 
 
 def load_lm(folder: str, task: Task, dtype: torch.dtype, *, what: str) -> PreTrainedModel:

@@ -297,34 +297,38 @@ def _manifest(
 def _loop(run: Run) -> None:
     config, totals = run.config, run.totals
     last = min(config.train.stop_at_step or config.train.num_steps, config.train.num_steps)
+    say(f"loss backend: {run.manifest['loss_backend']}")
     log = MetricsLog(run.run_dir / "metrics.jsonl", resume_step=totals.step)
     display = Display(
         config.monitor.progress, title=run.run_dir.name, num_steps=config.train.num_steps, start_step=totals.step
     )
     watch, window = Stopwatch(totals.seconds), Window(run.device)
-    say(f"loss backend: {run.manifest['loss_backend']}")
-    if totals.step == 0:
-        _validate(run, log, display)
-    watch.run()
-    for micro_batches in _batches(run, last):
-        if run.teacher is not None and totals.step >= run.inheriting_steps:
-            _free_teacher(run, log)
-        rate = train_step(run, micro_batches, window)
-        totals.step += 1
-        totals.samples += config.train.global_batch_size
-        display.advance(totals.step)
-        at_end = totals.step == last
-        if at_end or any(totals.step % n == 0 for n in (config.train.log_every, config.train.eval_every)):
-            _report(run, log, display, watch, window, rate)
-            window = Window(run.device)
-            if at_end or totals.step % config.train.eval_every == 0:
-                _validate(run, log, display)
-        if at_end or totals.step % config.train.save_every == 0:
-            totals.seconds = watch.pause()
-            _save(run)
+    with contextlib.closing(display):
+        if totals.step == 0:
+            _validate(run, log, display)
         watch.run()
-    display.close()
+        for micro_batches in _batches(run, last):
+            if run.teacher is not None and totals.step >= run.inheriting_steps:
+                _free_teacher(run, log)
+            rates = train_step(run, micro_batches, window)
+            totals.step += 1
+            totals.samples += config.train.global_batch_size
+            display.advance(totals.step)
+            at_end = totals.step == last
+            if at_end or _due(totals.step, config.train.log_every, config.train.eval_every):
+                _report(run, log, display, watch, window, rates)
+                window = Window(run.device)
+            if at_end or _due(totals.step, config.train.eval_every):
+                _validate(run, log, display)
+            if at_end or _due(totals.step, config.train.save_every):
+                totals.seconds = watch.pause()
+                _save(run)
+            watch.run()
     _finish(run, last)
+
+
+def _due(step: int, *every: int) -> bool:
+    return any(step % n == 0 for n in every)
 
 
 def _batches(run: Run, last: int) -> TrainBatches:

@@ -66,6 +66,15 @@ def test_a_student_inherits_and_everything_is_reported(base, task):
     assert valid[-1]["ppl"] < valid[0]["ppl"]
 
 
+def test_monitors_get_the_same_figures_under_the_same_names(base):
+    run_dir = inherit(base, "monitored", monitor={"csv": True}, data={"num_workers": 1}, train={"num_steps": 4})
+    for name in ("loss", "ce", "kl", "alpha", "lr", "tokens_per_second"):
+        lines = (run_dir / "monitor" / "csv" / f"train_{name}.csv").read_text().splitlines()[1:]
+        values = [(r["samples"], r[name]) for r in records(run_dir, "train")]
+        assert [tuple(map(float, line.split(","))) for line in lines] == [pytest.approx(pair) for pair in values]
+    assert (run_dir / "monitor" / "csv" / "valid_ppl.csv").exists()
+
+
 @pytest.mark.parametrize("task", ["mlm", "causal"])
 def test_validation_is_the_exported_models_own_perplexity(base, task):
     run_dir = base / f"{task}_teacher"

@@ -18,6 +18,7 @@ from ki_ds.models import (
     load_lm,
     max_positions,
     model_folder,
+    read_config,
     weights_sha256,
 )
 from ki_ds.signals import Teacher
@@ -54,6 +55,7 @@ def make_teacher(
     folder = model_folder(config.path)
     name = "fp16" if device.type == "cuda" else "fp32"
     dtype = DTYPES[name if config.dtype == "auto" else config.dtype]
+    read_config(folder, what="teacher.path")  # the cheapest way to find that it is no model at all
     checked = _check_tokenizer(folder, tokenizer_sha256)
     lm = load_lm(folder, task, dtype, what="teacher.path")
     _check_shape(lm, config.path, num_classes=num_classes, seq_len=seq_len)
