@@ -1,0 +1,224 @@
+"""launchers/train_ki.sh: read by bash and by Python, started in every way that the README names."""
+
+import json
+import os
+import py_compile
+import runpy
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from ki_ds.config import parse
+from ki_ds.distributed import free_port
+from tests.tiny import ROOT, environment, tiny_config, tiny_corpus, write_config
+
+SCRIPT = "launchers/train_ki.sh"
+RANKS = {"RANK": "0", "WORLD_SIZE": "2"}
+MPIRUN = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
+SRUN = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+# --- bash's half, with stand-ins for deepspeed and Python ---
+
+
+@pytest.fixture
+def stand_ins(tmp_path):
+    """An environment in which `deepspeed` and `python3` only say how they were called."""
+    for name in ("deepspeed", "python3", "mypython"):
+        path = tmp_path / name
+        path.write_text(f'#!/usr/bin/env bash\necho {name} "$@"\n')
+        path.chmod(0o755)
+    kept = {k: v for k, v in environment().items() if not k.startswith(("OMPI_", "SLURM_", "KI_DS_", "PYTHON"))}
+    return {**kept, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+def started(arguments, env):
+    result = subprocess.run(
+        ["bash", SCRIPT, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
+    )
+    return result.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, ["deepspeed"]),
+        ({"KI_DS_ARGS": "--num_gpus 2 --bind_cores_to_rank"}, ["deepspeed", "--num_gpus", "2", "--bind_cores_to_rank"]),
+        ({"RANK": "0"}, ["deepspeed"]),  # a variable that others set as well does not make a rank
+        ({"SLURM_PROCID": "0"}, ["deepspeed"]),  # a batch job outside srun
+        (RANKS, ["python3", "-u"]),
+        (MPIRUN, ["python3", "-u"]),
+        (SRUN, ["python3", "-u"]),
+        (RANKS | {"PYTHON": "mypython"}, ["mypython", "-u"]),
+    ],
+)
+def test_bash_launches_unless_a_launcher_has_started_this_rank(said, expected, stand_ins):
+    arguments = ["--config", "a.yaml", "--optim.lr", "3e-4"]
+    assert started(arguments, stand_ins | said) == [*expected, SCRIPT, *arguments]
+
+
+@pytest.mark.parametrize("question", ["--help", "-h", "--print_config"])
+def test_a_question_needs_no_ranks(question, stand_ins):
+    assert started(["--config", "a.yaml", question], stand_ins)[0] == "python3"
+
+
+def test_bash_reads_the_file(tmp_path):
+    subprocess.run(["bash", "-n", SCRIPT], cwd=ROOT, check=True)
+    assert os.access(ROOT / SCRIPT, os.X_OK)
+
+
+# --- Python's half, with a stand-in for the training ---
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """called(*arguments): what the file passes to `main`, and LOCAL_RANK then; the exit code is main's."""
+
+    def call(*arguments):
+        seen = {}
+
+        def main(argv):
+            seen.update(argv=argv, local_rank=os.environ.get("LOCAL_RANK"))
+            return 7
+
+        monkeypatch.setitem(sys.modules, "ki_ds.train", SimpleNamespace(main=main))
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
+        assert caught.value.code == 7
+        return seen["argv"], seen["local_rank"]
+
+    monkeypatch.setenv("LOCAL_RANK", "")  # put back at the end, whatever the file sets
+    monkeypatch.delenv("LOCAL_RANK")
+    return call
+
+
+def test_python_reads_the_file(tmp_path):
+    py_compile.compile(str(ROOT / SCRIPT), cfile=str(tmp_path / "out.pyc"), doraise=True)
+
+
+@pytest.mark.parametrize("name", ["--local_rank", "--local-rank"])
+def test_the_local_rank_is_no_field_of_ours(name, called):
+    assert called(f"{name}=1", "--seed", "3") == (["--seed", "3"], "1")
+
+
+def test_the_environment_knows_the_local_rank_better(called, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    assert called("--local_rank=1", "--seed", "3") == (["--seed", "3"], "4")
+
+
+def test_without_arguments_it_is_the_demos_inheriting_run(called):
+    arguments, _ = called("--local_rank=0")
+    run = parse(arguments)
+    assert (run.run_dir, run.task, run.inherit.schedule) == ("runs/demo_mlm/inherit", "mlm", "linear")
+    assert all(os.path.isabs(path) for path in arguments[1::2])
+
+
+# --- the whole, for real ---
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return tiny_corpus(tmp_path_factory.mktemp("launcher") / "corpus", num_documents=40)
+
+
+@pytest.fixture
+def two_steps(corpus, tmp_path):
+    """A configuration file of two steps; its run folder lies beside it."""
+    train = {"num_steps": 2, "eval_every": 2, "save_every": 2}
+    return write_config(tmp_path / "tiny.yaml", tiny_config(tmp_path / "run", corpus, train=train))
+
+
+def launch(command, *, cwd=ROOT, timeout=240, **extra):
+    return subprocess.run(
+        [str(part) for part in command],
+        env=environment(**extra),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def trained_on_two_ranks(result, config):
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    manifest = json.loads((config.parent / "run" / "run.json").read_text())
+    assert (manifest["status"], manifest["world_size"]) == ("finished", 2)
+    assert result.stdout.count("finished; best valid ppl") == 1
+
+
+def deepspeed(*options):
+    """The command, with a port of its own: its usual one may be taken by another run on this machine."""
+    return ["deepspeed", "--master_port", free_port(), "--num_gpus", "2", *options, SCRIPT]
+
+
+def test_deepspeed(two_steps):
+    trained_on_two_ranks(launch([*deepspeed(), "--config", two_steps]), two_steps)
+
+
+def test_torchrun(two_steps):
+    command = ["torchrun", "--master_port", free_port(), "--nproc_per_node", "2", SCRIPT, "--config", two_steps]
+    trained_on_two_ranks(launch(command), two_steps)
+
+
+def test_mpirun(two_steps):
+    if shutil.which("mpirun", path=environment()["PATH"]) is None:
+        pytest.skip("mpirun is not installed (pip install ki_ds[mpi])")
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    command = ["mpirun", "-n", "2", "--oversubscribe", "bash", SCRIPT, "--config", two_steps]
+    trained_on_two_ranks(launch(command, **root), two_steps)
+
+
+@pytest.mark.slow
+def test_bash(two_steps):
+    options = f"--num_gpus 2 --master_port {free_port()}"
+    trained_on_two_ranks(launch(["bash", SCRIPT, "--config", two_steps], KI_DS_ARGS=options), two_steps)
+
+
+@pytest.mark.slow
+def test_the_file_itself(two_steps):
+    options = f"--num_gpus 2 --master_port {free_port()}"
+    trained_on_two_ranks(launch([f"./{SCRIPT}", "--config", two_steps], KI_DS_ARGS=options), two_steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--no_python"], ["--no_local_rank"], ["--no_python", "--no_local_rank"]])
+def test_deepspeeds_other_ways_to_start_a_rank(options, two_steps):
+    trained_on_two_ranks(launch([*deepspeed(*options), "--config", two_steps]), two_steps)
+
+
+def test_a_typo_is_one_line_through_deepspeed(two_steps):
+    result = launch([*deepspeed(), "--config", two_steps, "--optim.lrr", "1"])
+    said = (result.stdout + result.stderr).splitlines()
+    (line,) = [line for line in said if line.startswith("error:")]
+    assert "optim.lrr" in line
+    assert result.returncode == 2
+    assert not any("Traceback" in line for line in said)
+    assert not (two_steps.parent / "run").exists()
+
+
+def test_help_explains_every_field_without_a_launch():
+    result = launch(["bash", SCRIPT, "--help"], KI_DS_ARGS="--no_such_option")
+    assert result.returncode == 0, result.stderr[-2000:]
+    text = " ".join(result.stdout.split())
+    for words in (
+        "deepspeed launchers/train_ki.sh",
+        "--inherit.schedule",
+        "T_inherit",
+        "peak learning rate",
+        "--run_dir",
+    ):
+        assert words in text
+
+
+def test_without_arguments_and_without_the_demo_one_line_says_what_to_make(tmp_path):
+    result = launch([sys.executable, ROOT / SCRIPT], cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "runs/demo_mlm/corpus is no prepared corpus" in line
+    assert "; " in line  # what is wrong; what to do
