@@ -100,7 +100,8 @@ def inheritance_loss(
         student_logits: [..., V] in float32, bfloat16 or float16; left as they are.
         labels: [...] class numbers; rows with `ignore_index` are skipped.
         teacher_logits: [..., V'] in any of these dtypes; never differentiated, not touched if alpha is 0.0.
-        alpha: weight of the teacher in [0, 1], a float or a 0-d tensor (a device tensor costs no host sync).
+        alpha: weight of the teacher in [0, 1], a float or a 0-d tensor (a device tensor costs no host sync). Where
+            no teacher is given the labels count alone; a float other than 0.0 is then an error.
         tau: temperature of both softmaxes in the KL.
         num_classes: the real vocabulary size; columns from there on are padding, which takes no probability
             and gets a gradient of exactly 0. None: V, which the teacher must then share.
@@ -122,7 +123,9 @@ def inheritance_loss(
         backend=backend,
     )
     widths, teachers = {"student_logits": student_logits.shape[-1]}, []
-    if teacher_logits is not None and call.uses_teacher:
+    if teacher_logits is None:
+        call = call.without_teacher("teacher_logits")
+    elif call.uses_teacher:
         _check_teacher_logits("teacher_logits", teacher_logits, student_logits)
         check_rows("teacher_logits", teacher_logits.shape[:-1], student_logits)
         teachers = [flat(teacher_logits).detach()]
@@ -276,7 +279,9 @@ def linear_inheritance_loss(
     heads = []
     if (teacher_hidden is None) != (teacher_weight is None):
         raise UserError("teacher_hidden and teacher_weight belong together; give both or neither")
-    if teacher_hidden is not None and teacher_weight is not None and call.uses_teacher:
+    if teacher_hidden is None or teacher_weight is None:
+        call = call.without_teacher("teacher_hidden and teacher_weight")
+    elif call.uses_teacher:
         check_rows("teacher_hidden", teacher_hidden.shape[:-1], student_hidden)
         heads = [HeadArguments(teacher_hidden, teacher_weight, teacher_bias, None)]
     return LossOutput(

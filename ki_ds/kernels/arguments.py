@@ -98,6 +98,12 @@ class Call:
         call = replace(self, labels_N=self.labels_N[rows], row_weights_N=weights)
         return replace(call, alpha=0.0, alpha_tensor=None) if label_only else call
 
+    def without_teacher(self, missing: str) -> "Call":
+        """The call with its labels alone, as no teacher was given: an error if alpha asks for one."""
+        if self.alpha != 0.0:
+            raise UserError(f"alpha={self.alpha} needs a teacher; give {missing}, or alpha=0.0")
+        return replace(self, alpha_tensor=None)
+
     # -- checks of what only some functions have
 
     def check_topk(self, ids: Tensor, probs: Tensor, semantics: str, inputs: Tensor) -> list[Tensor]:
@@ -192,7 +198,7 @@ class Call:
             self.backend,
             _wants_grad(logits),
         )
-        return sums[:4]
+        return sums[0], sums[1], sums[2], sums[3]
 
     def from_hidden(
         self,
@@ -242,7 +248,7 @@ class Call:
             _wants_grad(weight),
             _wants_grad(bias),
         )
-        return sums[:4]
+        return sums[0], sums[1], sums[2], sums[3]
 
 
 def _backend(backend: str, inputs: Tensor) -> str:

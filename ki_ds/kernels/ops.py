@@ -1,11 +1,15 @@
-"""Custom operators of the loss: one node each for autograd, and a fake for torch.compile.
+"""The loss as one node of autograd each: from hidden states, and from logits.
 
-Both operators compute the student's gradients together with the loss and keep them until backward, which
+Eagerly a node is an `autograd.Function`; while torch.compile traces, it is a custom operator with a fake, which
+the compiled graph calls as it is (dispatching one costs 0.4 ms, which is why it is not used eagerly).
+
+Both compute the student's gradients together with the loss and keep them until backward, which
 only multiplies them by the incoming gradient (and takes `grad_scale` out). Arguments are flat because an
 operator's schema knows tensors, numbers, strings and lists of them, but no dataclass.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +50,7 @@ def _task(
     )
 
 
-@torch.library.custom_op("ki_ds::linear_loss", mutates_args=())
-def linear_loss(
+def _linear_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -100,8 +103,7 @@ def _heads(tensors: Sequence[Tensor], *, routed: bool) -> list[Head]:
     return heads
 
 
-@linear_loss.register_fake
-def _(hidden, weight, bias, labels, row_weights, *args):
+def _linear_fake(hidden, weight, bias, labels, row_weights, *args):
     dtype = compute_dtype(hidden)
     wants_hidden, wants_weight, wants_bias = args[-3:]
     scalars = [hidden.new_empty((), dtype=dtype) for _ in range(3)]
@@ -115,7 +117,7 @@ def _(hidden, weight, bias, labels, row_weights, *args):
 
 
 def _no_grads(inputs: Sequence[object]) -> list[object]:
-    """The structure that a backward returns: None for every input, a list of None for a list of tensors."""
+    """What an operator's backward returns before gradients are put in: None, for a list of tensors one each."""
     return [
         [None] * len(value) if isinstance(value, (list, tuple)) and all(isinstance(v, Tensor) for v in value) else None
         for value in inputs
@@ -130,26 +132,65 @@ def _keep_linear_grads(ctx, inputs, output):
     ctx.wanted = inputs[-3:]
     ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     ctx.grad_scale = grad_scale_for(hidden.dtype)
+    ctx.backend = inputs[-4]
+    ctx.spent = False
     ctx.save_for_backward(*output[4:])
 
 
 def _linear_backward(ctx, grad_loss, *_):
-    if torch.is_grad_enabled():
-        raise RuntimeError(NO_DOUBLE_BACKWARD)
+    _check_first_order(ctx)
     grads = list(ctx.no_grads)
     if grad_loss is not None:
         factor = grad_loss / ctx.grad_scale
         saved = Gradients(*ctx.saved_tensors)
         for i, (grad, dtype, wanted) in enumerate(zip(saved, ctx.dtypes, ctx.wanted, strict=True)):
-            grads[i] = (grad.to(factor.dtype) * factor).to(dtype) if wanted else None
+            grads[i] = _times(ctx, grad, factor, dtype) if wanted else None
     return tuple(grads)
 
 
-linear_loss.register_autograd(_linear_backward, setup_context=_keep_linear_grads)
+def _check_first_order(ctx: Any) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(NO_DOUBLE_BACKWARD)
+    if ctx.spent:
+        raise RuntimeError(NO_SECOND_BACKWARD)
 
 
-@torch.library.custom_op("ki_ds::logits_loss", mutates_args=())
-def logits_loss(
+def _times(ctx: Any, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * factor in `dtype`, in the gradient's own memory where that fits."""
+    # float64 is for checks such as gradcheck, which walk a graph twice; a traced graph may not mutate
+    if grad.dtype == torch.float64 or type(grad) is not Tensor:
+        return (grad.to(factor.dtype) * factor).to(dtype)
+    ctx.spent = True
+    if grad.dtype == dtype:
+        scale_(grad, factor, ctx.backend)
+        return grad
+    return (grad.to(factor.dtype) * factor).to(dtype)
+
+
+linear_loss_op = torch.library.custom_op("ki_ds::linear_loss", _linear_loss, mutates_args=())
+linear_loss_op.register_fake(_linear_fake)
+linear_loss_op.register_autograd(_linear_backward, setup_context=_keep_linear_grads)
+
+
+class LinearLoss(torch.autograd.Function):
+    """`linear_loss_op` without the dispatcher."""
+
+    backward = staticmethod(_linear_backward)
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _linear_loss(*inputs)
+        _keep_linear_grads(ctx, inputs, output)
+        ctx.no_grads = [None] * len(inputs)
+        return output
+
+
+def linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
+    """The outputs of `_linear_loss`, of which the first, loss_sum, is differentiable."""
+    return linear_loss_op(*arguments) if torch.compiler.is_compiling() else LinearLoss.apply(*arguments)
+
+
+def _logits_loss(
     logits: Tensor,
     labels: Tensor,
     row_weights: Tensor | None,
@@ -187,14 +228,12 @@ def logits_loss(
     return (*sums, num_rows, grad)
 
 
-@logits_loss.register_fake
-def _(logits, labels, *args):
+def _logits_fake(logits, labels, *args):
     scalars = [logits.new_empty((), dtype=compute_dtype(logits)) for _ in range(3)]
     grad = torch.empty_like(logits) if args[-1] else logits.new_empty(0)
     return (*scalars, labels.new_empty((), dtype=torch.int64), grad)
 
 
-@torch.library.custom_op("ki_ds::scale_", mutates_args=("tensor",))
 def scale_(tensor: Tensor, factor: Tensor, backend: str) -> None:
     """Multiply in place by a 0-d factor that may not fit the tensor's own dtype; 1 costs no pass."""
     if backend == "triton":
@@ -219,22 +258,32 @@ def _keep_logits_grad(ctx, inputs, output):
 
 
 def _logits_backward(ctx, grad_loss, *_):
-    if torch.is_grad_enabled():
-        raise RuntimeError(NO_DOUBLE_BACKWARD)
-    if ctx.spent:
-        raise RuntimeError(NO_SECOND_BACKWARD)
+    _check_first_order(ctx)
     grads = list(ctx.no_grads)
     if grad_loss is not None:
         (grad,) = ctx.saved_tensors
-        factor = grad_loss / ctx.grad_scale
-        # float64 is for checks such as gradcheck, which walk a graph twice; a traced graph may not mutate
-        if grad.dtype == torch.float64 or type(grad) is not Tensor:
-            grads[0] = (grad.to(factor.dtype) * factor).to(grad.dtype)
-        else:
-            ctx.spent = True
-            scale_(grad, factor, ctx.backend)
-            grads[0] = grad
+        grads[0] = _times(ctx, grad, grad_loss / ctx.grad_scale, grad.dtype)
     return tuple(grads)
 
 
-logits_loss.register_autograd(_logits_backward, setup_context=_keep_logits_grad)
+logits_loss_op = torch.library.custom_op("ki_ds::logits_loss", _logits_loss, mutates_args=())
+logits_loss_op.register_fake(_logits_fake)
+logits_loss_op.register_autograd(_logits_backward, setup_context=_keep_logits_grad)
+
+
+class LogitsLoss(torch.autograd.Function):
+    """`logits_loss_op` without the dispatcher."""
+
+    backward = staticmethod(_logits_backward)
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _logits_loss(*inputs)
+        _keep_logits_grad(ctx, inputs, output)
+        ctx.no_grads = [None] * len(inputs)
+        return output
+
+
+def logits_loss(*arguments: Any) -> tuple[Tensor, ...]:
+    """The outputs of `_logits_loss`, of which the first, loss_sum, is differentiable."""
+    return logits_loss_op(*arguments) if torch.compiler.is_compiling() else LogitsLoss.apply(*arguments)

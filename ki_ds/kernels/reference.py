@@ -119,6 +119,9 @@ class _Block:
         # what every gradient of a row is multiplied by
         self.scale: float | Tensor = task.grad_scale if scale_R is None else scale_R[:, None] * task.grad_scale
         self.lse_R1 = self.kl_R1 = self.label_logit_R1
+        # where the gradient is computed at once if it needs no rounding
+        same = grad_RV is not None and grad_RV.dtype == self.logits_RC.dtype
+        self.target_RC = grad_RV[:, : task.num_classes] if grad_RV is not None and same else None
 
     # -- the three kinds of rows
 
@@ -126,8 +129,7 @@ class _Block:
         plain = _softmax(self.logits_RC, 1.0)
         self.lse_R1 = plain.lse
         if self.grad_RV is not None:
-            weighted = isinstance(self.scale, Tensor) or self.scale != 1.0
-            self._write(plain.prob.mul_(self.scale) if weighted else plain.prob, self.scale)
+            self._write(torch.mul(plain.prob, self.scale, out=self.target_RC), self.scale)
 
     def dense(self, teacher_RV: Tensor) -> None:
         task = self.task
@@ -150,7 +152,7 @@ class _Block:
             grad_RC.add_(kl_weight).mul_(student.prob)
         else:
             grad_RC = plain.prob.mul_(ce_weight).add_(student.prob.mul_(kl_weight))
-        self._write(grad_RC.sub_(teacher.prob.mul_(kl_weight)), ce_weight)
+        self._write(torch.sub(grad_RC, teacher.prob.mul_(kl_weight), out=self.target_RC), ce_weight)
 
     def topk(self, ids_RK: Tensor, probs_RK: Tensor) -> None:
         task = self.task
@@ -177,7 +179,8 @@ class _Block:
             grad_RC.sub_(ce_weight * on_others)
             on_label = ce_weight * (1 - task.label_smoothing - on_others)
         grad_RC.scatter_add_(1, self.label_R1, -on_label * torch.ones_like(self.label_logit_R1))
-        grad_RV[:, :num_classes].copy_(grad_RC)
+        if grad_RC is not self.target_RC:
+            grad_RV[:, :num_classes].copy_(grad_RC)
         if grad_RV.shape[1] > num_classes:
             grad_RV[:, num_classes:] = 0
         if self.ignored_R1 is not None:

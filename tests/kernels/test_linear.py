@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from ki_ds.kernels import linear
+from ki_ds.kernels.linear import Head, Problem, Wanted, default_chunk_rows, linear_rows
+from ki_ds.kernels.rows import RowTask
+
+
+def _problem(dtype=torch.float32, chunk_rows=4, **changes):
+    gen = torch.Generator().manual_seed(2)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=gen).to(dtype)
+
+    fields = {
+        "hidden_ND": normal(11, 6),
+        "weight_VD": normal(23, 6),
+        "bias_V": normal(23),
+        "labels_N": torch.randint(0, 20, (11,), generator=gen),
+        "row_weights_N": None,
+        "heads": [Head(normal(11, 3), normal(21, 3), None, None)],
+        "shares": [1.0],
+        "topk": None,
+        "task": RowTask(num_classes=20, alpha=0.5),
+        "chunk_rows": chunk_rows,
+        "backend": "torch",
+    }
+    return Problem(**(fields | changes))
+
+
+ALL = Wanted(True, True, True)
+
+
+def test_the_default_chunk_fits_its_budget_and_is_even():
+    logits = torch.zeros(1)
+    rows = default_chunk_rows(8192, 50304, logits)
+    assert rows % 128 == 0
+    assert rows * 50304 * 4 <= linear.CHUNK_BYTES_CPU + 128 * 50304 * 4
+    assert default_chunk_rows(100, 50304, logits) == 100
+    assert default_chunk_rows(0, 50304, logits) == 1
+
+
+def test_unwanted_gradients_are_not_made():
+    _, _, grads = linear_rows(_problem(), Wanted(False, True, False))
+    assert [g.numel() for g in grads] == [0, 23 * 6, 0]
+
+
+def test_half_precision_weights_gather_their_gradient_in_float32():
+    _, _, grads = linear_rows(_problem(torch.bfloat16), ALL)
+    assert grads.weight_VD.dtype == grads.bias_V.dtype == torch.float32
+    assert grads.hidden_ND.dtype == torch.bfloat16
+
+
+def test_ignored_rows_never_meet_a_head(monkeypatch):
+    problem = _problem()
+    problem.labels_N[3:9] = -100
+    problem.hidden_ND[3:9] = float("nan")
+    seen = []
+    project = linear.project
+    monkeypatch.setattr(linear, "project", lambda *a: seen.append(a[0].shape[0]) or project(*a))
+    sums, num_rows, grads = linear_rows(problem, ALL)
+    assert int(num_rows) == 5
+    assert sum(seen) == 10  # five rows of the student, five of the teacher
+    assert torch.isfinite(sums.loss)
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert not grads.hidden_ND[3:9].any()
+
+
+def test_only_one_chunk_of_logits_exists(monkeypatch):
+    sizes = []
+    project = linear.project
+    monkeypatch.setattr(linear, "project", lambda h, w, b, out: sizes.append(out.shape) or project(h, w, b, out))
+    linear_rows(_problem(), ALL)
+    assert max(rows for rows, _ in sizes) == 4
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_outer(first, dtype):
+    gen = torch.Generator().manual_seed(0)
+    total = torch.full((5, 3), 7.0)
+    grad, hidden = torch.randn(4, 5, generator=gen).to(dtype), torch.randn(4, 3, generator=gen).to(dtype)
+    linear.add_outer(total, grad, hidden, first=first)
+    want = grad.float().T @ hidden.float() + (0.0 if first else 7.0)
+    assert torch.allclose(total, want, atol=0.05)
