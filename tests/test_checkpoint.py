@@ -164,6 +164,15 @@ def test_no_checkpoint_yet(tmp_path):
     assert checkpoint.newest_intact(tmp_path / "nothing") is None
 
 
+def test_damaged_newer_ones_do_not_push_out_the_one_just_written(tmp_path):
+    """Resumed from step 4 because step 6 is damaged, and saved at another step than before."""
+    for step in (4, 6):
+        save(tmp_path, step)
+    (tmp_path / "step_00000006" / "state.json").unlink()
+    save(tmp_path, 5, keep=1)
+    assert checkpoint.newest_intact(tmp_path) == tmp_path / "step_00000005"
+
+
 # --- killed while saving ---
 
 

@@ -18,6 +18,7 @@ from tests.tiny import ROOT, environment, tiny_config, tiny_corpus, write_config
 SCRIPT = "launchers/train_ki.sh"
 RANKS = {"RANK": "0", "WORLD_SIZE": "2"}
 MPIRUN = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 SRUN = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
 
 
@@ -144,6 +145,10 @@ def launch(command, *, cwd=ROOT, timeout=240, **extra):
     )
 
 
+def error_lines(result):
+    return [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("error:")]
+
+
 def trained_on_two_ranks(result, config):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     manifest = json.loads((config.parent / "run" / "run.json").read_text())
@@ -165,12 +170,15 @@ def test_torchrun(two_steps):
     trained_on_two_ranks(launch(command), two_steps)
 
 
-def test_mpirun(two_steps):
+def mpirun():
+    """The command; the test is skipped by name where there is none."""
     if shutil.which("mpirun", path=environment()["PATH"]) is None:
         pytest.skip("mpirun is not installed (pip install ki_ds[mpi])")
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    command = ["mpirun", "-n", "2", "--oversubscribe", "bash", SCRIPT, "--config", two_steps]
-    trained_on_two_ranks(launch(command, **root), two_steps)
+    return ["mpirun", "-n", "2", "--oversubscribe"]
+
+
+def test_mpirun(two_steps):
+    trained_on_two_ranks(launch([*mpirun(), "bash", SCRIPT, "--config", two_steps], **AS_ROOT), two_steps)
 
 
 @pytest.mark.slow
@@ -193,12 +201,30 @@ def test_deepspeeds_other_ways_to_start_a_rank(options, two_steps):
 
 def test_a_typo_is_one_line_through_deepspeed(two_steps):
     result = launch([*deepspeed(), "--config", two_steps, "--optim.lrr", "1"])
-    said = (result.stdout + result.stderr).splitlines()
-    (line,) = [line for line in said if line.startswith("error:")]
+    (line,) = error_lines(result)
     assert "optim.lrr" in line
     assert result.returncode == 2
-    assert not any("Traceback" in line for line in said)
+    assert "Traceback" not in result.stdout + result.stderr
     assert not (two_steps.parent / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_typo_is_one_line_even_if_rank_0_is_the_last_to_see_it(two_steps, tmp_path):
+    """DeepSpeed ends all ranks with the first that fails: rank 0 must still come to say why."""
+    late = tmp_path / "late.sh"
+    late.write_text(f'#!/usr/bin/env bash\n[ "$RANK" = 0 ] && sleep 3\nexec {ROOT / SCRIPT} "$@"\n')
+    late.chmod(0o755)
+    command = [*deepspeed("--no_python")[:-1], late, "--config", two_steps, "--optim.lrr", "1"]
+    result = launch(command)
+    assert result.returncode == 2
+    assert len(error_lines(result)) == 1
+
+
+@pytest.mark.slow
+def test_a_typo_is_one_line_through_mpirun(two_steps):
+    result = launch([*mpirun(), "bash", SCRIPT, "--config", two_steps, "--optim.lrr", "1"], **AS_ROOT)
+    assert result.returncode == 2
+    assert len(error_lines(result)) == 1
 
 
 def test_help_explains_every_field_without_a_launch():
@@ -219,6 +245,6 @@ def test_without_arguments_and_without_the_demo_one_line_says_what_to_make(tmp_p
     result = launch([sys.executable, ROOT / SCRIPT], cwd=tmp_path)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    (line,) = error_lines(result)
     assert "runs/demo_mlm/corpus is no prepared corpus" in line
     assert "; " in line  # what is wrong; what to do
