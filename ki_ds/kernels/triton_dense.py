@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ki_ds.kernels.rows import RowTask, RowTerms
-from ki_ds.kernels.triton_rows import LN_2, LOG2_E, Tiling, clear_row, columns_of, gather_statistics
+from ki_ds.kernels.triton_rows import LN_2, LOG2_E, Tiling, clear_row, columns_of, gather_statistics, load_tail
 
 DEFAULT_TILING = Tiling()
 _LN_2 = tl.constexpr(LN_2)
@@ -55,6 +55,7 @@ def dense_rows(
         grad.stride(0),
         task.num_classes,
         student_NV.shape[1],
+        teacher.shape[1],
         0.0 if alpha_is_tensor else float(task.alpha),
         task.tau,
         task.label_smoothing,
@@ -116,6 +117,7 @@ def _write_gradient(
     grad_row,
     num_classes,
     num_columns,
+    teacher_columns,
     scale,
     lse,
     t_lse,
@@ -135,10 +137,10 @@ def _write_gradient(
     cols = columns_of(T, E)
     full = num_classes // (T * E) * (T * E)
     inside = full + cols < num_classes
-    z = tl.load(student_row + full + cols, mask=inside, other=0.0).to(tl.float32)
+    z = load_tail(student_row, full + cols, num_columns)
     t = z
     if HAS_TEACHER:
-        t = tl.load(teacher_row + full + cols, mask=inside, other=0.0).to(tl.float32)
+        t = load_tail(teacher_row, full + cols, teacher_columns)
     last = _gradient_tile(
         z, t, scale, lse, t_lse, square, plain_lse, ce_weight, kl_weight, shift, HAS_TEACHER, TAU_IS_2
     )
@@ -163,6 +165,7 @@ def _dense_row(
     alpha,
     num_classes,
     num_columns,
+    teacher_columns,
     tau,
     smoothing,
     HAS_TEACHER: tl.constexpr,
@@ -181,7 +184,19 @@ def _dense_row(
     if HAS_TEACHER:
         t_label = tl.load(teacher_row + label, mask=is_class, other=float("nan")).to(tl.float32)
     peak, soft, plain, t_peak, total, cross, logits = gather_statistics(
-        student_row, teacher_row, num_classes, scale, tau, HAS_TEACHER, SMOOTHING, TAU_IS_2, T, E, STAGES
+        student_row,
+        teacher_row,
+        num_classes,
+        num_columns,
+        teacher_columns,
+        scale,
+        tau,
+        HAS_TEACHER,
+        SMOOTHING,
+        TAU_IS_2,
+        T,
+        E,
+        STAGES,
     )
     lse = peak * scale + tl.log2(soft)
     t_lse = t_peak * scale + tl.log2(total)
@@ -201,8 +216,8 @@ def _dense_row(
         shift = ce_weight * on_others
         tl.debug_barrier()  # the label's logit, read above, may be overwritten now
         _write_gradient(
-            student_row, teacher_row, grad_row, num_classes, num_columns, scale, lse, t_lse, square, plain_lse,
-            ce_weight, kl_weight, shift, HAS_TEACHER, TAU_IS_2, T, E, STAGES,
+            student_row, teacher_row, grad_row, num_classes, num_columns, teacher_columns, scale, lse, t_lse, square,
+            plain_lse, ce_weight, kl_weight, shift, HAS_TEACHER, TAU_IS_2, T, E, STAGES,
         )  # fmt: skip
         tl.debug_barrier()  # the label's column has been written like any other; now for good
         at_label = _gradient_tile(
@@ -229,6 +244,7 @@ def _dense_kernel(
     grad_stride,
     num_classes,
     num_columns,
+    teacher_columns,
     alpha_value,
     tau,
     smoothing,
@@ -267,19 +283,19 @@ def _dense_kernel(
         if HAS_TEACHER and ALPHA_IS_TENSOR:
             if alpha == 0.0:  # the teacher is not read: whatever it holds, the loss is the label's
                 ce, smooth_ce, kl = _dense_row(
-                    student_row, student_row, grad_row, label, row_scale, alpha, num_classes, num_columns, tau,
-                    smoothing, False, SMOOTHING, WRITE_GRAD, TAU_IS_2, T, E, STAGES,
+                    student_row, student_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
+                    teacher_columns, tau, smoothing, False, SMOOTHING, WRITE_GRAD, TAU_IS_2, T, E, STAGES,
                 )  # fmt: skip
                 kl = kl * 0.0
             else:
                 ce, smooth_ce, kl = _dense_row(
-                    student_row, teacher_row, grad_row, label, row_scale, alpha, num_classes, num_columns, tau,
-                    smoothing, True, SMOOTHING, WRITE_GRAD, TAU_IS_2, T, E, STAGES,
+                    student_row, teacher_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
+                    teacher_columns, tau, smoothing, True, SMOOTHING, WRITE_GRAD, TAU_IS_2, T, E, STAGES,
                 )  # fmt: skip
         else:
             ce, smooth_ce, kl = _dense_row(
-                student_row, teacher_row, grad_row, label, row_scale, alpha, num_classes, num_columns, tau,
-                smoothing, HAS_TEACHER, SMOOTHING, WRITE_GRAD, TAU_IS_2, T, E, STAGES,
+                student_row, teacher_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
+                teacher_columns, tau, smoothing, HAS_TEACHER, SMOOTHING, WRITE_GRAD, TAU_IS_2, T, E, STAGES,
             )  # fmt: skip
         tl.store(ce_ptr + row, ce)
         if SMOOTHING:

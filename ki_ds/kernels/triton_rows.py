@@ -38,6 +38,13 @@ def columns_of(T: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
+def load_tail(row, cols, num_columns):
+    """A row's last tile in float32, padding columns and all: their number, unlike that of the classes, is even
+    enough for wide loads. Whoever reads it masks the padding."""
+    return tl.load(row + cols, mask=cols < num_columns, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
@@ -79,6 +86,8 @@ def gather_statistics(
     student_row,
     teacher_row,
     num_classes,
+    num_columns,
+    teacher_columns,
     scale,
     tau,
     HAS_TEACHER: tl.constexpr,
@@ -110,12 +119,11 @@ def gather_statistics(
         if SUM_LOGITS:
             logits += tl.sum(tl.where(z > LOWEST, z, 0.0), axis=1)  # an entry that was taken out is -inf
     inside = full + cols < num_classes
-    z = tl.load(student_row + full + cols, mask=inside, other=0.0).to(tl.float32)
+    z = tl.where(inside, load_tail(student_row, full + cols, num_columns), LOWEST)
     if SUM_LOGITS:
         logits += tl.sum(tl.where(z > LOWEST, z, 0.0), axis=1)
-    z = tl.where(inside, z, LOWEST)
     if HAS_TEACHER:
-        t = tl.load(teacher_row + full + cols, mask=inside, other=0.0).to(tl.float32)
+        t = load_tail(teacher_row, full + cols, teacher_columns)
         t_peak, total, cross = _visit_teacher(tl.where(inside, t, LOWEST), z, t_peak, total, cross, scale)
     peak, soft, plain = _visit_student(z, peak, soft, plain, scale, tau, TAU_IS_2)
     # lanes to row

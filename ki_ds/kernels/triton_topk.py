@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ki_ds.kernels.rows import RowTask, RowTerms
-from ki_ds.kernels.triton_rows import LN_2, LOG2_E, Tiling, clear_row, columns_of, gather_statistics
+from ki_ds.kernels.triton_rows import LN_2, LOG2_E, Tiling, clear_row, columns_of, gather_statistics, load_tail
 
 DEFAULT_TILING = Tiling()
 _LN_2 = tl.constexpr(LN_2)
@@ -100,7 +100,7 @@ def _write_rest(
     cols = columns_of(T, E)
     full = num_classes // (T * E) * (T * E)
     inside = full + cols < num_classes
-    z = tl.load(row + full + cols, mask=inside, other=0.0).to(tl.float32)
+    z = load_tail(row, full + cols, num_columns)
     last = _rest_tile(z, scale, lse, square, plain_lse, ce_weight, pull, shift, TAU_IS_2)
     tl.store(grad_row + full + cols, tl.where(inside, last, 0.0).to(dtype), mask=full + cols < num_columns)
     for back in tl.range(T * E, full + T * E, T * E, num_stages=STAGES):
@@ -152,7 +152,7 @@ def _topk_row(
     z_label = tl.load(row + label, mask=is_class, other=float("nan")).to(tl.float32)
     ids, present, q, z = _read_entries(row, ids_row, probs_row, num_entries, num_classes, TAIL, RENORMALISE, K)
     rest_peak, rest_soft, rest_plain, _0, _1, _2, logits = gather_statistics(
-        row, row, num_classes, scale, tau, False, SMOOTHING, TAU_IS_2, T, E, STAGES
+        row, row, num_classes, num_columns, num_columns, scale, tau, False, SMOOTHING, TAU_IS_2, T, E, STAGES
     )
     peak = rest_peak
     soft = rest_soft
