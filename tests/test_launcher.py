@@ -227,8 +227,22 @@ def test_a_typo_is_one_line_through_mpirun(two_steps):
     assert len(error_lines(result)) == 1
 
 
-def test_help_explains_every_field_without_a_launch():
-    result = launch(["bash", SCRIPT, "--help"], KI_DS_ARGS="--no_such_option")
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Two calls that train nothing, side by side: --help, and no argument at all where no demo was made."""
+    commands = {
+        "help": (["bash", SCRIPT, "--help"], ROOT),
+        "no arguments": ([sys.executable, str(ROOT / SCRIPT)], tmp_path_factory.mktemp("no_demo")),
+    }
+    env = environment(KI_DS_ARGS="--no_such_option")  # deepspeed would fail on it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = {name: subprocess.Popen(command, env=env, cwd=cwd, **pipes) for name, (command, cwd) in commands.items()}
+    said = {name: process.communicate(timeout=120) for name, process in started.items()}
+    return {name: subprocess.CompletedProcess(p.args, p.returncode, *said[name]) for name, p in started.items()}
+
+
+def test_help_explains_every_field_without_a_launch(alone):
+    result = alone["help"]
     assert result.returncode == 0, result.stderr[-2000:]
     text = " ".join(result.stdout.split())
     for words in (
@@ -241,10 +255,9 @@ def test_help_explains_every_field_without_a_launch():
         assert words in text
 
 
-def test_without_arguments_and_without_the_demo_one_line_says_what_to_make(tmp_path):
-    result = launch([sys.executable, ROOT / SCRIPT], cwd=tmp_path)
+def test_without_arguments_and_without_the_demo_one_line_says_what_to_make(alone):
+    result = alone["no arguments"]
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     (line,) = error_lines(result)
-    assert "runs/demo_mlm/corpus is no prepared corpus" in line
-    assert "; " in line  # what is wrong; what to do
+    assert "runs/demo_mlm/corpus is no prepared corpus; make one" in line
