@@ -479,8 +479,8 @@ def main() -> int:
         results += measure(size, DTYPES[args.dtype], args.device, args.repeats, args.only)
         if args.device == "cuda":
             torch.cuda.empty_cache()
-    if args.out:
-        args.out.write_text(json.dumps({**heading, "results": [asdict(r) for r in results]}, indent=1))
+        if args.out:  # after every size: a run that is cut short keeps what it has
+            args.out.write_text(json.dumps({**heading, "results": [asdict(r) for r in results]}, indent=1))
     print("\n" + ", ".join(f"{k} {v}" for k, v in heading.items() if k != "command") + "\n")
     print(table(results))
     return 0
