@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ki_ds import checkpoint
+from ki_ds.distributed import free_port
 from ki_ds.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +51,9 @@ def run_job(job: Job, *, num_ranks: int) -> None:
         print(f"{job.name}: finished before, in {job.run_dir}", flush=True)
         return
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = [str(deepspeed), "--num_gpus", str(num_ranks), str(LAUNCHER), *job.arguments()]
+    # a port of its own: DeepSpeed's default may be taken by another job of this host
+    command = [str(deepspeed), "--num_gpus", str(num_ranks), "--master_port", free_port()]
+    command += [str(LAUNCHER), *job.arguments()]
     environment = {**os.environ, "PATH": f"{deepspeed.parent}:{os.environ['PATH']}"}
     code = _run_group(command, environment)
     if code or not is_finished(job.run_dir):  # DeepSpeed's launcher returns 0 when it is killed itself

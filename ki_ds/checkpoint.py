@@ -104,6 +104,8 @@ def save(
         os.rename(temporary, final)
         sync_folder(root)
         write_atomically(root / "latest", name + "\n")
+        for redone in [other for other in _names(root) if other > name]:
+            shutil.rmtree(root / redone)  # of a part of the run that was damaged and is done again
         for old in _names(root)[:-keep]:
             shutil.rmtree(root / old)
     barrier()
@@ -127,8 +129,9 @@ def _sha256(path: Path) -> str:
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Replace a folder by what `write` puts into a new one, so that it is never half-written. All ranks call this."""
-    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    temporary, old = folder.with_name(f".{folder.name}.tmp"), _old(folder)
     if is_main():
+        restore_folder(folder)
         shutil.rmtree(temporary, ignore_errors=True)
     barrier()
     write(temporary)
@@ -140,6 +143,16 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         os.rename(temporary, folder)
         shutil.rmtree(old, ignore_errors=True)
     barrier()
+
+
+def restore_folder(folder: Path) -> None:
+    """Put back what a job that died between the two renames of `replace_folder` had moved aside."""
+    if _old(folder).exists() and not folder.exists():
+        os.rename(_old(folder), folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 # --- loading ----------------------------------------------------------------------------------------------------

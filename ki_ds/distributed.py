@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import TypeVar
 
 import psutil
@@ -62,7 +62,7 @@ def pick_gloo_interface(env: MutableMapping[str, str]) -> None:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)  # a UDP connect sends nothing
             mine = probe.getsockname()[0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(
             f"MASTER_ADDR={env['MASTER_ADDR']} cannot be reached ({error}); give a reachable host"
         ) from None
@@ -142,8 +142,19 @@ def together(error: UserError | None) -> None:
         raise error
 
 
+def on_main(check: Callable[[], object]) -> None:
+    """Run a check on rank 0 alone; its UserError is raised on every rank."""
+    error = None
+    if is_main():
+        try:
+            check()
+        except UserError as found:
+            error = found
+    together(error)
+
+
 def leave(code: int) -> None:
-    """End this process with `code`. Never returns in a distributed run.
+    """End this process with `code`. Never returns.
 
     gloo sometimes aborts in its destructors at interpreter exit, which would turn a finished run into a
     failed one: the group is taken down in order and the interpreter's teardown skipped.

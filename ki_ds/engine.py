@@ -82,7 +82,13 @@ def start(config: EngineConfig) -> torch.device:
     pick_gloo_interface(os.environ)
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.num_threads or max(1, cores // local_world_size()))
-    deepspeed.init_distributed(verbose=False)
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        raise UserError(
+            f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')} cannot be used "
+            f"({str(error).splitlines()[0]}); give a free port, e.g. deepspeed --master_port 29501"
+        ) from None
     _check_world(int(os.environ["WORLD_SIZE"]))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

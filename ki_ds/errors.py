@@ -1,9 +1,10 @@
 """Errors that a user can mend, and how a command ends on one: a line, exit code 2, no traceback."""
 
+import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 EXIT_USER_ERROR = 2
 
@@ -19,6 +20,21 @@ class UserError(ValueError):
     said_by_main = False
 
 
+def own_rank(env: Mapping[str, str]) -> str:
+    """This process's rank as whichever launcher has set it; "0" where none has."""
+    return env.get("RANK") or env.get("OMPI_COMM_WORLD_RANK") or env.get("SLURM_PROCID") or "0"
+
+
+@contextlib.contextmanager
+def common_to_all_ranks() -> Iterator[None]:
+    """Mark what every rank does alike: a UserError from here is the same on all, and rank 0 prints it."""
+    try:
+        yield
+    except UserError as error:
+        error.said_by_main = True
+        raise
+
+
 def ends_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's main: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
 
@@ -27,7 +43,7 @@ def ends_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            if not error.said_by_main or os.environ.get("RANK", "0") == "0":
+            if not error.said_by_main or own_rank(os.environ) == "0":
                 print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
             return EXIT_USER_ERROR
         except KeyboardInterrupt:

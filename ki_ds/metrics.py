@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from torch import Tensor
 
+from ki_ds.data.store import write_atomically
 from ki_ds.distributed import all_sum, is_main
 from ki_ds.loss import LossOutput
 
@@ -98,8 +99,10 @@ class MetricsLog:
         """Open for appending. Records after `resume_step` come from a part that is done again, and are dropped."""
         self._path = path
         if is_main() and path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= resume_step]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= resume_step]
+            if kept != lines:
+                write_atomically(path, "".join(line + "\n" for line in kept))
 
     def write(self, kind: str, totals: Totals, **figures: Any) -> None:
         """Append one record: {"kind": kind, the totals, the figures}."""
@@ -128,7 +131,7 @@ class Display:
 
     def __init__(self, kind: str, *, title: str, num_steps: int, start_step: int):
         self._title, self._num_steps, self._start_step = title, num_steps, start_step
-        self._started, self._valid = time.monotonic(), ""
+        self._started, self._figures, self._valid = time.monotonic(), "", ""
         bar = kind == "bar" or (kind == "auto" and sys.stdout.isatty())
         self._lines = is_main() and not bar and kind != "none"
         self._live: Live | None = None
@@ -148,19 +151,26 @@ class Display:
         """Show a line of training figures."""
         parts = [f"{figures['tokens_per_second']:,.0f} tokens/s", f"alpha {figures['alpha']:.2f}"]
         parts += [f"ce {figures['ce']:.3f}", f"kl {figures['kl']:.3f}", f"lr {figures['lr']:.1e}"]
-        text = "  ".join(parts) + self._valid
-        if self._live:
-            self._live.update(Group(self._progress, Text(text)))
-        elif self._lines:
+        self._figures = "  ".join(parts)
+        self._refresh()
+        if self._lines:
             done = max(step - self._start_step, 1)
             eta = (time.monotonic() - self._started) / done * (self._num_steps - step)
-            print(f"{self._title} step {step}/{self._num_steps}  eta {eta:.0f} s  {text}", flush=True)
+            print(
+                f"{self._title} step {step}/{self._num_steps}  eta {eta:.0f} s  {self._figures}{self._valid}",
+                flush=True,
+            )
 
     def validation(self, step: int, ppl: float) -> None:
         """Show a validation perplexity, which then stays beside the other figures."""
         self._valid = f"  valid ppl {ppl:.2f}"
+        self._refresh()
         if self._lines:
             print(f"{self._title} step {step}/{self._num_steps}{self._valid}", flush=True)
+
+    def _refresh(self) -> None:
+        if self._live:
+            self._live.update(Group(self._progress, Text(self._figures + self._valid)))
 
     def close(self) -> None:
         """Leave the terminal in order."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -191,7 +192,7 @@ def _read(reader: Callable[[], Any], what: str, folder: str) -> Any:
     """reader(), with the many errors of a folder that is not a model turned into one line."""
     try:
         return reader()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{what}={folder} cannot be read as a model ({reason}); give a preset ({', '.join(PRESETS)}), a run of "

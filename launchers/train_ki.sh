@@ -22,21 +22,10 @@ exit 127
 import os
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-DEMO = [os.path.join(ROOT, "launchers", "recipes", name) for name in ("demo_mlm.yaml", "demo_mlm_inherit.yaml")]
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 if __name__ == "__main__":
-    # DeepSpeed's launcher adds --local_rank=N; openmpi, slurm and torchrun say it in the environment.
-    arguments = []
-    for argument in sys.argv[1:]:
-        name, _, value = argument.partition("=")
-        if name.replace("-", "_") == "__local_rank":
-            os.environ.setdefault("LOCAL_RANK", value)
-        else:
-            arguments.append(argument)
+    from ki_ds.launcher import main
 
-    from ki_ds.train import main
-
-    sys.exit(main(arguments or [part for recipe in DEMO for part in ("--config", recipe)]))
+    main(sys.argv[1:])
 pass

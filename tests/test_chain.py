@@ -80,7 +80,9 @@ def test_a_run_is_started_by_deepspeed_on_that_many_ranks(tmp_path, launcher):
     folder = launcher(FINISHES)
     job = Job("student", tmp_path / "run", ("demo_mlm.yaml",), {"seed": 7})
     chain.run_job(job, num_ranks=3)
-    assert (folder / "arguments").read_text().splitlines() == ["--num_gpus", "3", str(LAUNCHER), *job.arguments()]
+    said = (folder / "arguments").read_text().splitlines()
+    assert 0 < int(said.pop(3)) < 65536  # a port of its own
+    assert said == ["--num_gpus", "3", "--master_port", str(LAUNCHER), *job.arguments()]
     chain.run_job(job, num_ranks=3)
     assert (folder / "calls").read_text() == "x\n"  # the second call repeated nothing
 

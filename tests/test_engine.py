@@ -11,7 +11,7 @@ from ki_ds.config import parse
 from ki_ds.data.batches import TrainBatches
 from ki_ds.errors import UserError
 from ki_ds.models import build_lm
-from ki_ds.train import load_corpus
+from ki_ds.run import load_corpus
 from tests.tiny import ROOT, environment, run_ranks, tiny_config, tiny_corpus, write_config
 from tests.workers.split_gradients import run_config
 

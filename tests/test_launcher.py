@@ -7,10 +7,10 @@ import runpy
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
+from ki_ds import launcher
 from ki_ds.config import parse
 from ki_ds.distributed import free_port
 from tests.tiny import ROOT, environment, tiny_config, tiny_corpus, write_config
@@ -76,16 +76,17 @@ def test_bash_reads_the_file(tmp_path):
 
 @pytest.fixture
 def called(monkeypatch):
-    """called(*arguments): what the file passes to `main`, and LOCAL_RANK then; the exit code is main's."""
+    """called(*arguments): what the program is asked to run, and LOCAL_RANK then; the exit code is the program's."""
 
     def call(*arguments):
         seen = {}
 
-        def main(argv):
+        def run(argv, _started):
             seen.update(argv=argv, local_rank=os.environ.get("LOCAL_RANK"))
             return 7
 
-        monkeypatch.setitem(sys.modules, "ki_ds.train", SimpleNamespace(main=main))
+        monkeypatch.setattr(launcher, "_run", run)
+        monkeypatch.setattr("ki_ds.distributed.leave", sys.exit)
         monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
         monkeypatch.setattr(sys, "path", list(sys.path))
         with pytest.raises(SystemExit) as caught:
@@ -113,7 +114,8 @@ def test_the_environment_knows_the_local_rank_better(called, monkeypatch):
 
 
 def test_without_arguments_it_is_the_demos_inheriting_run(called):
-    arguments, _ = called("--local_rank=0")
+    assert called("--local_rank=0") == ([], "0")
+    arguments = launcher.DEMO
     run = parse(arguments)
     assert (run.run_dir, run.task, run.inherit.schedule) == ("runs/demo_mlm/inherit", "mlm", "linear")
     assert all(os.path.isabs(path) for path in arguments[1::2])
@@ -260,4 +262,4 @@ def test_without_arguments_and_without_the_demo_one_line_says_what_to_make(alone
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     (line,) = error_lines(result)
-    assert "runs/demo_mlm/corpus is no prepared corpus; make one" in line
+    assert "runs/demo_mlm/corpus is not there; run `make demo` first" in line

@@ -1,46 +1,18 @@
 import hashlib
 import json
 import math
-import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from ki_ds import checkpoint, schedules
 from ki_ds import config as configuration
+from ki_ds import schedules
 from ki_ds.data.batches import ValidBatches
 from ki_ds.errors import UserError
-from ki_ds.train import load_corpus, main, train
-from tests.tiny import ROOT, run_ranks, tiny_config, tiny_corpus, train_ranks, write_config
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A folder with a corpus, and for each task a teacher trained on it."""
-    folder = tmp_path_factory.mktemp("train")
-    corpus = tiny_corpus(folder / "corpus")
-    for task in ("mlm", "causal"):
-        run(folder / f"{task}_teacher", corpus, task=task, model={"hidden_size": 16}, train={"num_steps": 8})
-    return folder
-
-
-def run(run_dir, corpus, **groups):
-    config = tiny_config(run_dir, corpus, **groups)
-    path = write_config(run_dir.with_suffix(".yaml"), config)
-    train(configuration.load(path))
-    return run_dir
-
-
-def inherit(base, name, task="mlm", **groups):
-    groups.setdefault("teacher", {"path": str(base / f"{task}_teacher")})
-    groups.setdefault("inherit", {"schedule": "linear", "steps": 4})
-    return run(base / name, base / "corpus", task=task, **groups)
-
-
-def records(run_dir, kind):
-    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in found if record["kind"] == kind]
+from ki_ds.run import load_corpus
+from ki_ds.train import train
+from tests.tiny import ROOT, inherit, records, run, run_ranks, tiny_config, train_ranks, write_config
 
 
 def weights_hash(run_dir):
@@ -177,67 +149,3 @@ def test_a_loss_that_is_no_number_stops_the_run_with_a_line(base, monkeypatch):
     with pytest.raises(UserError, match="the loss is nan at step 4"):
         run(base / "diverged", base / "corpus", train={"save_every": 2})
     assert sorted(p.name for p in (base / "diverged" / "checkpoints").glob("step_*")) == ["step_00000002"]
-
-
-# --- bad input: one line, before the first step ---
-
-
-def refused(base, name, match, **groups):
-    with pytest.raises(UserError, match=match):
-        inherit(base, name, **groups)
-
-
-def test_teacher_of_another_vocabulary(base):
-    other = tiny_corpus(base / "other_corpus", vocab_size=300, seed=1)
-    run(base / "other_teacher", other, train={"num_steps": 1})
-    refused(base, "mixed", "has another tokenizer", teacher={"path": str(base / "other_teacher")})
-    assert not (base / "mixed" / "checkpoints").exists()
-
-
-def test_a_teacher_without_tokenizer_is_taken_by_its_size_and_that_is_said(base, capsys):
-    folder = base / "bare_teacher"
-    shutil.copytree(base / "mlm_teacher" / "best", folder)
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-    inherit(base, "bare", teacher={"path": str(folder)}, train={"num_steps": 1})
-    assert "has no tokenizer" in capsys.readouterr().out
-
-
-def test_a_causal_teacher_for_a_masked_student(base):
-    refused(base, "crossed", "teacher.path=", teacher={"path": str(base / "causal_teacher")})
-
-
-def test_missing_teacher_and_corpus(base):
-    refused(base, "orphan", "teacher.path=.*cannot be read", teacher={"path": str(base / "nobody")})
-    refused(base, "no_data", "is no prepared corpus", data={"corpus": str(base / "nothing")})
-
-
-def test_rows_longer_than_the_student_or_teacher(base):
-    refused(base, "long", "seq_len=64 exceeds the student's 32 positions", data={"seq_len": 64})
-    longer = {"data": {"seq_len": 64}, "model": {"num_positions": 64}}
-    refused(base, "longer", "seq_len=64 exceeds the teacher's 32 positions", **longer)
-
-
-def test_another_run_in_the_folder(base):
-    inherit(base, "taken", train={"stop_at_step": 2})
-    refused(base, "taken", "holds a run with optim.lr=0.003, now it is 0.001", optim={"lr": 0.001})
-    with checkpoint.claimed(base / "taken"):
-        refused(base, "taken", "in use by a job that still runs")
-    (base / "stranger").mkdir()
-    (base / "stranger" / "thesis.tex").write_text("")
-    refused(base, "stranger", "holds thesis.tex but no run")
-
-
-def test_data_changed_under_a_run(base):
-    corpus = tiny_corpus(base / "moving")
-    run(base / "moved", corpus, train={"stop_at_step": 2})
-    shutil.rmtree(corpus)
-    tiny_corpus(base / "moving", seed=3)
-    with pytest.raises(UserError, match="sha256 was"):
-        run(base / "moved", corpus)
-
-
-def test_main_gives_one_line_and_exit_code_2(base, capsys, monkeypatch):
-    monkeypatch.setattr("ki_ds.train.leave", lambda code: None)
-    assert main(["--run_dir", str(base / "x"), "--data.corpus", "nowhere", "--optim.lr", "zero"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1

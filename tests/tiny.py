@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -111,3 +112,27 @@ def run_ranks(command: list[str], *, world: int, timeout: float = 300) -> list[s
 def train_ranks(config: Path, *arguments: str, world: int = 1) -> list[subprocess.CompletedProcess]:
     """Train a configuration file on `world` ranks of this host."""
     return run_ranks(["launchers/train_ki.sh", "--config", str(config), *arguments], world=world)
+
+
+def run(run_dir: Path, corpus: Path, **groups) -> Path:
+    """Train a tiny run in this process; its folder."""
+    from ki_ds import config as configuration
+    from ki_ds.train import train
+
+    config = tiny_config(run_dir, corpus, **groups)
+    path = write_config(run_dir.with_suffix(".yaml"), config)
+    train(configuration.load(path))
+    return run_dir
+
+
+def inherit(base: Path, name: str, task: str = "mlm", **groups) -> Path:
+    """Train a tiny student of the teacher in `base`; its folder."""
+    groups.setdefault("teacher", {"path": str(base / f"{task}_teacher")})
+    groups.setdefault("inherit", {"schedule": "linear", "steps": 4})
+    return run(base / name, base / "corpus", task=task, **groups)
+
+
+def records(run_dir: Path, kind: str) -> list[dict]:
+    """The records of one kind in a run's metrics."""
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in found if record["kind"] == kind]

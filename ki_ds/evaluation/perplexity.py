@@ -9,6 +9,7 @@ import torch
 
 from ki_ds.data.batches import Batch
 from ki_ds.distributed import all_sum
+from ki_ds.errors import UserError
 from ki_ds.loss import LossOutput
 from ki_ds.metrics import perplexity
 
@@ -37,10 +38,15 @@ def validate(batches: Iterable[Batch], evaluate: Callable[[Batch], LossOutput], 
     Args:
         batches: this rank's share; every rank must have equally many.
         evaluate: the cross-entropy sums of one batch on the device, without gradient.
+
+    Raises:
+        UserError: no row of any batch is labelled.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         out = evaluate(batch.to(device, non_blocking=True))
         sums += torch.stack([out.ce_sum.double(), out.num_rows.double()])
     ce_sum, num_rows = all_sum(sums).tolist()
+    if not num_rows:
+        raise UserError("the validation set has no labelled row; give it more text, or raise data.mask_probability")
     return Perplexity(ce_sum, int(num_rows))

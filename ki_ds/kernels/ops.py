@@ -164,7 +164,8 @@ def _times(ctx: Any, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor
     if grad.dtype == dtype:
         scale_(grad, factor, ctx.backend)
         return grad
-    return (grad.to(factor.dtype) * factor).to(dtype)
+    assert grad.dtype == factor.dtype  # else the factor would be rounded to the gradient's dtype first
+    return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
 
 
 linear_loss_op = torch.library.custom_op("ki_ds::linear_loss", _linear_loss, mutates_args=())

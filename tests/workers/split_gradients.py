@@ -16,7 +16,7 @@ from ki_ds.distributed import leave, rank, world_size
 from ki_ds.engine import StudentEngine, start
 from ki_ds.metrics import global_rows
 from ki_ds.models import InheritanceModel, RowLM, build_lm
-from ki_ds.train import load_corpus
+from ki_ds.run import load_corpus
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -1,0 +1,55 @@
+"""What every launcher starts, once a rank: the command line, then the run.
+
+The configuration is read before anything heavy is imported, so that --help and a typo answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from ki_ds import config as configuration
+from ki_ds.errors import UserError, common_to_all_ranks, ends_cleanly, own_rank
+
+RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
+DEMO = ["--config", str(RECIPES / "demo_mlm.yaml"), "--config", str(RECIPES / "demo_mlm_inherit.yaml")]
+
+
+def main(argv: list[str]) -> None:
+    """Train the run that the command line describes and end the process with its exit code. Does not return.
+
+    Without arguments it is the demo's inheriting run. DeepSpeed's launcher adds --local_rank=N; openmpi, slurm and
+    torchrun say it in the environment.
+    """
+    started = time.monotonic()
+    code = ends_cleanly(lambda: _run(_without_local_rank(argv), started))()
+    if "ki_ds.distributed" in sys.modules:
+        from ki_ds.distributed import leave
+
+        leave(code)
+    if code and own_rank(os.environ) != "0":
+        time.sleep(5)  # launchers end all ranks as soon as one has failed: let rank 0 print its line first
+    sys.exit(code)
+
+
+def _run(argv: list[str], started: float) -> None:
+    with common_to_all_ranks():
+        config = configuration.parse(argv or DEMO)
+        if not argv and not Path(config.data.corpus).is_dir():
+            raise UserError(f"the demo's {config.data.corpus} is not there; run `make demo` first, or give --config")
+    from ki_ds.train import train
+
+    train(config, started=started)
+
+
+def _without_local_rank(argv: list[str]) -> list[str]:
+    rest = []
+    for argument in argv:
+        name, _, value = argument.partition("=")
+        if name.replace("-", "_") == "__local_rank":
+            os.environ.setdefault("LOCAL_RANK", value)
+        else:
+            rest.append(argument)
+    return rest

@@ -1,0 +1,64 @@
+"""What is refused before the first step: one line that names it, nothing half-written."""
+
+import shutil
+
+import pytest
+
+from ki_ds import checkpoint
+from ki_ds.errors import UserError
+from tests.tiny import inherit, run, tiny_corpus
+
+
+def refused(base, name, match, **groups):
+    with pytest.raises(UserError, match=match):
+        inherit(base, name, **groups)
+
+
+def test_teacher_of_another_vocabulary(base):
+    other = tiny_corpus(base / "other_corpus", vocab_size=300, seed=1)
+    run(base / "other_teacher", other, train={"num_steps": 1})
+    refused(base, "mixed", "has another tokenizer", teacher={"path": str(base / "other_teacher")})
+    assert not (base / "mixed" / "checkpoints").exists()
+
+
+def test_a_teacher_without_tokenizer_is_taken_by_its_size_and_that_is_said(base, capsys):
+    folder = base / "bare_teacher"
+    shutil.copytree(base / "mlm_teacher" / "best", folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    inherit(base, "bare", teacher={"path": str(folder)}, train={"num_steps": 1})
+    assert "has no tokenizer" in capsys.readouterr().out
+
+
+def test_a_causal_teacher_for_a_masked_student(base):
+    refused(base, "crossed", "teacher.path=", teacher={"path": str(base / "causal_teacher")})
+
+
+def test_missing_teacher_and_corpus(base):
+    refused(base, "orphan", "teacher.path=.*cannot be read", teacher={"path": str(base / "nobody")})
+    refused(base, "no_data", "is no prepared corpus", data={"corpus": str(base / "nothing")})
+
+
+def test_rows_longer_than_the_student_or_teacher(base):
+    refused(base, "long", "seq_len=64 exceeds the student's 32 positions", data={"seq_len": 64})
+    longer = {"data": {"seq_len": 64}, "model": {"num_positions": 64}}
+    refused(base, "longer", "seq_len=64 exceeds the teacher's 32 positions", **longer)
+
+
+def test_another_run_in_the_folder(base):
+    inherit(base, "taken", train={"stop_at_step": 2})
+    refused(base, "taken", "holds a run with optim.lr=0.003, now it is 0.001", optim={"lr": 0.001})
+    with checkpoint.claimed(base / "taken"):
+        refused(base, "taken", "in use by a job that still runs")
+    (base / "stranger").mkdir()
+    (base / "stranger" / "thesis.tex").write_text("")
+    refused(base, "stranger", "holds thesis.tex but no run")
+
+
+def test_data_changed_under_a_run(base):
+    corpus = tiny_corpus(base / "moving")
+    run(base / "moved", corpus, train={"stop_at_step": 2})
+    shutil.rmtree(corpus)
+    tiny_corpus(base / "moving", seed=3)
+    with pytest.raises(UserError, match="sha256 was"):
+        run(base / "moved", corpus)
