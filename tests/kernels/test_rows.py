@@ -30,7 +30,7 @@ def test_only_float64_is_computed_in_float64_and_only_float16_gradients_are_scal
     assert compute_dtype(torch.zeros(1, dtype=torch.float64)) == torch.float64
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert compute_dtype(torch.zeros(1, dtype=dtype)) == torch.float32
-    assert [grad_scale_for(d) for d in (torch.float32, torch.bfloat16, torch.float16)] == [1.0, 1.0, 1024.0]
+    assert [grad_scale_for(d) for d in (torch.float32, torch.bfloat16, torch.float16)] == [1.0, 1.0, 128.0]
 
 
 def test_a_teacher_is_left_out_only_where_the_host_knows_alpha_is_0():
