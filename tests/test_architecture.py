@@ -38,6 +38,8 @@ ORDER = [
     "teachers.factory",
     "checkpoint",
     "metrics",
+    "savings",
+    "figures",
     "report",
     "evaluation.perplexity",
     "run",
@@ -48,11 +50,10 @@ ORDER = [
 ]
 
 # Heavy or optional packages, and the only modules that may name them.
-OWNERS = {"deepspeed": ["engine"], "triton": ["kernels.triton_"], "mwxml": ["data.corpora"], "matplotlib": ["report"]}
+OWNERS = {"deepspeed": ["engine"], "triton": ["kernels.triton_"], "mwxml": ["data.corpora"], "matplotlib": ["figures"]}
 
 MAX_FUNCTION_LINES = 80
-MAX_MODULE_LINES = {"report": 800}
-DEFAULT_MODULE_LINES = 600
+MAX_MODULE_LINES = 600
 
 
 def modules() -> dict[str, Path]:
@@ -127,7 +128,7 @@ def test_a_heavy_package_has_one_owner(package):
 @pytest.mark.parametrize("name", MODULES)
 def test_functions_and_modules_stay_short(name):
     text = MODULES[name].read_text(encoding="utf-8")
-    assert text.count("\n") <= MAX_MODULE_LINES.get(name, DEFAULT_MODULE_LINES)
+    assert text.count("\n") <= MAX_MODULE_LINES
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION_LINES, node.name

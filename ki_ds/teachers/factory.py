@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class TeacherFacts:
     num_parameters: int
     dense_parameters: int
     tokenizer_checked: bool
+    valid_ppl: float | None  # of a run of ours, on its own validation set
 
 
 def make_teacher(
@@ -60,8 +62,15 @@ def make_teacher(
     lm = load_lm(folder, task, dtype, what="teacher.path")
     _check_shape(lm, config.path, num_classes=num_classes, seq_len=seq_len)
     digest = weights_sha256(folder) if Path(folder).is_dir() else None
-    facts = TeacherFacts(config.path, digest, **count_parameters(lm), tokenizer_checked=checked)
+    facts = TeacherFacts(
+        config.path, digest, **count_parameters(lm), tokenizer_checked=checked, valid_ppl=_valid_ppl(folder)
+    )
     return OnlineTeacher(lm, device=device), facts
+
+
+def _valid_ppl(folder: str) -> float | None:
+    path = Path(folder) / "valid.json"
+    return json.loads(path.read_text(encoding="utf-8"))["ppl"] if path.exists() else None
 
 
 def _check_tokenizer(folder: str, expected: str) -> bool:
