@@ -15,11 +15,11 @@ import json
 import platform
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -351,12 +351,8 @@ def _milliseconds(run: Callable[[], object], device: str) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
 def _peak_mib(run: Callable[[], object], device: str) -> float:
-    """Peak memory of one run above what was there before it (on a CPU: of the process, sampled every ms)."""
+    """Peak of the tensors' memory during one run, above what was there before it."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -364,18 +360,11 @@ def _peak_mib(run: Callable[[], object], device: str) -> float:
         run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before, peak, done = _resident_bytes(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(1e-3):
-            peak[0] = max(peak[0], _resident_bytes())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    run()
-    done.set()
-    thread.join()
-    return max(0.0, peak[0] - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0)) / 2**20
 
 
 def _error(row: Row, x: Inputs) -> float | None:

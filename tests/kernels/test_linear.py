@@ -1,3 +1,5 @@
+from itertools import accumulate
+
 import pytest
 import torch
 
@@ -83,3 +85,30 @@ def test_add_outer(first, dtype):
     linear.add_outer(total, grad, hidden, first=first)
     want = grad.float().T @ hidden.float() + (0.0 if first else 7.0)
     assert torch.allclose(total, want, atol=0.05)
+
+
+def _peak_bytes(function):
+    """Peak of the tensors' memory during a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0))
+
+
+def test_memory_does_not_grow_with_the_rows_beyond_a_chunk():
+    """Only the gradient of the hidden states does, which the caller wants."""
+
+    def peak(num_rows):
+        hidden, weight = torch.randn(num_rows, 8), torch.randn(5000, 8)
+        labels = torch.randint(0, 5000, (num_rows,))
+        heads = [Head(torch.randn(num_rows, 4), torch.randn(5000, 4), None, None)]
+        problem = _problem(
+            hidden_ND=hidden, weight_VD=weight, bias_V=None, labels_N=labels, heads=heads, chunk_rows=64,
+            task=RowTask(num_classes=5000, alpha=0.5),
+        )  # fmt: skip
+        return _peak_bytes(lambda: linear_rows(problem, Wanted(True, True, False))) - 4 * hidden.numel()
+
+    chunk = 4 * 64 * 5000
+    assert peak(1024) <= peak(128) + chunk // 10
+    assert peak(1024) < 8 * chunk  # both models' logits, and blocks of a few MiB
