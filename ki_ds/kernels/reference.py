@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ki_ds.kernels.rows import RowTask, RowTerms, compute_dtype
 
-BLOCK_ELEMENTS_CPU = 1 << 18
+BLOCK_ELEMENTS_CPU = 1 << 18  # a thread's share of a block
 BLOCK_ELEMENTS_GPU = 1 << 26
 
 
@@ -67,7 +67,7 @@ def topk_rows(
 
 
 def _blocks(student_NV: Tensor, task: RowTask) -> list[slice]:
-    budget = BLOCK_ELEMENTS_GPU if student_NV.is_cuda else BLOCK_ELEMENTS_CPU
+    budget = BLOCK_ELEMENTS_GPU if student_NV.is_cuda else BLOCK_ELEMENTS_CPU * torch.get_num_threads()
     step, num_rows = max(1, budget // task.num_classes), student_NV.shape[0]
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
