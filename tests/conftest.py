@@ -2,12 +2,17 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Without a GPU Triton's kernels run in its interpreter, which must be said before Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Tests never ask a hub; without this every missing folder costs many seconds of retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# CI repeats the same examples; elsewhere property tests go on searching.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

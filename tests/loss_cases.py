@@ -208,7 +208,9 @@ def check(case, *, value=2e-5, gradient=5e-5, factor=0.7):
     for name, got, want in zip(out._fields[:3], out[:3], expected[:3], strict=True):
         assert got.dtype == torch.float32, name
         assert got.shape == (), name
-        assert relative(got, want) < value, (case, name, float(got), float(want))
+        # a small KL is a difference of log-sum-exps, which float32 rounds by row
+        rounding = 2.0**-22 * max(case.num_rows, 1)
+        assert abs(float(got) - float(want)) <= value * abs(float(want)) + rounding, (case, name, got, want)
     assert out.num_rows.dtype == torch.int64
     assert int(out.num_rows) == expected[3]
     assert not out.ce_sum.requires_grad

@@ -21,9 +21,9 @@ def commands():
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """The files that the commands name, with a demo of four steps whose teacher and self-learner are finished."""
+    """The tree without its tests, with a demo of four steps whose teacher and self-learner are finished."""
     root = tmp_path_factory.mktemp("tree")
-    for name in ("launchers", "ds_configs", "tools"):
+    for name in ("launchers", "ds_configs", "tools", "ki_ds"):
         shutil.copytree(ROOT / name, root / name)
     for recipe in (root / "launchers" / "recipes").glob("demo_mlm*.yaml"):
         values = yaml.safe_load(recipe.read_text())
