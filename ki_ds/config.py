@@ -158,7 +158,7 @@ class EngineConfig:
         ds_config: DeepSpeed JSON with ZeRO, offload and communication settings only (ds_configs/).
         precision: of the student's weights and activations; losses are always computed in float32.
         activation_checkpointing: recompute activations in the backward pass instead of storing them.
-        num_threads: CPU threads per rank; 0 shares the cores out among the ranks of a host. No effect on a GPU.
+        num_threads: CPU threads per rank; 0 shares the cores out among the ranks of a host.
     """
 
     ds_config: str = "ds_configs/zero1.json"
