@@ -13,6 +13,7 @@ ORDER = [
     "config",
     "schedules",
     "distributed",
+    "data.token_index",
     "data.store",
     "data.corpora",
     "data.tokenize",

@@ -1,23 +1,20 @@
 """Token stores on disk: Megatron `.bin/.idx` read and written, fairseq mmap read as it is.
 
-Both are little-endian and begin with the same 18 bytes; only the length of the index tells them apart:
-
-    fairseq    magic 9 B, u64 version, u8 dtype, u64 n,        int32 sizes[n], int64 pointers[n]
-    Megatron   magic 9 B, u64 version, u8 dtype, u64 n, u64 d, int32 sizes[n], int64 pointers[n],
-               int64 document_indices[d] [, int8 modes[n]]
-
-Sizes are in tokens, pointers in bytes of the `.bin`, document indices in items (the first is 0, the last n).
-A store that we write also has `PREFIX.json`, a `Manifest` with the SHA-256 of both files, written last.
+`token_index` has the layouts. A store that we write also has `PREFIX.json`, a `Manifest` with the SHA-256 of
+both files, written last.
 """
 
 import contextlib
 import errno
 import fcntl
+import functools
+import glob
 import hashlib
 import json
+import operator
 import os
+import re
 import shutil
-import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,19 +25,13 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
+from ki_ds.data.token_index import DTYPES, WINDOW, TokenIndex, index_head, map_bytes, pointer_windows, read_index
 from ki_ds.errors import UserError
 
-MAGIC = b"MMIDIDX\x00\x00"
-LEGACY_MAGIC = b"TNTIDX\x00\x00"
-INDEX_VERSION = 1
 MANIFEST_VERSION = 1
-# The only two codes that token files are written with, and on which fairseq and Megatron agree.
-DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 UINT16_VOCAB_LIMIT = 65_500
 FAIRSEQ_EOS = 2
 
-_PREAMBLE = struct.Struct("<9sQBQ")  # magic, version, dtype code, number of items
-_WINDOW = 1 << 20  # items handled at once, so that memory does not grow with the index
 _BUFFER_BYTES = 8 << 20
 _UNWRITABLE = {
     errno.ENOSPC,
@@ -117,10 +108,11 @@ class TokenStore:
     """A memory-mapped store, made by `open_store`; pickled by its prefix, so that loader workers re-open it.
 
     `kind` is "Megatron" or "fairseq"; `sizes` int32 [num_items] in tokens; `tokens` is the flat view
-    [num_tokens] of dtype uint16 or int32 over all items in order; `manifest` is None for files of others.
+    [num_tokens] over all items in order, of an integer dtype, little-endian (uint16 or int32 in stores that we
+    write); `manifest` is None for files of others.
     """
 
-    def __init__(self, prefix: Path, kind: str, index: "_Index", tokens: np.ndarray) -> None:
+    def __init__(self, prefix: Path, kind: str, index: TokenIndex, tokens: np.ndarray) -> None:
         self.prefix = prefix
         self.kind = kind
         self.tokens = tokens
@@ -130,7 +122,7 @@ class TokenStore:
         self.manifest: Manifest | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_store, (self.prefix,)
+        return functools.partial(open_store, checked=True), (self.prefix,)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -152,7 +144,7 @@ class TokenStore:
 
     @property
     def dtype(self) -> np.dtype:
-        """Type of a stored token, uint16 or int32."""
+        """Type of a stored token."""
         return self.tokens.dtype
 
     @cached_property
@@ -183,17 +175,6 @@ class TokenStore:
         return self._pointers[last_items] // self.dtype.itemsize + self.sizes[last_items]
 
 
-@dataclass(frozen=True)
-class _Index:
-    """The parsed `.idx`: views into the mapped file."""
-
-    kind: str
-    dtype: np.dtype
-    sizes: np.ndarray
-    pointers: np.ndarray
-    document_indices: np.ndarray | None
-
-
 def store_prefix(path: str | os.PathLike[str]) -> Path:
     """The prefix of a store, whichever of its files was named."""
     text = os.fspath(path)
@@ -202,16 +183,19 @@ def store_prefix(path: str | os.PathLike[str]) -> Path:
     return Path(text)
 
 
-def open_store(prefix: str | os.PathLike[str]) -> TokenStore:
-    """A validated, memory-mapped store, Megatron or fairseq; UserError for what is exactly neither."""
+def open_store(prefix: str | os.PathLike[str], *, checked: bool = False) -> TokenStore:
+    """A validated, memory-mapped store, Megatron or fairseq; UserError for what is exactly neither.
+
+    `checked` looks at lengths only, which takes the same time for any number of items: for a store that this
+    run has opened before.
+    """
     path = store_prefix(prefix)
-    index_path, bin_path = Path(f"{path}.idx"), Path(f"{path}.bin")
-    index = _read_index(index_path, _map_bytes(index_path))
-    tokens = _map_bytes(bin_path)
-    expected = int(index.sizes.sum(dtype=np.int64)) * index.dtype.itemsize
-    if len(tokens) != expected:
+    index = read_index(Path(f"{path}.idx"), checked=checked)
+    bin_path = Path(f"{path}.bin")
+    tokens = map_bytes(bin_path)
+    if len(tokens) != index.num_bytes:
         raise UserError(
-            f"{bin_path} has {len(tokens):,} bytes, but its index speaks of {expected:,}; "
+            f"{bin_path} has {len(tokens):,} bytes, but its index speaks of {index.num_bytes:,}; "
             "the pair is cut or mixed up: copy both files again or prepare the data again"
         )
     store = TokenStore(path, index.kind, index, tokens.view(index.dtype))
@@ -220,6 +204,79 @@ def open_store(prefix: str | os.PathLike[str]) -> TokenStore:
         store.manifest = Manifest.read(manifest_path)
         _check_manifest(store, store.manifest, manifest_path)
     return store
+
+
+def open_shards(path: str | os.PathLike[str]) -> list[TokenStore]:
+    """The stores that `path` stands for, in order; UserError when one is missing or they do not agree.
+
+    A glob stands for the Megatron stores that it matches, sorted naturally (`corpus_2` before `corpus_10`).
+    A fairseq prefix stands for itself and its shards `PREFIX1`, `PREFIX2`, …, as fairseq reads them, unless it
+    ends in a digit: then it is that one shard. Any other prefix is one store.
+    """
+    if glob.has_magic(os.fspath(path)) and not Path(f"{store_prefix(path)}.idx").exists():
+        stores = [open_store(prefix) for prefix in _matching_prefixes(os.fspath(path))]
+        for store in stores:
+            if store.kind == "fairseq":
+                raise UserError(
+                    f"{store.prefix} is a fairseq store, whose shards have numbers; name the first one without a glob"
+                )
+    else:
+        stores = [open_store(path)]
+        if stores[0].kind == "fairseq":
+            stores += [open_store(prefix) for prefix in _numbered_shards(stores[0].prefix)]
+    _check_agreement(stores)
+    return stores
+
+
+def is_fairseq_folder(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is the output of fairseq-preprocess: a dict.txt beside a train.idx."""
+    return all(Path(folder, name).is_file() for name in ("dict.txt", "train.idx"))
+
+
+def _matching_prefixes(pattern: str) -> list[Path]:
+    """Prefixes with a file that matches, so that half a store is noticed too."""
+    stem = str(store_prefix(pattern))
+    prefixes = {store_prefix(name) for suffix in (".idx", ".bin") for name in glob.glob(stem + suffix)}
+    if not prefixes:
+        raise UserError(f"{pattern} matches no token store (PREFIX.bin with PREFIX.idx); mend the glob or the folder")
+    return sorted(prefixes, key=_natural_order)
+
+
+def _natural_order(path: Path) -> tuple[list[int | str], str]:
+    # digits and what lies between them take turns in the split, so that numbers are compared with numbers
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))], str(path)
+
+
+def _numbered_shards(first: Path) -> list[Path]:
+    """The shards after the first one of a fairseq split."""
+    if first.name[-1:].isdecimal():
+        return []
+    name = re.compile(re.escape(first.name) + r"([1-9][0-9]*)\.(?:idx|bin)")
+    numbers = {int(match[1]) for path in first.parent.iterdir() if (match := name.fullmatch(path.name))}
+    missing = sorted(set(range(1, max(numbers, default=0))) - numbers)
+    if missing:
+        raise UserError(
+            f"{first}{missing[0]} is missing, but there is {first}{max(numbers)}; shards are numbered without a "
+            "gap: fetch it, or rename those after it"
+        )
+    return [first.with_name(f"{first.name}{number}") for number in sorted(numbers)]
+
+
+def _check_agreement(stores: list[TokenStore]) -> None:
+    """UserError when shards cannot be read as one."""
+    with_manifest = [store for store in stores if store.manifest is not None]
+    for shards, owner, names in (
+        (stores, "", ("kind", "dtype")),
+        (with_manifest, "manifest.", ("tokenizer_hash", "vocab_size", "special_ids")),
+    ):
+        for store in shards[1:]:
+            for name in names:
+                expected, found = (operator.attrgetter(owner + name)(shard) for shard in (shards[0], store))
+                if found != expected:
+                    raise UserError(
+                        f"{store.prefix} has {name} {found}, {shards[0].prefix} has {expected}; shards must agree: "
+                        "prepare them with one tokenizer"
+                    )
 
 
 def verify_store(prefix: str | os.PathLike[str]) -> Manifest | None:
@@ -237,82 +294,6 @@ def verify_store(prefix: str | os.PathLike[str]) -> Manifest | None:
                 "the file was changed: prepare the data again"
             )
     return store.manifest
-
-
-def _map_bytes(path: Path) -> np.ndarray:
-    try:
-        if path.stat().st_size == 0:
-            return np.empty(0, np.uint8)  # an empty file cannot be mapped
-        return np.memmap(path, np.uint8, mode="r").view(np.ndarray)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); a token store is PREFIX.bin with PREFIX.idx"
-        ) from None
-
-
-def _read_index(path: Path, data: np.ndarray) -> _Index:
-    """The index in `data`, told apart by its length, with its sums checked."""
-    if data[: len(LEGACY_MAGIC)].tobytes() == LEGACY_MAGIC:
-        raise UserError(
-            f"{path} is a legacy fairseq index (TNTIDX), which is not read here; "
-            "convert it: fairseq-preprocess with --dataset-impl mmap, or tools/prepare_data.py on the text"
-        )
-    if len(data) < _PREAMBLE.size:
-        raise UserError(f"{path} has {len(data)} bytes, too few for a token index; it is cut or something else")
-    magic, version, code, n = _PREAMBLE.unpack(data[: _PREAMBLE.size].tobytes())
-    if magic != MAGIC:
-        raise UserError(f"{path} does not begin like a token index (MMIDIDX); name a Megatron or fairseq mmap store")
-    if version != INDEX_VERSION:
-        raise UserError(f"{path} has index version {version}, only {INDEX_VERSION} exists; the file is damaged")
-    if code not in DTYPES:
-        raise UserError(f"{path} has dtype code {code}; tokens are 4 (int32) or 8 (uint16): write the store again")
-    kind, num_bounds, offset = _layout(path, data, n)
-    sizes = _view(data, offset, n, "<i4")
-    pointers = _view(data, offset + 4 * n, n, "<i8")
-    _check_pointers(path, sizes, pointers, DTYPES[code].itemsize)
-    if kind == "fairseq":
-        return _Index(kind, DTYPES[code], sizes, pointers, None)
-    documents = _view(data, offset + 12 * n, num_bounds, "<i8")
-    if num_bounds == 0 or documents[0] != 0 or documents[-1] != n or (np.diff(documents) < 0).any():
-        raise UserError(f"{path} has document indices that do not rise from 0 to {n:,}; the index is damaged")
-    return _Index(kind, DTYPES[code], sizes, pointers, documents)
-
-
-def _layout(path: Path, data: np.ndarray, n: int) -> tuple[str, int, int]:
-    """(kind, number of document indices, offset of the sizes) that explain the length of the file exactly."""
-    length, head = len(data), _PREAMBLE.size
-    if length == head + 12 * n:
-        return "fairseq", 0, head
-    if length >= head + 8:
-        (d,) = struct.unpack("<Q", data[head : head + 8].tobytes())
-        if length in (head + 8 + 12 * n + 8 * d, head + 8 + 13 * n + 8 * d):
-            return "Megatron", d, head + 8
-    raise UserError(
-        f"{path} has {length:,} bytes, which fits neither a fairseq nor a Megatron index of {n:,} items; "
-        "it is cut or damaged: copy it again or prepare the data again"
-    )
-
-
-def _view(data: np.ndarray, offset: int, count: int, dtype: str) -> np.ndarray:
-    size = count * np.dtype(dtype).itemsize
-    return data[offset : offset + size].view(dtype)
-
-
-def _check_pointers(path: Path, sizes: np.ndarray, pointers: np.ndarray, itemsize: int) -> None:
-    """UserError unless every pointer is the sum of the sizes before it."""
-    start = 0
-    for first in range(0, len(sizes), _WINDOW):
-        window = sizes[first : first + _WINDOW].astype(np.int64)
-        ends = start + np.cumsum(window * itemsize)
-        starts = np.concatenate([[start], ends[:-1]])
-        wrong = (starts != pointers[first : first + _WINDOW]) | (window < 0)
-        if wrong.any():
-            item = first + int(np.argmax(wrong))
-            raise UserError(
-                f"{path} points item {item:,} to the wrong byte; the index is damaged or no token index: "
-                "copy it again or prepare the data again"
-            )
-        start = int(ends[-1])
 
 
 def _check_manifest(store: TokenStore, manifest: Manifest, path: Path) -> None:
@@ -524,19 +505,14 @@ class StoreWriter:
         return sha.hexdigest()
 
     def _index_parts(self) -> Iterable[bytes]:
-        code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)
-        yield _PREAMBLE.pack(MAGIC, INDEX_VERSION, code, self.num_items)
-        yield struct.pack("<Q", len(self._documents))
+        yield index_head(self.dtype, num_items=self.num_items, num_bounds=len(self._documents))
         for sizes in self._size_windows():
             yield sizes.tobytes()
-        start = 0
-        for sizes in self._size_windows():
-            ends = start + np.cumsum(sizes.astype("<i8") * self.dtype.itemsize)
-            yield np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes()
-            start = int(ends[-1])
+        for starts in pointer_windows(self._size_windows(), self.dtype.itemsize):
+            yield starts[:-1].astype("<i8").tobytes()
         yield np.frombuffer(self._documents, np.int64).astype("<i8").tobytes()
 
     def _size_windows(self) -> Iterator[np.ndarray]:
         self._sizes.seek(0)
-        while chunk := self._sizes.read(4 * _WINDOW):
+        while chunk := self._sizes.read(4 * WINDOW):
             yield np.frombuffer(chunk, "<i4")

@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ki_ds.data import store as store_module
-from ki_ds.data.store import SpecialIds, StoreWriter, open_store, token_dtype, verify_store
+from ki_ds.data import token_index
+from ki_ds.data.store import (
+    SpecialIds,
+    StoreWriter,
+    is_fairseq_folder,
+    open_shards,
+    open_store,
+    token_dtype,
+    verify_store,
+)
 from ki_ds.errors import UserError
 
 SPECIALS = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=4)
@@ -25,8 +34,8 @@ released = pytest.mark.skipif(
 )
 
 
-def write(prefix, documents, vocab_size=100):
-    with StoreWriter(prefix, vocab_size=vocab_size, special_ids=SPECIALS, tokenizer_hash="h") as writer:
+def write(prefix, documents, vocab_size=100, tokenizer_hash="h", special_ids=SPECIALS):
+    with StoreWriter(prefix, vocab_size=vocab_size, special_ids=special_ids, tokenizer_hash=tokenizer_hash) as writer:
         for document in documents:
             writer.add_document(document)
     return open_store(prefix)
@@ -53,10 +62,20 @@ def megatron_bytes(documents, code=8, modes=False):
     return idx, b"".join(struct.pack("<" + letter, i) for item in items for i in item)
 
 
-def put(tmp_path, idx, bin_):
-    (tmp_path / "s.idx").write_bytes(idx)
-    (tmp_path / "s.bin").write_bytes(bin_)
-    return tmp_path / "s"
+def fairseq_bytes(items, code=8):
+    """(idx, bin) of a fairseq mmap store, field by field."""
+    letter = {8: "H", 4: "i"}[code]
+    width = struct.calcsize(letter)
+    idx = b"MMIDIDX\x00\x00" + struct.pack("<QBQ", 1, code, len(items))
+    idx += struct.pack(f"<{len(items)}i", *map(len, items))
+    idx += struct.pack(f"<{len(items)}q", *(width * sum(map(len, items[:i])) for i in range(len(items))))
+    return idx, b"".join(struct.pack("<" + letter, i) for item in items for i in item)
+
+
+def put(tmp_path, idx, bin_, name="s"):
+    (tmp_path / f"{name}.idx").write_bytes(idx)
+    (tmp_path / f"{name}.bin").write_bytes(bin_)
+    return tmp_path / name
 
 
 DOCUMENTS = [[[5, 6, 2], [7, 2]], [[8, 9, 10, 2]]]
@@ -220,6 +239,139 @@ class TestMalformed:
         (tmp_path / "s.json").write_text(json.dumps(manifest | {key: value}))
         with pytest.raises(UserError, match=r"s\.json"):
             open_store(tmp_path / "s")
+
+
+class TestShards:
+    @staticmethod
+    def fairseq(folder, numbers, code=8):
+        for number in numbers:
+            put(folder, *fairseq_bytes([[10 + number, 2]], code), name=f"train{number or ''}")
+
+    @staticmethod
+    def first_ids(stores):
+        return [int(store.tokens[0]) for store in stores]
+
+    def test_fairseq_shards_come_in_the_order_of_their_numbers(self, tmp_path):
+        self.fairseq(tmp_path, range(12))
+        put(tmp_path, *fairseq_bytes([[99, 2]]), name="train_raw")
+        put(tmp_path, *fairseq_bytes([[99, 2]]), name="train01")  # fairseq would not read it either
+        assert self.first_ids(open_shards(tmp_path / "train")) == list(range(10, 22))
+
+    def test_a_numbered_prefix_is_that_shard_alone(self, tmp_path):
+        self.fairseq(tmp_path, [*range(12)])
+        assert self.first_ids(open_shards(tmp_path / "train1")) == [11]
+
+    @pytest.mark.parametrize(("numbers", "missing"), [([0, 1, 3], 2), ([0, 2], 1), ([0, 1, 4, 9], 2)])
+    def test_a_gap_is_named(self, tmp_path, numbers, missing):
+        self.fairseq(tmp_path, numbers)
+        with pytest.raises(UserError, match=rf"/train{missing} is missing, but there is .*/train{numbers[-1]}"):
+            open_shards(tmp_path / "train")
+
+    def test_the_first_shard_is_missing(self, tmp_path):
+        self.fairseq(tmp_path, [1, 2])
+        with pytest.raises(UserError, match=r"train\.idx cannot be read"):
+            open_shards(tmp_path / "train")
+
+    @pytest.mark.parametrize("suffix", [".idx", ".bin"])
+    def test_half_a_shard(self, tmp_path, suffix):
+        self.fairseq(tmp_path, [0, 1])
+        (tmp_path / f"train1{suffix}").unlink()
+        with pytest.raises(UserError, match=rf"train1\{suffix} cannot be read"):
+            open_shards(tmp_path / "train")
+
+    def test_shards_of_two_dtypes(self, tmp_path):
+        self.fairseq(tmp_path, [0])
+        self.fairseq(tmp_path, [1], code=4)
+        with pytest.raises(UserError, match=r"train1 has dtype int32, .*train has uint16; shards must agree"):
+            open_shards(tmp_path / "train")
+
+    def test_shards_of_two_kinds(self, tmp_path):
+        self.fairseq(tmp_path, [0])
+        put(tmp_path, *megatron_bytes(DOCUMENTS), name="train1")
+        with pytest.raises(UserError, match=r"train1 has kind Megatron, .*train has fairseq"):
+            open_shards(tmp_path / "train")
+
+    def test_a_megatron_prefix_is_one_store(self, tmp_path):
+        for name in ("corpus", "corpus1"):
+            put(tmp_path, *megatron_bytes(DOCUMENTS), name=name)
+        assert [store.prefix.name for store in open_shards(tmp_path / "corpus")] == ["corpus"]
+
+    @pytest.mark.parametrize("pattern", ["corpus_*", "corpus_*.bin", "corpus_*.idx", "*_*"])
+    def test_a_glob_is_sorted_naturally(self, tmp_path, pattern):
+        names = ["corpus_1", "corpus_2", "corpus_02b", "corpus_10", "corpus_a"]
+        for name in reversed(names):
+            put(tmp_path, *megatron_bytes(DOCUMENTS), name=name)
+        found = [store.prefix.name for store in open_shards(tmp_path / pattern)]
+        assert found == ["corpus_1", "corpus_2", "corpus_02b", "corpus_10", "corpus_a"]
+
+    def test_a_name_with_brackets_is_no_glob(self, tmp_path):
+        put(tmp_path, *megatron_bytes(DOCUMENTS), name="corpus[1]")
+        assert len(open_shards(tmp_path / "corpus[1]")) == 1
+
+    def test_a_glob_of_nothing(self, tmp_path):
+        with pytest.raises(UserError, match=r"corpus_\* matches no token store"):
+            open_shards(tmp_path / "corpus_*")
+
+    def test_a_glob_over_half_a_store(self, tmp_path):
+        for name in ("corpus_1", "corpus_2"):
+            put(tmp_path, *megatron_bytes(DOCUMENTS), name=name)
+        (tmp_path / "corpus_2.idx").unlink()
+        with pytest.raises(UserError, match=r"corpus_2\.idx cannot be read"):
+            open_shards(tmp_path / "corpus_*")
+
+    def test_a_glob_over_fairseq_shards_could_hide_a_gap(self, tmp_path):
+        self.fairseq(tmp_path, [0, 2])
+        with pytest.raises(UserError, match="name the first one without a glob"):
+            open_shards(tmp_path / "train*")
+
+    @pytest.mark.parametrize(
+        ("difference", "message"),
+        [
+            ({"tokenizer_hash": "other"}, "c2 has tokenizer_hash other, .*c1 has h"),
+            ({"vocab_size": 101}, "c2 has vocab_size 101, .*c1 has 100"),
+            ({"special_ids": SpecialIds(eos=2)}, "c2 has special_ids"),
+        ],
+    )
+    def test_manifests_must_agree(self, tmp_path, difference, message):
+        put(tmp_path, *megatron_bytes(DOCUMENTS), name="c0")  # has no manifest, and so no say
+        write(tmp_path / "c1", DOCUMENTS)
+        write(tmp_path / "c2", DOCUMENTS, **difference)
+        with pytest.raises(UserError, match=message):
+            open_shards(tmp_path / "c*")
+        write(tmp_path / "same1", DOCUMENTS)
+        write(tmp_path / "same2", DOCUMENTS)
+        assert len(open_shards(tmp_path / "same*")) == 2
+
+    def test_what_a_fairseq_folder_is(self, tmp_path):
+        assert not is_fairseq_folder(tmp_path / "nowhere")
+        self.fairseq(tmp_path, [0])
+        assert not is_fairseq_folder(tmp_path)
+        (tmp_path / "dict.txt").write_text("a 1\n")
+        assert is_fairseq_folder(tmp_path)
+
+
+class TestOpenedAgain:
+    def test_a_worker_does_not_check_the_items_again(self, tmp_path, monkeypatch):
+        store = write(tmp_path / "s", DOCUMENTS)
+
+        def too_slow(*_):
+            raise AssertionError
+
+        monkeypatch.setattr(token_index, "_windows", too_slow)
+        with pytest.raises(AssertionError):
+            open_store(tmp_path / "s")
+        again = pickle.loads(pickle.dumps(store))
+        assert again.manifest == store.manifest
+        assert again.document_indices.tolist() == [0, 2, 3]
+        assert pickle.loads(pickle.dumps(again)).tokens.tolist() == store.tokens.tolist()
+
+    @pytest.mark.parametrize("suffix", [".idx", ".bin"])
+    def test_but_it_looks_at_the_lengths(self, tmp_path, suffix):
+        data = pickle.dumps(write(tmp_path / "s", DOCUMENTS))
+        path = tmp_path / f"s{suffix}"
+        path.write_bytes(path.read_bytes()[:-2])
+        with pytest.raises(UserError, match=rf"s\{suffix} has"):
+            pickle.loads(data)
 
 
 KILLED = """
