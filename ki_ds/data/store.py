@@ -164,6 +164,10 @@ class TokenStore:
         start = int(self._pointers[i]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.sizes[i])]
 
+    def item_starts(self, items: np.ndarray) -> np.ndarray:
+        """int64 positions in `tokens` where items (their numbers, below `num_items`) start."""
+        return self._pointers[items] // self.dtype.itemsize
+
     def item_ends(self, first: int, last: int) -> np.ndarray:
         """int64 positions in `tokens` where items first..last-1 end."""
         return self._pointers[first:last] // self.dtype.itemsize + self.sizes[first:last]
@@ -206,24 +210,24 @@ def open_store(prefix: str | os.PathLike[str], *, checked: bool = False) -> Toke
     return store
 
 
-def open_shards(path: str | os.PathLike[str]) -> list[TokenStore]:
+def open_shards(path: str | os.PathLike[str], *, checked: bool = False) -> list[TokenStore]:
     """The stores that `path` stands for, in order; UserError when one is missing or they do not agree.
 
     A glob stands for the Megatron stores that it matches, sorted naturally (`corpus_2` before `corpus_10`).
     A fairseq prefix stands for itself and its shards `PREFIX1`, `PREFIX2`, …, as fairseq reads them, unless it
-    ends in a digit: then it is that one shard. Any other prefix is one store.
+    ends in a digit: then it is that one shard. Any other prefix is one store. `checked` as in `open_store`.
     """
     if glob.has_magic(os.fspath(path)) and not Path(f"{store_prefix(path)}.idx").exists():
-        stores = [open_store(prefix) for prefix in _matching_prefixes(os.fspath(path))]
+        stores = [open_store(prefix, checked=checked) for prefix in _matching_prefixes(os.fspath(path))]
         for store in stores:
             if store.kind == "fairseq":
                 raise UserError(
                     f"{store.prefix} is a fairseq store, whose shards have numbers; name the first one without a glob"
                 )
     else:
-        stores = [open_store(path)]
+        stores = [open_store(path, checked=checked)]
         if stores[0].kind == "fairseq":
-            stores += [open_store(prefix) for prefix in _numbered_shards(stores[0].prefix)]
+            stores += [open_store(prefix, checked=checked) for prefix in _numbered_shards(stores[0].prefix)]
     _check_agreement(stores)
     return stores
 
