@@ -28,7 +28,7 @@ import numpy as np
 from ki_ds.data.token_index import DTYPES, WINDOW, TokenIndex, index_head, map_bytes, pointer_windows, read_index
 from ki_ds.errors import UserError
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 UINT16_VOCAB_LIMIT = 65_500
 FAIRSEQ_EOS = 2
 
@@ -81,24 +81,30 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The manifest in a file; UserError when it is not one of ours."""
+        """The manifest in a file; UserError when it is not one of ours, or was changed."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
+            version, digest = data["format_version"], data.pop("manifest_sha256", None)
             data["special_ids"]["others"] = tuple(data["special_ids"]["others"])
             data["special_ids"] = SpecialIds(**data["special_ids"])
             manifest = cls(**data)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is not a manifest of a token store ({error}); prepare the data again") from None
-        if manifest.format_version != MANIFEST_VERSION:
+        if version != MANIFEST_VERSION:
             raise UserError(
-                f"{path} has format version {manifest.format_version}, this program reads "
-                f"{MANIFEST_VERSION}; prepare the data again"
+                f"{path} has format version {version}, this program reads {MANIFEST_VERSION}; prepare the data again"
             )
+        if digest != manifest.digest():
+            raise UserError(f"{path} is not as it was written; the manifest was changed: prepare the data again")
         return manifest
 
+    def digest(self) -> str:
+        """SHA-256 over every field."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
     def to_json(self) -> str:
-        """The text of the file, stable for equal manifests."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        """The text of the file, stable for equal manifests; it carries its own digest."""
+        return json.dumps(asdict(self) | {"manifest_sha256": self.digest()}, indent=2, sort_keys=True) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------ reading

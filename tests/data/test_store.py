@@ -1,5 +1,6 @@
 """The token store: layouts to the byte, round trips, refusal of everything malformed, no half-written files."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -111,12 +112,42 @@ class TestLayouts:
         assert store.document_indices.tolist() == [0, 2, 5]  # the lone token 7 is a line, not a blank one
 
     @released
-    def test_the_released_files_are_read_as_they_are(self):
-        store = open_store(SHARED / "fairseq/data-bin/train")
-        assert (store.kind, store.num_items, store.num_tokens) == ("fairseq", 3000, 135_496)
+    @pytest.mark.parametrize(
+        ("split", "num_items", "num_tokens", "ids_sum", "digests", "last", "blank_lines"),
+        [
+            (
+                "train",
+                3000,
+                135_496,
+                57_375_038,
+                ("b8ae94d6e9cd4957", "7bcfc6bc0eddf678"),
+                [442, 3, 3, 3, 3, 3695, 2],
+                33,
+            ),
+            ("valid", 300, 15_318, 6_049_025, ("d8333b1b88142907", "c00f1f6aa93a11cc"), [3, 13, 16, 56, 3, 674], 2),
+        ],
+    )
+    def test_the_released_files_are_read_as_the_released_code_does(
+        self, split, num_items, num_tokens, ids_sum, digests, last, blank_lines
+    ):
+        """The figures come from its own reader (load_indexed_dataset), run on these files."""
+        (store,) = open_shards(SHARED / "fairseq/data-bin" / split)
+        assert (store.kind, store.num_items, store.num_tokens) == ("fairseq", num_items, num_tokens)
         assert store.dtype == np.uint16
-        assert all(int(store.item(i)[-1]) == 2 for i in range(0, 3000, 97))
-        assert open_store(SHARED / "fairseq/data-bin/valid").num_items == 300
+        items = [store.item(i) for i in range(num_items)]
+        assert np.array_equal(np.concatenate(items), store.tokens)
+        assert int(store.tokens.sum(dtype=np.int64)) == ids_sum
+        found = (store.tokens, np.array([len(item) for item in items]))
+        assert tuple(hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16] for ids in found) == digests
+        assert (
+            items[0][:7].tolist()
+            == {"train": [19, 3032, 35, 18, 33, 4, 989], "valid": [2058, 3, 84, 509, 289, 6, 2]}[split]
+        )
+        assert items[-1][: len(last)].tolist() == last
+        assert all(item[-1] == 2 for item in items)
+        ends = [i + 1 for i, item in enumerate(items) if item.tolist() == [2]]
+        assert len(ends) == blank_lines
+        assert store.document_indices.tolist() == [0, *ends, num_items]
 
     def test_dtype_changes_at_65_500(self):
         assert token_dtype(65_499) == np.uint16
@@ -232,12 +263,32 @@ class TestMalformed:
         with pytest.raises(UserError, match="not a manifest"):
             open_store(tmp_path / "s")
 
-    @pytest.mark.parametrize(("key", "value"), [("num_tokens", 8), ("format_version", 9), ("dtype", "int32")])
-    def test_a_manifest_of_another_store(self, tmp_path, key, value):
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("num_tokens", 8, "is not as it was written"),
+            ("vocab_size", 101, "is not as it was written"),
+            ("tokenizer_hash", "other", "is not as it was written"),
+            ("special_ids", {"bos": 7, "others": []}, "is not as it was written"),
+            ("manifest_sha256", "0" * 64, "is not as it was written"),
+            ("manifest_sha256", None, "is not as it was written"),
+            ("extra", 1, "not a manifest"),
+            ("format_version", 1, "has format version 1, this program reads 2"),
+        ],
+    )
+    def test_an_edited_manifest(self, tmp_path, key, value, message):
         write(tmp_path / "s", DOCUMENTS)
         manifest = json.loads((tmp_path / "s.json").read_text())
         (tmp_path / "s.json").write_text(json.dumps(manifest | {key: value}))
-        with pytest.raises(UserError, match=r"s\.json"):
+        with pytest.raises(UserError, match=rf"s\.json {message}|s\.json is {message}"):
+            open_store(tmp_path / "s")
+
+    @pytest.mark.parametrize("other", [DOCUMENTS[:1], [[*DOCUMENTS[0], *DOCUMENTS[1]]]])
+    def test_the_manifest_of_another_store(self, tmp_path, other):
+        write(tmp_path / "s", DOCUMENTS)
+        write(tmp_path / "other", other)
+        (tmp_path / "other.json").replace(tmp_path / "s.json")
+        with pytest.raises(UserError, match="do not belong together"):
             open_store(tmp_path / "s")
 
 
