@@ -1,46 +1,25 @@
-"""Documents out of text files, JSON lines and MediaWiki dumps, read as streams.
-
-A source is a file, a folder or a glob. The kind of a file is told by its name, before a `.gz`, `.bz2` or `.xz`:
-
-    .txt             UTF-8, a paragraph a line, blank lines between documents
-    .jsonl           UTF-8, an object a line, whose "text" is a document
-    .xml, .xml-…     MediaWiki dump (any part or history of one)
+"""Documents out of the sources of `ki_ds.data.sources`, read as streams.
 
 Reading is cheap and done in order; `RawDocument.cleaned` (the slow part for wikitext) can run anywhere.
 """
 
-import bz2
-import glob
-import gzip
-import hashlib
+import csv
 import importlib.util
 import io
 import json
-import lzma
-import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 from xml.etree.ElementTree import ParseError
 
-import mwparserfromhell
-import mwxml
-from mwparserfromhell.nodes import ExternalLink, Heading, HTMLEntity, Tag, Text, Wikilink
-
+from ki_ds.data.sources import UNPACK_ERRORS, FileSource, HubSource, Source, required, resolve
 from ki_ds.errors import UserError
 
 # A longer document is handed on in parts, so that a file without any blank line stays within memory.
 MAX_PART_CHARACTERS = 1 << 20
-_FINGERPRINT_BYTES = 1 << 20
-
-_OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
-    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
-}
-_UNPACK_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
+_PARQUET_ROWS = 256  # decoded at once
 
 
 @dataclass(frozen=True)
@@ -70,7 +49,11 @@ class RawDocument:
 
     def cleaned(self) -> Document:
         """The paragraphs: wikitext as `plain_wikitext` does it, plain text only trimmed."""
-        text = self.text if self.namespaces is None else plain_wikitext(self.text, self.namespaces)
+        text = self.text
+        if self.namespaces is not None:
+            from ki_ds.data.wikitext import plain_wikitext  # only dumps need the parser
+
+            text = plain_wikitext(text, self.namespaces)
         lines = (line.strip() for line in text.split("\n"))
         return Document(tuple(line for line in lines if line), self.id, self.title, self.domain)
 
@@ -81,23 +64,31 @@ class RawDocument:
 class Corpus:
     """The raw documents of some sources, in the order given (files of a folder or glob by name).
 
-    Iterating reads the files as streams; `bytes_read` of `total_bytes` (compressed sizes) says how far it is.
-    UserError, when made: a source is missing or of no known kind. While iterating: a file is empty, not UTF-8,
-    cut off, or not what its name says.
+    Iterating reads the sources as streams; `bytes_read` of `total_bytes` (compressed sizes; data sets of the hub
+    count nothing) says how far it is. `text_key` names the key or column of the text in JSON lines and tables.
+    UserError, when made: a source is missing, empty or of no known kind. While iterating: a file is not UTF-8, cut
+    off, not what its name says, or has no text under `text_key`.
     """
 
     def __init__(self, sources: Iterable[str | Path], *, domain: str = "", text_key: str = "text") -> None:
-        self.files = [file for source in sources for file in _files_of(str(source))]
+        self.sources = [found for source in sources for found in resolve(str(source))]
         self.domain = domain
         self.text_key = text_key
-        if not self.files:
-            raise UserError("no corpus was named; give at least one file, folder or glob")
-        for path in self.files:
-            if path.stat().st_size == 0:
-                raise UserError(f"{path} is empty; bring a file with text or leave it out")
-        self.total_bytes = sum(path.stat().st_size for path in self.files)
+        if not self.sources:
+            raise UserError("no corpus was named; give at least one file, folder, glob or hf:NAME")
+        self.total_bytes = sum(source.num_bytes for source in self.sources)
         self._bytes_before = 0
         self._open_file: BinaryIO | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """The files among the sources."""
+        return [source.path for source in self.sources if isinstance(source, FileSource)]
+
+    @property
+    def has_wikitext(self) -> bool:
+        """Whether any document is wikitext, whose cleaning takes longer than everything else."""
+        return any(source.kind == "wiki" for source in self.sources)
 
     @property
     def bytes_read(self) -> int:
@@ -108,79 +99,39 @@ class Corpus:
     def __iter__(self) -> Iterator[RawDocument]:
         self._bytes_before = 0
         found = False
-        for path in self.files:
-            with _opened(path) as raw:
-                self._open_file = raw
-                for document in self._read(path, raw):
-                    found = True
-                    yield document
+        for source in self.sources:
+            for document in self._read(source):
+                found = True
+                yield document
             self._open_file = None
-            self._bytes_before += path.stat().st_size
+            self._bytes_before += source.num_bytes
         if not found:
-            raise UserError(f"{self.files[0]} and its like hold no document; bring files with text")
+            raise UserError(f"{self._first_name} and its like hold no document; bring files with text")
+
+    @property
+    def _first_name(self) -> str:
+        first = self.sources[0]
+        return str(first.path) if isinstance(first, FileSource) else first.name
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Name, bytes and a hash of both ends of each file: what tells equal inputs from others at once."""
-        return [_fingerprint(path) for path in self.files]
+        """What tells equal sources from others at once: see their `fingerprint`."""
+        return [source.fingerprint() for source in self.sources]
 
-    def _read(self, path: Path, raw: BinaryIO) -> Iterator[RawDocument]:
-        stem, opener = _split_name(path)
-        reader = {"text": _read_text, "jsonl": _read_jsonl, "wiki": _read_wiki}[_kind_of(stem) or "text"]
-        try:
-            unpacked = opener(raw) if opener else raw
-            yield from reader(self, path, unpacked)
-        except _UNPACK_ERRORS as error:
-            if opener is None:
-                raise
-            raise UserError(
-                f"{path} cannot be unpacked to its end ({error}); it is cut or damaged: fetch it again"
-            ) from None
-
-
-def _opened(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); get the right to read it") from None
-
-
-def _files_of(source: str) -> list[Path]:
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _kind_of(_split_name(p)[0]))
-        if not files:
-            raise UserError(f"{source} holds no .txt, .jsonl or .xml file (or .gz, .bz2, .xz of one); name files")
-        return files
-    if path.is_file():
-        if _kind_of(_split_name(path)[0]) is None:
-            raise UserError(f"{source} is of no known kind; name it .txt, .jsonl or .xml (or .gz, .bz2, .xz of one)")
-        return [path]
-    matches = sorted(Path(match) for match in glob.glob(source, recursive=True))
-    if not matches:
-        raise UserError(f"{source} does not exist; name a file, a folder or a glob")
-    return [file for match in matches for file in _files_of(str(match))]
-
-
-def _split_name(path: Path) -> tuple[str, Callable[[BinaryIO], Any] | None]:
-    """(name without the suffix of a compression, its opener)."""
-    opener = _OPENERS.get(path.suffix)
-    return (path.stem if opener else path.name), opener
-
-
-def _kind_of(stem: str) -> str | None:
-    # Wikimedia puts the page range behind the suffix: pages-articles1.xml-p1p41242.bz2
-    if re.search(r"\.xml(-|$)", stem):
-        return "wiki"
-    return {".txt": "text", ".jsonl": "jsonl"}.get(Path(stem).suffix)
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    with _opened(path) as file:
-        ends = file.read(_FINGERPRINT_BYTES)
-        file.seek(max(size - _FINGERPRINT_BYTES, 0))
-        ends += file.read(_FINGERPRINT_BYTES)
-    return {"name": path.name, "bytes": size, "sha256_of_ends": hashlib.sha256(ends).hexdigest()}
+    def _read(self, source: Source) -> Iterator[RawDocument]:
+        if isinstance(source, HubSource):
+            yield from _read_hub(self, source)
+            return
+        with source.open() as raw:
+            self._open_file = raw
+            try:
+                unpacked = source.opener(raw) if source.opener else raw
+                yield from _READERS[source.kind](self, source.path, unpacked)
+            except UNPACK_ERRORS as error:
+                if source.opener is None:
+                    raise
+                raise UserError(
+                    f"{source.path} cannot be unpacked to its end ({error}); it is cut or damaged: fetch it again"
+                ) from None
 
 
 # -------------------------------------------------------------------------------------------- plain formats
@@ -244,11 +195,81 @@ def _read_jsonl(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocu
         yield RawDocument(text, f"{path.name}#{number}", title if isinstance(title, str) else "", corpus.domain)
 
 
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def _read_csv(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocument]:
+    """One document a row; the first row names the columns."""
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.reader(_decoded_lines(path, file), strict=True)
+    try:
+        names = next(rows, [])
+        if names.count(corpus.text_key) != 1:
+            raise _no_column(path, corpus.text_key, names)
+        column = names.index(corpus.text_key)
+        for number, row in enumerate(rows):
+            if not row:
+                continue
+            if len(row) != len(names):
+                raise UserError(
+                    f"{path} line {rows.line_num} ends a row of {len(row)} fields, the first has {len(names)}; "
+                    "mend or remove it"
+                )
+            yield RawDocument(row[column], f"{path.name}#{number}", domain=corpus.domain)
+    except csv.Error as error:
+        raise UserError(f"{path} line {rows.line_num} is not CSV ({error}); mend or remove it") from None
+
+
+def _read_parquet(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocument]:
+    """One document a row, decoded a few rows at a time."""
+    parquet = required("pyarrow.parquet", str(path))
+    from pyarrow import ArrowException
+
+    try:
+        table = parquet.ParquetFile(file, pre_buffer=False)
+        names = table.schema_arrow.names
+        if names.count(corpus.text_key) != 1:
+            raise _no_column(path, corpus.text_key, names)
+        number = 0
+        for batch in table.iter_batches(_PARQUET_ROWS, columns=[corpus.text_key], use_threads=False):
+            for text in batch.column(0).to_pylist():
+                if not isinstance(text, str):
+                    raise _no_text(f"{path} row {number + 1}", corpus.text_key)
+                yield RawDocument(text, f"{path.name}#{number}", domain=corpus.domain)
+                number += 1
+    except (ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is no whole Parquet file ({reason}); it is cut or damaged: fetch it again") from None
+
+
+def _read_hub(corpus: Corpus, source: HubSource) -> Iterator[RawDocument]:
+    """One document a row of a data set that the package datasets streams."""
+    with source.errors_are_one_line():
+        for number, row in enumerate(source.rows()):
+            if corpus.text_key not in row:
+                raise _no_column(source.name, corpus.text_key, list(row))
+            text = row[corpus.text_key]
+            if not isinstance(text, str):
+                raise _no_text(f"{source.name} row {number + 1}", corpus.text_key)
+            yield RawDocument(text, f"{source.name}#{number}", domain=corpus.domain)
+
+
+def _no_column(source: str | Path, name: str, names: list[str]) -> UserError:
+    count = "no column" if name not in names else "more than one column"
+    return UserError(f"{source} has {count} {name!r}; name one with text_key: {', '.join(names) or 'it has none'}")
+
+
+def _no_text(where: str, name: str) -> UserError:
+    return UserError(f"{where} has no text under {name!r}; remove that row or take another column")
+
+
 # ------------------------------------------------------------------------------------------------ MediaWiki
 
 
 def _read_wiki(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocument]:
     """The latest revision of each article (namespace 0) that is no redirect."""
+    import mwxml
+
     try:
         dump = mwxml.Dump.from_file(file)
         namespaces = frozenset(n.name.casefold() for n in dump.site_info.namespaces or () if n.name)
@@ -266,84 +287,13 @@ def _read_wiki(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocum
         ) from None
 
 
-# Tags whose content is no running text.
-_DROPPED_TAGS = frozenset(
-    {"ref", "references", "table", "gallery", "math", "chem", "timeline", "syntaxhighlight", "source", "pre"}
-    | {"code", "score", "imagemap", "graph", "hiero", "templatedata", "mapframe", "maplink", "style", "script"}
-)
-# English names work in every wiki, beside those of its own language.
-_DROPPED_NAMESPACES = frozenset({"file", "image", "media", "category"})
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]+)*|simple")
-_QUOTES = re.compile(r"'{2,5}")
-_EMPTY_BRACKETS = re.compile(r"\s?\(\s*[;,:]?\s*\)")
-_OPENING_MARK = re.compile(r"([(\[])\s*[;,:]\s*")
-_BLANKS = re.compile(r"[^\S\n]+")
-_LIST_MARKS = re.compile(r"[*#:;\s]+")
-
-
-def plain_wikitext(text: str, namespaces: frozenset[str] = frozenset()) -> str:
-    """The running text of wikitext, a paragraph, heading or list entry a line.
-
-    Out go templates, tables, references, comments, formulas and other non-text tags, links to files,
-    categories and other languages, and lines without any letter; of other links the visible text stays.
-    """
-    code = mwparserfromhell.parse(text, skip_style_tags=True)
-    plain = _QUOTES.sub("", _plain(code.nodes, namespaces | _DROPPED_NAMESPACES))
-    lines = []
-    for line in plain.split("\n"):
-        line = _LIST_MARKS.sub("", line, count=1) if line[:1] in "*#:;" else line
-        line = _OPENING_MARK.sub(r"\1", _EMPTY_BRACKETS.sub("", _BLANKS.sub(" ", line))).strip()
-        # "|", "!" and "{|" begin the rows of tables that the parser could not close
-        if any(map(str.isalpha, line)) and not line.startswith(("|", "!", "{|")):
-            lines.append(line)
-    return "\n".join(lines)
-
-
-def _plain(nodes: Sequence[Any], namespaces: frozenset[str]) -> str:
-    parts = []
-    for node in nodes:
-        match node:
-            case Text():
-                parts.append(node.value)
-            case Wikilink():
-                parts.append(_link_text(node, namespaces))
-            case ExternalLink() if node.title is not None:
-                parts.append(_plain(node.title.nodes, namespaces))
-            case Heading():
-                parts.append(_plain(node.title.nodes, namespaces))
-            case HTMLEntity():
-                parts.append(_entity(node))
-            case Tag():
-                parts.append(_tag_text(node, namespaces))
-    return "".join(parts)
-
-
-def _link_text(link: Wikilink, namespaces: frozenset[str]) -> str:
-    prefix, colon, _ = str(link.title).partition(":")
-    if colon and prefix.strip().replace("_", " ").casefold() in namespaces:
-        return ""
-    if colon and _LANGUAGE.fullmatch(prefix):  # small letters only: [[CSI: Miami]] is an article
-        return ""
-    visible = link.text if link.text is not None else link.title
-    return _plain(visible.nodes, namespaces).removeprefix(":")
-
-
-def _entity(node: HTMLEntity) -> str:
-    try:
-        return str(node.normalize())
-    except (ValueError, KeyError, OverflowError):  # &#0; and the like name no character
-        return ""
-
-
-def _tag_text(node: Tag, namespaces: frozenset[str]) -> str:
-    name = str(node.tag).strip().lower()
-    if name in _DROPPED_TAGS:
-        return ""
-    if name == "br":
-        return "\n"
-    if node.wiki_markup in ("*", "#", ":", ";", "----"):
-        return "" if node.wiki_markup != "----" else "\n"
-    return _plain(node.contents.nodes, namespaces) if node.contents is not None else ""
+_READERS = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+    "wiki": _read_wiki,
+}
 
 
 def gensim_dump_path() -> Path:

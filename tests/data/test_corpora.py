@@ -1,20 +1,34 @@
 """Documents from text, JSON lines and dumps; one line for everything that is not what it should be."""
 
 import bz2
+import csv
 import gzip
 import importlib.util
+import io
 import json
 import lzma
+import subprocess
+import sys
+from pathlib import Path
 
+import pyarrow.parquet
 import pytest
+from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ki_ds.data import corpora
-from ki_ds.data.corpora import Corpus, gensim_dump_path, plain_wikitext
+from ki_ds.data.corpora import Corpus, gensim_dump_path
 from ki_ds.errors import UserError
+from tests.tiny import ROOT, environment
 
-PACKERS = {"": lambda data: data, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+PACKERS = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: zstd.compress(data, options={zstd.CompressionParameter.checksum_flag: 1}),
+}
 TEXT = "First line.\nSecond – line.\n\n\n  \nAnother document.\r\nIts end.\n"
 DUMP = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/" version="0.10" xml:lang="bg"><siteinfo>
 <sitename>W</sitename><dbname>x</dbname><namespaces><namespace key="0" case="first-letter" />
@@ -108,6 +122,125 @@ class TestPlainFormats:
         assert one == two != three
 
 
+class TestTables:
+    TEXTS = ('one\n\ntwo, with "quotes"', "", "–")
+
+    def csv_file(self, path, pack=lambda data: data):
+        with io.StringIO(newline="") as file:
+            csv.writer(file).writerows([["id", "body"], *enumerate(self.TEXTS)])
+            path.write_bytes(pack(file.getvalue().encode()))
+        return path
+
+    def parquet_file(self, path, texts=TEXTS, **settings):
+        pyarrow.parquet.write_table(pyarrow.table({"id": range(len(texts)), "body": texts}), path, **settings)
+        return path
+
+    @pytest.mark.parametrize("suffix", PACKERS)
+    def test_a_column_of_csv(self, tmp_path, suffix):
+        path = self.csv_file(tmp_path / f"a.csv{suffix}", PACKERS[suffix])
+        assert lines_of(path, text_key="body") == [["one", 'two, with "quotes"'], [], ["–"]]
+        assert [d.id for d in Corpus([path], text_key="body")] == [f"{path.name}#{i}" for i in range(3)]
+
+    def test_csv_fields_may_be_long_and_a_mark_may_come_first(self, tmp_path):
+        (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext\r\n" + b"x" * 300_000 + b"\r\n")
+        assert lines_of(tmp_path / "a.csv") == [["x" * 300_000]]
+
+    @pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), "dictionary"])
+    def test_a_column_of_parquet(self, tmp_path, kind):
+        texts = pyarrow.array(self.TEXTS)
+        texts = texts.dictionary_encode() if kind == "dictionary" else texts.cast(kind)
+        path = self.parquet_file(tmp_path / "a.parquet", texts)
+        assert lines_of(path, text_key="body") == [["one", 'two, with "quotes"'], [], ["–"]]
+
+    def test_parquet_is_read_in_pieces(self, tmp_path):
+        texts = [f"{i} " + "word " * 50 for i in range(4000)]
+        path = self.parquet_file(tmp_path / "a.parquet", texts, row_group_size=500)
+        corpus = Corpus([path], text_key="body")
+        seen = [(document.text, corpus.bytes_read) for document in corpus]
+        assert [text for text, _ in seen] == texts
+        assert 0 < seen[0][1] < seen[-1][1] <= corpus.total_bytes
+
+    @pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+    def test_a_wrong_column_is_answered_with_those_there_are(self, tmp_path, name):
+        write = self.csv_file if name.endswith("csv") else self.parquet_file
+        with pytest.raises(UserError, match=r"has no column 'text'; name one with text_key: id, body"):
+            lines_of(write(tmp_path / name))
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"text\nfine\ncaf\xe9\n", "not UTF-8 at byte offset 13 "),
+            (b'text\nfine\n"open\n', "line 3 is not CSV"),
+            (b'text\n"a"b\n', "line 2 is not CSV"),
+            (b"text,id\na,1\nb\n", "line 3 ends a row of 1 fields, the first has 2"),
+            (b"text,text\na,b\n", "has more than one column 'text'"),
+            (b"text\n", "hold no document"),
+        ],
+    )
+    def test_malformed_csv(self, tmp_path, content, message):
+        (tmp_path / "a.csv").write_bytes(content)
+        with pytest.raises(UserError, match=message) as caught:
+            lines_of(tmp_path / "a.csv")
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+    def test_cut_parquet_and_other_things_by_its_name(self, tmp_path, share):
+        data = self.parquet_file(tmp_path / "a.parquet", ["word " * i for i in range(400)]).read_bytes()
+        for content in (data[: int(len(data) * share)], b"text, not a table\n" * 9):
+            (tmp_path / "a.parquet").write_bytes(content)
+            with pytest.raises(UserError, match=r"a\.parquet is no whole Parquet file") as caught:
+                lines_of(tmp_path / "a.parquet", text_key="body")
+            assert "\n" not in str(caught.value)
+
+    def test_numbers_and_nulls_are_no_text(self, tmp_path):
+        for texts in ([1, 2], ["a", None]):
+            self.parquet_file(tmp_path / "a.parquet", texts)
+            with pytest.raises(UserError, match=r"row [12] has no text under 'body'"):
+                lines_of(tmp_path / "a.parquet", text_key="body")
+
+
+class TestHub:
+    @pytest.fixture
+    def source(self, tmp_path):
+        folder = tmp_path / "set"
+        folder.mkdir()
+        for split, texts in (("train", ["one\ntwo", "three"]), ("test", ["four"])):
+            (folder / f"{split}.jsonl").write_text("\n".join(json.dumps({"text": t, "n": 1}) for t in texts))
+        return f"hf:{folder}"
+
+    def test_a_local_folder_named_like_a_data_set(self, source):
+        assert lines_of(source) == lines_of(f"{source}:default") == [["one", "two"], ["three"]]
+        assert lines_of(f"{source}:default@test") == lines_of(f"{source}@test") == [["four"]]
+
+    @pytest.mark.parametrize(
+        ("suffix", "settings", "message"),
+        [
+            ("@none", {}, "cannot be read"),
+            (":none", {}, "cannot be read"),
+            ("-absent", {}, "cannot be read"),
+            ("", {"text_key": "body"}, "has no column 'body'; name one with text_key: text, n"),
+            ("", {"text_key": "n"}, "row 1 has no text under 'n'"),
+        ],
+    )
+    def test_what_is_not_there_is_one_line(self, source, suffix, settings, message):
+        with pytest.raises(UserError, match=message) as caught:
+            lines_of(source + suffix, **settings)
+        assert "\n" not in str(caught.value)
+        assert source in str(caught.value)
+
+    def test_a_broken_file_is_one_line(self, source):
+        Path(source.removeprefix("hf:"), "train.jsonl").write_text('{"text": "x"}\n{"text"')
+        with pytest.raises(UserError, match="cannot be read"):
+            lines_of(source)
+
+    def test_without_a_network_it_is_one_line(self):
+        command = "from ki_ds.data.corpora import Corpus; list(Corpus(['hf:no-one/no-such-set']))"
+        done = subprocess.run(
+            [sys.executable, "-c", command], env=environment(), cwd=ROOT, capture_output=True, text=True
+        )
+        assert "UserError: hf:no-one/no-such-set cannot be read" in done.stderr.splitlines()[-1]
+
+
 class TestMediaWiki:
     @pytest.mark.parametrize("name", ["w.xml", "w.xml.bz2", "w-articles1.xml-p1p41242.bz2"])
     def test_articles_in_their_latest_revision(self, tmp_path, name):
@@ -116,27 +249,6 @@ class TestMediaWiki:
         assert [(d.id, d.title) for d in documents] == [("11", "Tea"), ("14", "Water")]
         assert list(documents[0].lines) == ["Tea is a beverage.", "Kinds", "green", "black"]
         assert list(documents[1].lines) == ["Water is wet."]
-
-    @pytest.mark.parametrize(
-        ("wikitext", "plain"),
-        [
-            ("'''''bold''''' and ''it''", "bold and it"),
-            ("a<!-- no --> b{{cite|x}}c", "a bc"),
-            (
-                "see [[Category:X]][[de:Tee]][[File:a.png|b [[c]]]] [[:Category:Y]], [[CSI: Miami]]",
-                "see Category:Y, CSI: Miami",
-            ),
-            ("[http://x.org a site] [http://x.org] http://y.org z", "a site z"),
-            ("x\n{|\n| cell\n|}\ny", "x\ny"),
-            ("Tea ({{IPA|x}}) or (; Greek) &amp; &nbsp;co", "Tea or (Greek) & co"),
-            ("H<sub>2</sub>O <math>x^2</math><br/>next <nowiki>''</nowiki>", "H2O\nnext"),
-            ("# one\n## two\n: three\n----\n----", "one\ntwo\nthree"),
-            ("{| unclosed\n| cell\nprose", "prose"),
-            ("1914 | 1918\n12 %", ""),
-        ],
-    )
-    def test_markup(self, wikitext, plain):
-        assert plain_wikitext(wikitext) == plain
 
     @pytest.mark.skipif(importlib.util.find_spec("gensim") is None, reason="the package gensim is not installed")
     def test_a_real_dump(self):
@@ -164,6 +276,9 @@ class TestBadCorpora:
         self.refused(tmp_path / "no.txt", "does not exist")
         (tmp_path / "a.pdf").write_text("x")
         self.refused(tmp_path / "a.pdf", "of no known kind")
+        for name in ("a.txt.lz4", "a.parquet.gz"):
+            (tmp_path / name).write_text("x")
+            self.refused(tmp_path / name, "of no known kind")
         self.refused(tmp_path, "holds no .txt")
         with pytest.raises(UserError, match="no corpus was named"):
             Corpus([])
@@ -179,7 +294,7 @@ class TestBadCorpora:
         (tmp_path / f"a.txt{suffix}").write_bytes(PACKERS[suffix](data))
         self.refused(tmp_path / f"a.txt{suffix}", f"not UTF-8 at byte offset {data.index(0xE9)} ")
 
-    @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+    @pytest.mark.parametrize("suffix", list(PACKERS)[1:])
     @pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
     def test_cut_or_damaged_packings(self, tmp_path, suffix, share):
         path = tmp_path / f"a.txt{suffix}"
@@ -192,7 +307,7 @@ class TestBadCorpora:
         self.refused(path, "cut or damaged")
 
     def test_packed_by_name_only(self, tmp_path):
-        for suffix in (".gz", ".bz2", ".xz"):
+        for suffix in list(PACKERS)[1:]:
             (tmp_path / f"a.txt{suffix}").write_text(TEXT)
             self.refused(tmp_path / f"a.txt{suffix}", "cut or damaged")
 
