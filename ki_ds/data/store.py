@@ -134,6 +134,11 @@ class TokenStore:
         return len(self.sizes)
 
     @property
+    def paths(self) -> tuple[Path, Path]:
+        """The `.bin` and the `.idx`."""
+        return Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
+
+    @property
     def num_items(self) -> int:
         """Number of items (lines of the text)."""
         return len(self.sizes)
@@ -307,11 +312,11 @@ def verify_store(prefix: str | os.PathLike[str]) -> Manifest | None:
 
 
 def _check_manifest(store: TokenStore, manifest: Manifest, path: Path) -> None:
-    found = (store.num_tokens, store.num_items, store.num_documents, store.dtype.name)
-    said = (manifest.num_tokens, manifest.num_items, manifest.num_documents, manifest.dtype)
+    found = (store.kind, store.num_tokens, store.num_items, store.num_documents, store.dtype.name)
+    said = ("Megatron", manifest.num_tokens, manifest.num_items, manifest.num_documents, manifest.dtype)
     if found != said:
         raise UserError(
-            f"{path} speaks of (tokens, items, documents, dtype) {said}, the files have {found}; "
+            f"{path} speaks of (kind, tokens, items, documents, dtype) {said}, the files have {found}; "
             "they do not belong together: prepare the data again"
         )
 
