@@ -34,6 +34,7 @@ Files = dict[str, bytes]
 VOCAB_SIZE = 40
 DOCUMENTS = [[[5, 6, 2], [7, 2], [2]], [[8, 9, 10, 2], [2]], [[39, 2], [11, 12, 13, 14, 2], [2]]]
 ITEMS = [item for document in DOCUMENTS for item in document]
+LENGTHS = tuple(map(len, ITEMS))
 NUM_ITEMS, NUM_BOUNDS = len(ITEMS), len(DOCUMENTS) + 1
 WIDTHS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8}
 
@@ -47,7 +48,7 @@ class Case:
     noticed_by: str
 
 
-def body(width, lengths=tuple(map(len, ITEMS))):
+def body(width, lengths=LENGTHS):
     """Sizes and pointers."""
     starts = np.cumsum([0, *lengths])[:-1] * width
     return struct.pack(f"<{NUM_ITEMS}i", *lengths) + struct.pack(f"<{NUM_ITEMS}q", *starts.tolist())
@@ -168,7 +169,7 @@ def moved_documents(kind: str, files: Files, _: np.random.Generator) -> Iterator
 
 def negative_sizes(kind: str, files: Files, _: np.random.Generator) -> Iterator[Case]:
     """An item of negative length, with pointers and a sum that agree with it."""
-    lengths = [*map(len, ITEMS)]
+    lengths = list(LENGTHS)
     lengths[2], lengths[3] = -1, lengths[3] + lengths[2] + 1
     start, end = sections(kind)["sizes"][0], sections(kind)["pointers"][1]
     idx = files["s.idx"][:start] + body(WIDTHS[files["s.idx"][17]], lengths) + files["s.idx"][end:]
