@@ -27,6 +27,7 @@ ORDER = [
     "data.batches",
     "data.prepare",
     "data.describe",
+    "data.proximity",
     "kernels.rows",
     "kernels.reference",
     "kernels.triton_rows",
