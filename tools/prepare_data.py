@@ -13,7 +13,10 @@ def main() -> None:
     """Command line; see --help."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--input", nargs="+", required=True, help="files, folders, globs: .txt .jsonl .xml[.gz .bz2 .xz]"
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, folders, globs: .txt .jsonl .csv .xml [.gz .bz2 .xz .zst], .parquet; hf:NAME[:CONFIG][@SPLIT]",
     )
     parser.add_argument("--out", required=True, help="corpus folder to make")
     parser.add_argument("--tokenizer", help="Hugging Face tokenizer, folder or hub name")
@@ -22,7 +25,9 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, help="processes (default: one a core)")
     parser.add_argument("--valid_fraction", type=float, default=1 / 200, help="share of documents for validation")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of validation documents")
-    parser.add_argument("--text_key", default="text", help="key of the text in JSON lines")
+    parser.add_argument("--text_key", default="text", help="key or column of the text in JSON lines, tables")
+    parser.add_argument("--drop_duplicates", action="store_true", help="keep the first of documents with equal text")
+    parser.add_argument("--pad_vocab_to", type=int, default=1, help="note the vocabulary rounded up to a multiple")
     args = parser.parse_args()
     if (args.tokenizer is None) != args.train_tokenizer:
         raise UserError("--tokenizer and --train_tokenizer: exactly one of them says where the tokenizer comes from")
@@ -36,9 +41,13 @@ def main() -> None:
         valid_fraction=args.valid_fraction,
         seed=args.seed,
         text_key=args.text_key,
+        drop_duplicates=args.drop_duplicates,
+        pad_vocab_to=args.pad_vocab_to,
     )
     for name, count in corpus.info["counts"].items():
         print(f"{args.out}/{name}: " + ", ".join(f"{number:,} {what}" for what, number in count.items()))
+    if args.drop_duplicates:
+        print(f"{corpus.info['num_duplicates']:,} documents dropped as duplicates")
 
 
 if __name__ == "__main__":

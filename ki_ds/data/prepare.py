@@ -1,35 +1,50 @@
-"""From sources of text to a corpus folder, in parallel processes with bounded memory.
+"""From sources of text to a corpus folder, in parallel with bounded memory.
 
     OUT/train.{bin,idx,json}   OUT/valid.{bin,idx,json}   OUT/tokenizer/   OUT/corpus.json
 
-The folder is built under a temporary name and renamed when it is complete. It is the same, to the byte, for
-any number of workers.
+It is the same, to the byte, for any number of workers and of interruptions. The work is done in .OUT.partial:
+
+    request.json       the inputs; another call with the same goes on here, with others starts anew
+    pieces/            the tokens of finished stretches of the text, see `ki_ds.data.pieces`
+    corpus/            what becomes OUT by a rename when it is complete
+
+Documents are cleaned and tokenized once; all that follows (duplicates, split, stores) is copying. Until OUT is
+complete, the tokens take twice their space.
 """
 
 import contextlib
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import threading
-from collections import deque
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from ki_ds.data import corpora
 from ki_ds.data.corpora import Corpus, Document, RawDocument
-from ki_ds.data.store import StoreWriter, sync_folder, token_dtype, write_atomically, write_errors_are_one_line
+from ki_ds.data.pieces import Piece, PieceFolder, work_stays
+from ki_ds.data.processes import StoppedError, ordered_map
+from ki_ds.data.selection import DROPPED, TRAIN, VALID, destinations
+from ki_ds.data.store import (
+    SpecialIds,
+    StoreWriter,
+    check_space,
+    sync_folder,
+    token_dtype,
+    write_atomically,
+    write_errors_are_one_line,
+)
 from ki_ds.data.tokenize import (
     TokenizerKind,
     load_tokenizer,
@@ -40,11 +55,15 @@ from ki_ds.data.tokenize import (
 )
 from ki_ds.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 CORPUS_VERSION = 1
 CHUNK_CHARACTERS = 1 << 18  # of raw text in one message to a worker
-CHUNKS_PER_WORKER = 3  # in flight: bounds the memory whatever the input's size
+PIECE_CHUNKS = 32  # in one file of tokens: what an interruption costs at most
+# Encoding plain text runs outside Python's lock, so that threads do, in a third of the memory of processes.
+MAX_THREADS = 8
 
-In = TypeVar("In")
 Out = TypeVar("Out")
 
 
@@ -104,92 +123,143 @@ def build_store(
     seed: int = 0,
     text_key: str = "text",
     domain: str = "",
+    drop_duplicates: bool = False,
+    pad_vocab_to: int = 1,
     show_progress: bool = True,
 ) -> PreparedCorpus:
     """The corpus folder `out`: every line of `sources` an item that ends with eos, split by whole documents.
 
     A document is for validation when a hash of its text keyed by `seed` falls below `valid_fraction`; where
     that chooses none, the document with the lowest hash is taken. `tokenizer` is a folder, a hub name or a
-    `TokenizerSpec` to train. Called again with the same inputs it finds its work done. UserError: bad
-    sources, a full disk, `out` holds something else, or too few documents for a split.
+    `TokenizerSpec` to train. `drop_duplicates` leaves out documents whose clean text came before (compared by
+    128-bit hashes; documents handed on in parts by those of their parts); `pad_vocab_to` only notes the vocabulary
+    size rounded up to its multiple. Called again with the same inputs it finds its work done, or goes on where it
+    was stopped (the training of a tokenizer begins again). UserError: bad sources, `out` holds something else, too
+    few documents for a split: nothing is left. StoppedError: a full disk, a dead worker: what is done stays.
     """
     if not 0 <= valid_fraction < 1:
         raise UserError(f"valid_fraction={valid_fraction} is not in [0, 1); take e.g. 0.005")
     if seed < 0:
         raise UserError(f"seed={seed} is negative; take one from 0 on")
+    if pad_vocab_to < 1:
+        raise UserError(f"pad_vocab_to={pad_vocab_to} is below 1; take e.g. 64")
     corpus = Corpus(sources, domain=domain, text_key=text_key)
+    wanted = tokenizer if isinstance(tokenizer, TokenizerSpec) else load_tokenizer(tokenizer)
     request = {
         "files": corpus.fingerprint(),
-        "tokenizer": _requested_tokenizer(tokenizer),
+        "tokenizer": asdict(wanted) if isinstance(wanted, TokenizerSpec) else tokenizer_hash(wanted),
         "valid_fraction": valid_fraction,
         "seed": seed,
         "text_key": text_key,
         "domain": domain,
+        # said only where asked for, so that folders made before they existed still fit
+        **({"drop_duplicates": True} if drop_duplicates else {}),
+        **({"pad_vocab_to": pad_vocab_to} if pad_vocab_to > 1 else {}),
     }
     folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if _is_taken(folder):
         return _finished(folder, request)
     workers = num_workers if num_workers is not None else len(os.sched_getaffinity(0))
-    with _partial_folder(folder) as partial, _progress_bar(show_progress) as progress:
+    with _work_folder(folder, request, tell=show_progress) as work, _progress_bar(show_progress) as progress:
         run = _Run(corpus, workers, progress)
-        if isinstance(tokenizer, TokenizerSpec):
-            _train(run, tokenizer, partial / "tokenizer")
-        else:
-            save_tokenizer(load_tokenizer(tokenizer), partial / "tokenizer")
-        info = _write_stores(run, partial, request)
-        write_atomically(partial / "corpus.json", json.dumps(info, indent=2, sort_keys=True) + "\n")
+        facts = _provide_tokenizer(run, wanted, work / "corpus" / "tokenizer")
+        del wanted  # its memory is needed no longer
+        pieces = _tokenize_all(run, PieceFolder(work / "pieces"), facts, request)
+        chosen = destinations(pieces, valid_fraction=valid_fraction, drop_duplicates=drop_duplicates)
+        with work_stays(work):
+            info = _write_stores(pieces, chosen, work / "corpus", facts, request)
+            write_atomically(work / "corpus" / "corpus.json", json.dumps(info, indent=2, sort_keys=True) + "\n")
     return open_corpus(folder)
 
 
-def _requested_tokenizer(tokenizer: str | Path | TokenizerSpec) -> Any:
-    return asdict(tokenizer) if isinstance(tokenizer, TokenizerSpec) else tokenizer_hash(load_tokenizer(tokenizer))
+def _is_taken(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def _finished(folder: Path, request: dict[str, Any]) -> PreparedCorpus:
     """The corpus in `folder` if it was made of the same inputs."""
     prepared = open_corpus(folder)
-    differing = sorted(key for key in request if prepared.info["inputs"].get(key) != request[key])
+    differing = _differing(prepared.info["inputs"], request)
     if differing:
-        raise UserError(f"{folder} was prepared with other {', '.join(differing)}; remove it or take another folder")
+        raise UserError(f"{folder} was prepared with other {differing}; remove it or take another folder")
+    shutil.rmtree(_work_path(folder), ignore_errors=True)  # left by a kill right after the rename
     return prepared
 
 
-# ----------------------------------------------------------------------------------------------- processes
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> str:
+    return ", ".join(sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key)))
 
 
-def ordered_map(function: Callable[[In], Out], items: Iterable[In], *, num_workers: int) -> Iterator[Out]:
-    """`map` over processes, in order, with a bounded number of items in flight; in-process for one worker."""
-    if num_workers <= 1:
-        yield from map(function, items)
-        return
-    # spawn: the parent has threads (progress bar, tokenizers), which a fork would tear apart
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
-    waiting: deque[Future[Out]] = deque()
+# ------------------------------------------------------------------------------------------ the work folder
+
+
+def _work_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+@contextlib.contextmanager
+def _work_folder(folder: Path, request: dict[str, Any], *, tell: bool) -> Iterator[Path]:
+    """The locked folder beside `folder` whose "corpus" becomes `folder` when the block ends well.
+
+    It stays when the block is interrupted or stopped, and vanishes when the inputs are at fault. What another call
+    left in it stays there if that had the same inputs. UserError when another process works in it right now.
+    """
+    work = _work_path(folder)
+    with write_errors_are_one_line(folder):
+        work.mkdir(parents=True, exist_ok=True)
+    with _locked(work, folder):
+        try:
+            _take_over(work, request, tell=tell)
+            yield work
+        except StoppedError:
+            raise
+        except UserError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        with write_errors_are_one_line(folder):
+            (work / "corpus").replace(folder)  # also over an empty folder
+        sync_folder(folder.parent)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(work: Path, folder: Path) -> Iterator[None]:
+    handle = os.open(work, os.O_RDONLY)
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= CHUNKS_PER_WORKER * num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise UserError("a worker process died, most likely for memory; take fewer num_workers") from None
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_ino != work.stat().st_ino or _is_taken(folder):  # the other has just finished
+            raise FileNotFoundError
+        yield
+    except (BlockingIOError, FileNotFoundError):
+        raise UserError(f"{folder} is being prepared by another process; wait for it and call again") from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        os.close(handle)
 
 
-def _start_worker() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core, and no threads beside it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _take_over(work: Path, request: dict[str, Any], *, tell: bool) -> None:
+    """Keep what an earlier call did on the same inputs, and remove what it did on others."""
+    note = work / "request.json"
+    # another cutting of the text gives other pieces
+    request = {**request, "cutting": [CHUNK_CHARACTERS, PIECE_CHUNKS, corpora.MAX_PART_CHARACTERS]}
+    try:
+        differing = _differing(json.loads(note.read_text(encoding="utf-8")), request)
+    except (OSError, ValueError):
+        differing = "inputs"
+    if differing:
+        left = list(work.iterdir())
+        if left and tell:
+            print(f"{work} holds unfinished work with other {differing}; starting anew", file=sys.stderr)
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with write_errors_are_one_line(work):
+            (work / "corpus").mkdir()
+        write_atomically(note, json.dumps(request, indent=2, sort_keys=True) + "\n")
+    elif tell:
+        done = len(PieceFolder(work / "pieces"))
+        print(f"{work} holds unfinished work on the same inputs; going on after {done} pieces", file=sys.stderr)
 
 
-def _end_with_parent() -> None:
-    """A killed parent cannot end its workers: they watch it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+# ----------------------------------------------------------------------------------------------- the text
 
 
 def _chunks(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
@@ -213,10 +283,13 @@ class _Run:
     num_workers: int
     progress: Progress
 
-    def map(self, function: Callable[[list[RawDocument]], Out], title: str) -> Generator[Out, None, None]:
-        """The function's results on the chunks of the corpus, under a progress bar."""
-        task = self.progress.add_task(title, total=self.corpus.total_bytes)
-        for result in ordered_map(function, _chunks(self.corpus), num_workers=self.num_workers):
+    def map(
+        self, function: Callable[[list[RawDocument]], Out], title: str, *, first_chunk: int = 0, threads: bool = False
+    ) -> Generator[Out, None, None]:
+        """The function's results on the chunks of the corpus from `first_chunk` on, under a progress bar."""
+        task = self.progress.add_task(title, total=self.corpus.total_bytes or None)
+        chunks = itertools.islice(_chunks(self.corpus), first_chunk, None)
+        for result in ordered_map(function, chunks, num_workers=self.num_workers, threads=threads):
             self.progress.update(task, completed=self.corpus.bytes_read)
             yield result
         self.progress.update(task, completed=self.corpus.total_bytes)
@@ -233,14 +306,33 @@ def _progress_bar(show: bool) -> Progress:
     )
 
 
-# ------------------------------------------------------------------------------------------------ the work
+# ------------------------------------------------------------------------------------------- the tokenizer
 
 
-def _train(run: _Run, spec: TokenizerSpec, folder: Path) -> None:
-    chunks = run.map(_clean, "training tokenizer")
-    with contextlib.closing(chunks):  # when the text is cut short, its workers end here
-        documents = _first_characters((doc for chunk in chunks for doc in chunk), spec.max_characters)
-        train_tokenizer(documents, spec.vocab_size, spec.kind, out_dir=folder)
+@dataclass(frozen=True)
+class _TokenizerFacts:
+    """What the work needs to know of the tokenizer in a folder."""
+
+    path: Path
+    ids: SpecialIds
+    vocab_size: int
+    sha: str
+
+
+def _provide_tokenizer(run: _Run, wanted: "PreTrainedTokenizerBase | TokenizerSpec", folder: Path) -> _TokenizerFacts:
+    """Save the tokenizer given, or train and save one, unless an earlier call did so."""
+    if not isinstance(wanted, TokenizerSpec):
+        tokenizer = wanted
+        if not folder.exists():
+            save_tokenizer(tokenizer, folder)
+    elif folder.exists():
+        tokenizer = load_tokenizer(folder)
+    else:
+        chunks = run.map(_clean, "training tokenizer")
+        with contextlib.closing(chunks):  # when the text is cut short, its workers end here
+            documents = _first_characters((doc for chunk in chunks for doc in chunk), wanted.max_characters)
+            tokenizer = train_tokenizer(documents, wanted.vocab_size, wanted.kind, out_dir=folder)
+    return _TokenizerFacts(folder / "tokenizer.json", special_ids(tokenizer), len(tokenizer), tokenizer_hash(tokenizer))
 
 
 def _clean(chunk: list[RawDocument]) -> list[Document]:
@@ -255,76 +347,106 @@ def _first_characters(documents: Iterable[Document], limit: int) -> Iterator[Doc
             return
 
 
-@dataclass(frozen=True)
-class _TokenizedPart:
-    """A document or a part of one as ids; `draw` in [0, 1) is the hash of the document's first part."""
-
-    tokens: np.ndarray
-    sizes: np.ndarray
-    draw: float
-    starts: bool
-    ends: bool
-    num_characters: int
-
-
-@functools.cache
-def _backend(path: Path) -> Tokenizer:
-    backend = Tokenizer.from_file(str(path))
+@functools.lru_cache(maxsize=1)
+def _backend(facts: _TokenizerFacts) -> Tokenizer:
+    backend = Tokenizer.from_file(str(facts.path))
     backend.encode_special_tokens = True  # "</s>" within a text is text, and must not end an item
     return backend
 
 
-def _tokenize(chunk: list[RawDocument], *, path: Path, eos: int, dtype: np.dtype, seed: int) -> list[_TokenizedPart]:
+# ---------------------------------------------------------------------------------------------- the tokens
+
+
+def _tokenize_all(run: _Run, pieces: PieceFolder, facts: _TokenizerFacts, request: dict[str, Any]) -> PieceFolder:
+    """The pieces of the whole corpus; those that are there already are not made again."""
+    if not len(pieces):
+        check_space(pieces.folder, run.corpus.total_bytes)
+    tokenize = functools.partial(
+        _tokenize, facts=facts, seed=request["seed"], with_digests=request.get("drop_duplicates", False)
+    )
+    threads = not run.corpus.has_wikitext and run.num_workers <= MAX_THREADS
+    results = run.map(tokenize, "tokenizing", first_chunk=len(pieces) * PIECE_CHUNKS, threads=threads)
+    with _serial_tokenizers(run.num_workers), contextlib.closing(results):
+        while batch := list(itertools.islice(results, PIECE_CHUNKS)):
+            pieces.append(Piece.joined(batch))
+    return pieces
+
+
+@contextlib.contextmanager
+def _serial_tokenizers(num_workers: int) -> Iterator[None]:
+    """Keep the threads of the tokenizers library from coming on top of `num_workers` of ours."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.__setitem__(name, before)
+
+
+def _tokenize(chunk: list[RawDocument], *, facts: _TokenizerFacts, seed: int, with_digests: bool) -> Piece:
     """The documents of a chunk as ids, those without any text left out."""
-    parts = []
-    for raw in chunk:
-        lines = raw.cleaned().lines
-        if not lines:
-            continue
-        encodings = _backend(path).encode_batch_fast(list(lines), add_special_tokens=False)
-        ids = [[*encoding.ids, eos] for encoding in encodings]
-        sizes = np.fromiter(map(len, ids), np.int32, len(ids))
-        tokens = np.fromiter((i for line in ids for i in line), dtype, int(sizes.sum()))
-        digest = hashlib.blake2b(raw.text.encode(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
-        draw = int.from_bytes(digest, "little") / 2**64
-        parts.append(_TokenizedPart(tokens, sizes, draw, raw.starts, raw.ends, sum(map(len, lines))))
-    return parts
+    assert facts.ids.eos is not None
+    kept = [(raw, lines) for raw in chunk if (lines := raw.cleaned().lines)]
+    texts = [line for _, lines in kept for line in lines]
+    encodings = _backend(facts).encode_batch_fast(texts, add_special_tokens=False)
+    ids = [encoding.ids for encoding in encodings]
+    sizes = np.fromiter(map(len, ids), np.int64, len(ids))
+    tokens = np.fromiter(itertools.chain.from_iterable(ids), token_dtype(facts.vocab_size), int(sizes.sum()))
+    key = seed.to_bytes(8, "little")
+    draws = [hashlib.blake2b(raw.text.encode(), digest_size=8, key=key).digest() for raw, _ in kept]
+    digests = [hashlib.blake2b("\n".join(lines).encode(), digest_size=16).digest() for _, lines in kept]
+    return Piece(
+        tokens=np.insert(tokens, np.cumsum(sizes), facts.ids.eos),
+        item_sizes=(sizes + 1).astype(np.int32),
+        part_items=np.array([len(lines) for _, lines in kept], np.int64),
+        part_characters=np.array([sum(map(len, lines)) for _, lines in kept], np.int64),
+        starts=np.array([raw.starts for raw, _ in kept], bool),
+        ends=np.array([raw.ends for raw, _ in kept], bool),
+        draws=np.frombuffer(b"".join(draws), "<u8") / 2**64,
+        digests=np.frombuffer(b"".join(digests) if with_digests else b"", np.uint64).reshape(-1, 2),
+    )
 
 
-def _write_stores(run: _Run, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Write both stores; what corpus.json says."""
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    ids, vocab_size, sha = special_ids(tokenizer), len(tokenizer), tokenizer_hash(tokenizer)
-    assert ids.eos is not None
+def _write_stores(
+    pieces: PieceFolder, chosen: np.ndarray, folder: Path, facts: _TokenizerFacts, request: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the stores from the pieces, each document where it was chosen to go; what corpus.json says."""
     names = ["train", "valid"] if request["valid_fraction"] > 0 else ["train"]
+    for left in (path for name in names for path in folder.glob(f"{name}.*")):
+        left.unlink()  # of a call that was stopped here
+    expected = sum(path.stat().st_size for path in pieces.folder.iterdir())
     num_characters = 0
     with contextlib.ExitStack() as stack:
         writers = {
             name: stack.enter_context(
                 StoreWriter(
                     folder / name,
-                    vocab_size=vocab_size,
-                    special_ids=ids,
-                    tokenizer_hash=sha,
+                    vocab_size=facts.vocab_size,
+                    special_ids=facts.ids,
+                    tokenizer_hash=facts.sha,
                     source={**request, "split": name},
-                    expected_bytes=run.corpus.total_bytes // 2 if name == "train" else 0,
+                    expected_bytes=expected if name == "train" else 0,
                 )
             )
             for name in names
         }
-        split = _Split(writers["train"], writers.get("valid"), request["valid_fraction"])
-        tokenize = functools.partial(
-            _tokenize,
-            path=folder / "tokenizer" / "tokenizer.json",
-            eos=ids.eos,
-            dtype=token_dtype(vocab_size),
-            seed=request["seed"],
-        )
-        for parts in run.map(tokenize, "writing tokens"):
-            for part in parts:
-                split.add(part)
-                num_characters += part.num_characters
-        split.finish()
+        stores = {VALID: writers.get("valid"), TRAIN: writers["train"]}
+        document = -1
+        for piece in pieces:
+            first_item = first_token = 0
+            for i, (num_items, start, end) in enumerate(zip(piece.part_items, piece.starts, piece.ends, strict=True)):
+                sizes = piece.item_sizes[first_item : first_item + num_items]
+                tokens = piece.tokens[first_token : first_token + sizes.sum()]
+                first_item, first_token = first_item + num_items, first_token + len(tokens)
+                document += bool(start)
+                store = stores.get(int(chosen[document]))
+                if store is None:
+                    continue
+                store.add_items(tokens, sizes)
+                num_characters += int(piece.part_characters[i])
+                if end:
+                    store.end_document()
     counts = {
         name: {"documents": w.num_documents, "items": w.num_items, "tokens": w.num_tokens}
         for name, w in writers.items()
@@ -332,113 +454,10 @@ def _write_stores(run: _Run, folder: Path, request: dict[str, Any]) -> dict[str,
     return {
         "format_version": CORPUS_VERSION,
         "inputs": request,
-        "tokenizer_hash": sha,
-        "vocab_size": vocab_size,
+        "tokenizer_hash": facts.sha,
+        "vocab_size": facts.vocab_size,
         "num_characters": num_characters,
         "counts": counts,
+        **({"num_duplicates": int((chosen == DROPPED).sum())} if "drop_duplicates" in request else {}),
+        **({"padded_vocab_size": -(-facts.vocab_size // pad) * pad} if (pad := request.get("pad_vocab_to")) else {}),
     }
-
-
-class _Sink(Protocol):
-    """Where documents go: a `StoreWriter` or, for the time being, `_Held`."""
-
-    def add_items(self, tokens: np.ndarray, sizes: np.ndarray) -> None:
-        """Append items."""
-
-    def end_document(self) -> None:
-        """End the document."""
-
-
-class _Held:
-    """A document kept back, with its draw."""
-
-    def __init__(self, draw: float) -> None:
-        self.draw = draw
-        self._items: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def add_items(self, tokens: np.ndarray, sizes: np.ndarray) -> None:
-        self._items.append((tokens, sizes))
-
-    def end_document(self) -> None:
-        pass
-
-    def pour(self, sink: _Sink) -> None:
-        for tokens, sizes in self._items:
-            sink.add_items(tokens, sizes)
-        sink.end_document()
-
-
-class _Split:
-    """Sends documents to one of two stores by their draw.
-
-    Until a draw falls below the fraction, the document with the lowest draw is held back: it becomes the
-    validation set if none does.
-    """
-
-    def __init__(self, train: StoreWriter, valid: StoreWriter | None, fraction: float) -> None:
-        self._train = train
-        self._valid = valid
-        self._fraction = fraction
-        self._held: _Held | None = None
-        self._chosen = valid is None  # whether nobody needs to be held back any more
-        self._sink: _Sink = train
-
-    def add(self, part: _TokenizedPart) -> None:
-        """Write a part to its document's store."""
-        if part.starts:
-            self._sink = self._sink_of(part.draw)
-        self._sink.add_items(part.tokens, part.sizes)
-        if part.ends:
-            self._sink.end_document()
-
-    def finish(self) -> None:
-        """Decide on the document held back; UserError when one of the stores got nothing."""
-        if self._held is not None:
-            assert self._valid is not None
-            self._held.pour(self._valid)
-        if self._train.num_items == 0:
-            raise UserError(
-                "too few documents to split off some for validation; put blank lines between documents, bring "
-                "more text, or say valid_fraction=0"
-            )
-
-    def _sink_of(self, draw: float) -> _Sink:
-        if self._valid is not None and draw < self._fraction:
-            self._chosen = True
-            self._release()
-            return self._valid
-        if self._chosen or (self._held is not None and draw >= self._held.draw):
-            return self._train
-        self._release()
-        self._held = _Held(draw)
-        return self._held
-
-    def _release(self) -> None:
-        if self._held is not None:
-            self._held.pour(self._train)
-            self._held = None
-
-
-@contextlib.contextmanager
-def _partial_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well, and vanishes when it does not.
-
-    What a killed process left of it is removed first. UserError when another process builds it right now.
-    """
-    partial = folder.with_name(f".{folder.name}.partial")
-    with write_errors_are_one_line(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    with write_errors_are_one_line(folder), folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder} is being prepared by another process; wait for it") from None
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            yield partial
-            partial.replace(folder)  # also over an empty folder
-            sync_folder(folder.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            Path(lock.name).unlink(missing_ok=True)

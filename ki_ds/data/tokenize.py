@@ -114,8 +114,6 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> "PreTrainedTokeniz
 
     UserError: nothing is there, it does not load, or it is not of the fast kind.
     """
-    from transformers import AutoTokenizer
-
     name, folder = os.fspath(name_or_folder), Path(name_or_folder)
     if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise UserError(f"tokenizer folder {name} does not exist; name a folder or a model of the hub")
@@ -123,13 +121,30 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> "PreTrainedTokeniz
         if (folder / "merges.txt").exists() and not (folder / "tokenizer.json").exists():
             tokenizer = _from_vocab_and_merges(folder)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = _loader(folder).from_pretrained(name)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"no tokenizer can be loaded from {name} ({reason}); name its folder") from None
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(f"the tokenizer of {name} has no fast version; save it as tokenizer.json first")
     return tokenizer
+
+
+def _loader(folder: Path) -> Any:
+    """The class that loads a tokenizer: AutoTokenizer, but for folders it would load with its plainest class.
+
+    AutoTokenizer imports torch, which costs seconds and 200 MB that preparing data has no use for.
+    """
+    config = folder / "tokenizer_config.json"
+    if config.exists() and not (folder / "config.json").exists():
+        named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
+        if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _from_vocab_and_merges(folder: Path) -> Any:
