@@ -7,6 +7,7 @@ configuration beside the run. A recipe is a YAML file of these fields; scale is 
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,28 +22,86 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One corpus of a mixture, or a part of it.
+
+    `half`, then `fraction`, then `max_tokens` narrow it down in a fixed random order of its documents: a smaller part
+    lies within a larger one, A and B share nothing (sections 4.2 and 4.3).
+
+    Args:
+        path: as data.corpus.
+        domain: name under which its perplexity is reported; null takes the last part of the path.
+        weight: share of the training tokens; give every source one, or none to take every token once an epoch.
+        half: A or B, two disjoint halves of the documents (Fig. 3c); null takes both.
+        fraction: share of the tokens (Fig. 3a: 1/16 to 1).
+        max_tokens: at most so many tokens (Table 2: 3,400M to 20M).
+    """
+
+    path: str
+    domain: str | None = None
+    weight: float | None = None
+    half: Literal["A", "B"] | None = None
+    fraction: float = 1.0
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What the student reads.
 
     Args:
-        corpus: folder written by tools/prepare_data.py: train.*, valid.* (199:1, section 3) and tokenizer/.
+        corpus: folder made by tools/prepare_data.py; or a fairseq data-bin folder (dict.txt, train*, valid*); or the
+            prefix, or a glob of prefixes, of Megatron token files.
+        sources: several corpora instead of one, mixed by weight or by tokens (of two lists, the later one is laid over
+            the earlier one, entry by entry).
+        tokenizer: Hugging Face folder of the tokenizer of Megatron files; for a fairseq folder GPT-2's, with which the
+            exported model gets a tokenizer; null where the corpus has its own or none is needed.
+        valid: validation corpora by domain, e.g. {WB: data/wb}; null takes the sources' own. Domains that are not
+            trained on are reported, but do not choose the best weights.
+        valid_fraction: share of a source's tokens (whole documents) held out where it brings no validation part.
+        subset_seed: of the random order in which halves, fractions and held-out parts are taken.
         seq_len: tokens in a block, `<s>` included for mlm (512 in the paper).
+        break_mode: how lines become blocks. complete packs whole lines (auto for mlm), complete_doc also ends a block
+            with its document, eos makes every line a block; none is a fixed cut (auto for causal), none_doc begins
+            anew with each document.
+        long_lines: lines longer than a block are split, or dropped as the released code does.
+        packing: put short blocks of complete_doc, none_doc or eos into one row, where none sees another (causal).
         mask_probability: share of a block's tokens that the mlm student predicts.
         keep_probability: share of those tokens left as they are.
         random_probability: share of those tokens replaced by a random one; the rest becomes the mask token.
+        whole_words: mask all tokens of a word or none.
+        mask_variants: different masks of a sample, taken in turn over the epochs; 0 makes new ones every epoch.
         num_workers: loader processes per rank; the order never depends on it. 0 loads in the training process.
+        index_dir: folder for hashes of token files and the places of blocks, which make later starts quick; null
+            takes .ki_ds_index beside the files, or none where that cannot be written.
         valid_mask_variants: times the mlm validation set is masked, each time with other fixed masks.
-        max_valid_samples: validation blocks used at most; null takes all.
+        max_valid_samples: validation blocks of a domain used at most; null takes all.
     """
 
     corpus: str = ""
+    sources: list[SourceConfig] | None = None
+    tokenizer: str | None = None
+    valid: dict[str, str] | None = None
+    valid_fraction: float = 0.0
+    subset_seed: int = 0
     seq_len: int = 512
+    break_mode: Literal["auto", "complete", "complete_doc", "eos", "none", "none_doc"] = "auto"
+    long_lines: Literal["split", "drop"] = "split"
+    packing: bool = False
     mask_probability: float = 0.15
     keep_probability: float = 0.1
     random_probability: float = 0.1
+    whole_words: bool = False
+    mask_variants: int = 0
     num_workers: int = 1
+    index_dir: str | None = None
     valid_mask_variants: int = 1
     max_valid_samples: int | None = None
+
+    @property
+    def all_sources(self) -> list[SourceConfig]:
+        """`sources`, or `corpus` as the only one."""
+        return self.sources if self.sources is not None else [SourceConfig(self.corpus)]
 
 
 @dataclass(frozen=True)
@@ -238,12 +297,17 @@ class RunConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
 
+_NUMBER = re.compile(r"\.\d+")  # of an entry of a list, in a field's name
+
 # Fields that say how a run is carried out, not what it computes: they may differ when a run goes on.
 OPERATIONAL_FIELDS = frozenset(
     {
         "run_dir",
         "data.corpus",  # its content is compared by hash
+        "data.sources.path",  # likewise
+        "data.tokenizer",
         "data.num_workers",
+        "data.index_dir",
         "teacher.path",  # likewise
         "loss.backend",
         "loss.chunk_rows",
@@ -292,7 +356,8 @@ def parse(argv: list[str]) -> RunConfig:
     try:
         groups = parser.instantiate(parser.parse_args(argv))
     except jsonargparse.ArgumentError as error:
-        raise UserError(f"configuration: {error}; --help lists every field with its meaning") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"configuration: {reason}; --help lists every field with its meaning") from None
     config = RunConfig(**{f.name: groups[f.name] for f in dataclasses.fields(RunConfig)})
     validate(config)
     return config
@@ -309,12 +374,15 @@ def save(config: RunConfig, path: str | Path) -> None:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every field by its dotted name, e.g. {"optim.lr": 5e-4, ...}."""
+    """Every field by its dotted name, e.g. {"optim.lr": 5e-4, "data.sources.0.weight": 1.0, ...}."""
     flat: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             flat.update(flatten(value, f"{prefix}{item.name}."))
+        elif isinstance(value, list):
+            for number, entry in enumerate(value):
+                flat.update(flatten(entry, f"{prefix}{item.name}.{number}."))
         else:
             flat[prefix + item.name] = value
     return flat
@@ -323,7 +391,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Fields that change what a run computes and differ: {name: (old value, new value)}."""
     before, after = flatten(old), flatten(new)
-    return {k: (before[k], after[k]) for k in before if k not in OPERATIONAL_FIELDS and before[k] != after[k]}
+    names = [name for name in {**before, **after} if _NUMBER.sub("", name) not in OPERATIONAL_FIELDS]
+    pairs = {name: (before.get(name), after.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def inherit_steps(config: RunConfig) -> int | None:
@@ -339,8 +409,7 @@ def validate(config: RunConfig) -> None:
     _check_inheritance(config)
     if not config.run_dir:
         raise UserError("run_dir is empty; give the run a folder, e.g. --run_dir runs/base")
-    if not config.data.corpus:
-        raise UserError("data.corpus is empty; give a folder made by tools/prepare_data.py")
+    _check_data(config.data)
     _check_masking(config)
     if config.train.global_batch_size % config.train.micro_batch_size:
         raise UserError(
@@ -353,6 +422,9 @@ def validate(config: RunConfig) -> None:
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "seed": (0, 2**63 - 1, True),
     "data.seq_len": (8, 2**20, True),
+    "data.valid_fraction": (0, 1, False),
+    "data.subset_seed": (0, 2**63 - 1, True),
+    "data.mask_variants": (0, 2**31, True),
     "data.mask_probability": (1e-6, 1, True),
     "data.keep_probability": (0, 1, True),
     "data.random_probability": (0, 1, True),
@@ -423,6 +495,26 @@ def _check_inheritance(config: RunConfig) -> None:
         raise UserError(f"inherit.constant_alpha has no meaning with inherit.schedule={inherit.schedule}; leave it out")
 
 
+def _check_data(data: DataConfig) -> None:
+    if bool(data.corpus) == (data.sources is not None):
+        what = "both data.corpus and data.sources" if data.corpus else "neither data.corpus nor data.sources"
+        raise UserError(f"{what} are given; give a corpus made by tools/prepare_data.py, or a list of sources")
+    if data.sources == []:
+        raise UserError("data.sources is empty; give at least one source, e.g. [{path: data/wb}]")
+    weights = [source.weight for source in data.all_sources]
+    if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
+        raise UserError(f"data.sources have the weights {weights}; give every source one, or none")
+    for number, source in enumerate(data.all_sources):
+        name = f"data.sources.{number}"
+        for field_name, value in (("weight", source.weight), ("max_tokens", source.max_tokens)):
+            if value is not None and not 0 < value < 2**62:
+                raise UserError(f"{name}.{field_name}={value} is not positive; change it")
+        if not 0 < source.fraction <= 1:
+            raise UserError(f"{name}.fraction={source.fraction} is outside (0, 1]; change it")
+    if data.valid == {}:
+        raise UserError("data.valid is empty; give {domain: corpus}, or null for the sources' own validation parts")
+
+
 def _check_masking(config: RunConfig) -> None:
     data = config.data
     if data.keep_probability + data.random_probability > 1:
@@ -431,6 +523,7 @@ def _check_masking(config: RunConfig) -> None:
             "add up to more than 1; lower one of them"
         )
     if config.task == "causal":
-        for name in ("mask_probability", "keep_probability", "random_probability", "valid_mask_variants"):
+        names = ("mask_probability", "keep_probability", "random_probability", "whole_words", "mask_variants")
+        for name in (*names, "valid_mask_variants"):
             if getattr(data, name) != getattr(DataConfig, name):
                 raise UserError(f"data.{name}={getattr(data, name)} has no meaning for task=causal; leave it out")

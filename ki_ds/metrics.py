@@ -161,9 +161,11 @@ class Display:
                 flush=True,
             )
 
-    def validation(self, step: int, ppl: float) -> None:
-        """Show a validation perplexity, which then stays beside the other figures."""
+    def validation(self, step: int, ppl: float, domains: dict[str, float]) -> None:
+        """Show a validation perplexity (and those of several domains), which then stays beside the other figures."""
         self._valid = f"  valid ppl {ppl:.2f}"
+        if len(domains) > 1:
+            self._valid += " (" + ", ".join(f"{name} {value:.2f}" for name, value in domains.items()) + ")"
         self._refresh()
         if self._lines:
             print(f"{self._title} step {step}/{self._num_steps}{self._valid}", flush=True)

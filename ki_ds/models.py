@@ -315,7 +315,9 @@ class RowLM(nn.Module):
         head = self._head
         head.answer, head.rows_N = answer, batch.rows_N
         try:
-            return self.lm(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits
+            given = {"attention_mask": batch.attention_mask_BL, "position_ids": batch.position_ids_BL}
+            given = {name: tensor for name, tensor in given.items() if tensor is not None}
+            return self.lm(input_ids=batch.input_ids_BL, **given).logits
         finally:
             head.answer = head.rows_N = None
 
@@ -323,6 +325,28 @@ class RowLM(nn.Module):
         """The hidden states of the labelled rows with the output projection, as a teacher gives them."""
         hidden_ND = self.ask(batch, lambda hidden_ND, _weight, _bias: hidden_ND)
         return HiddenSignal(hidden_ND.reshape(-1, hidden_ND.shape[-1]), self._head.weight, self._head.bias)
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Return silently if several blocks of one row do not see each other; raise UserError if they do."""
+        embedding: Tensor = self._head.weight
+        ids = torch.arange(2, 12, device=embedding.device)[None] % embedding.shape[0]
+        changed = torch.cat([ids[:, :4].flip(1), ids[:, 4:]], dim=1)
+        positions = torch.cat([torch.arange(4), torch.arange(6)]).to(ids.device)[None]
+        training = self.training
+        self.eval()
+        try:
+            first, second = (self.lm(input_ids=i, position_ids=positions).logits[0, 4:].float() for i in (ids, changed))
+            alone = self.lm(input_ids=ids[:, 4:]).logits[0].float()
+        except TypeError:  # it knows no position ids
+            first, second, alone = torch.eye(3)
+        self.train(training)
+        largest = float(alone.abs().max())
+        apart = torch.allclose(first, second, rtol=1e-5, atol=1e-6 * largest)
+        if not apart or not torch.allclose(first, alone, rtol=1e-2, atol=1e-2 * largest):
+            raise UserError(
+                f"{type(self.lm).__name__} cannot keep several blocks of a row apart; take data.packing=false"
+            )
 
     @torch.no_grad()
     def check(self) -> None:

@@ -14,10 +14,8 @@ import ki_ds
 from ki_ds import checkpoint, schedules
 from ki_ds import config as configuration
 from ki_ds.config import RunConfig
-from ki_ds.data.batches import VALID_SEED, BlockDataset, MaskConfig, ValidBatches
-from ki_ds.data.prepare import open_corpus as open_prepared
-from ki_ds.data.store import TokenStore, open_store
-from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash
+from ki_ds.data.batches import VALID_SEED, ValidBatches
+from ki_ds.data.datasets import Datasets, open_datasets
 from ki_ds.distributed import is_main, on_main, rank, say, world_size
 from ki_ds.engine import StudentEngine
 from ki_ds.errors import UserError
@@ -29,40 +27,32 @@ from ki_ds.teachers.factory import TeacherFacts, make_teacher
 
 
 @dataclass
-class Corpus:
-    """The student's data, and the hashes that make two runs comparable."""
-
-    train: BlockDataset
-    valid: BlockDataset
-    tokenizer_dir: Path
-    num_classes: int
-    hashes: dict[str, str]
-
-
-@dataclass
 class Run:
     """Everything that the loop needs."""
 
     config: RunConfig
     device: torch.device
     engine: StudentEngine
-    corpus: Corpus
+    data: Datasets
     teacher: Teacher | None
     manifest: dict[str, Any]
     totals: Totals
     best_ce: float = math.inf
-    valid: ValidBatches = field(init=False)
+    valid: dict[str, ValidBatches] = field(init=False)
 
     def __post_init__(self) -> None:
         train, data = self.config.train, self.config.data
-        self.valid = ValidBatches(
-            self.corpus.valid,
-            micro_batch_size=train.eval_micro_batch_size or train.micro_batch_size,
-            rank=rank(),
-            world_size=world_size(),
-            max_samples=data.max_valid_samples,
-            num_variants=data.valid_mask_variants,
-        )
+        self.valid = {
+            domain: ValidBatches(
+                dataset,
+                micro_batch_size=train.eval_micro_batch_size or train.micro_batch_size,
+                rank=rank(),
+                world_size=world_size(),
+                max_samples=data.max_valid_samples,
+                num_variants=data.valid_mask_variants,
+            )
+            for domain, dataset in self.data.valid.items()
+        }
 
     @property
     def run_dir(self) -> Path:
@@ -79,33 +69,11 @@ def inheriting_steps(config: RunConfig) -> int:
     return schedules.last_inheriting_step(config.inherit.schedule, steps, config.train.num_steps)
 
 
-def load_corpus(config: RunConfig) -> Corpus:
-    """The run's training and validation blocks. Raises UserError when the folder is not a corpus of ours."""
-    prepared = open_prepared(config.data.corpus)
-    if prepared.valid_prefix is None:
-        raise UserError(f"data.corpus={prepared.folder} has no validation part; prepare it with a valid_fraction")
-    folder = prepared.folder
-    stores = {"train": open_store(prepared.train_prefix), "valid": open_store(prepared.valid_prefix)}
-    digest = tokenizer_hash(load_tokenizer(prepared.tokenizer_dir))
-    hashes = {"tokenizer_sha256": digest}
-    for name, store in stores.items():
-        if store.manifest is None:
-            raise UserError(f"{folder / name} has no manifest; prepare the data again with tools/prepare_data.py")
-        if store.manifest.tokenizer_hash != digest:
-            raise UserError(
-                f"{folder / name} was made with another tokenizer than {folder / 'tokenizer'}; prepare it again"
-            )
-        hashes[f"{name}_sha256"] = store.manifest.bin_sha256
-    train, valid = (_blocks(stores[name], config) for name in ("train", "valid"))
-    return Corpus(train, valid, prepared.tokenizer_dir, train.vocab_size, hashes)
-
-
-def _blocks(store: TokenStore, config: RunConfig) -> BlockDataset:
-    data = config.data
-    masking = MaskConfig(
-        mask_prob=data.mask_probability, keep_prob=data.keep_probability, random_prob=data.random_probability
-    )
-    return BlockDataset(store, task=config.task, seq_len=data.seq_len, masking=masking)
+def load_data(config: RunConfig) -> Datasets:
+    """The run's samples; rank 0 goes first, and leaves what takes long where the others find it."""
+    elsewhere = Path(config.run_dir) / "index"
+    on_main(lambda: open_datasets(config.data, config.task, other_index_dir=elsewhere))
+    return open_datasets(config.data, config.task, other_index_dir=elsewhere)
 
 
 def prepare(config: RunConfig, device: torch.device) -> Run:
@@ -116,37 +84,42 @@ def prepare(config: RunConfig, device: torch.device) -> Run:
     """
     run_dir = Path(config.run_dir)
     on_main(lambda: _check_folder(config, run_dir))
-    corpus = load_corpus(config)
+    data = load_data(config)
+    for note in data.notes:
+        say(note)
     on_main(lambda: checkpoint.restore_folder(run_dir / "best"))
     resume_from = checkpoint.newest_intact(run_dir / "checkpoints")
     done = checkpoint.read_json(resume_from / "state.json") if resume_from else {"step": 0}
     lm = build_lm(
         config.model,
         config.task,
-        num_classes=corpus.num_classes,
-        special_ids=corpus.train.special_ids,
+        num_classes=data.vocabulary.size,
+        special_ids=data.vocabulary.special_ids,
         seed=config.seed,
     )
     _check_positions(config, max_positions(lm))
     parameters = count_parameters(lm)
-    model = InheritanceModel(lm, num_classes=corpus.num_classes, loss=config.loss, tau=config.inherit.tau)
+    model = InheritanceModel(lm, num_classes=data.vocabulary.size, loss=config.loss, tau=config.inherit.tau)
     model.check()
+    if config.data.packing:
+        model.check_packing()
     teacher, facts = None, None
     if done["step"] < inheriting_steps(config):
         teacher, facts = make_teacher(
             config.teacher,
             config.task,
-            tokenizer_sha256=corpus.hashes["tokenizer_sha256"],
-            num_classes=corpus.num_classes,
+            tokenizer_sha256=data.vocabulary.sha256,
+            num_classes=data.vocabulary.size,
             seq_len=config.data.seq_len,
+            packing=config.data.packing,
             device=device,
         )
         if not facts.tokenizer_checked:
             say(f"{facts.path} has no tokenizer: of the teacher's vocabulary only the size could be checked")
-    manifest = _manifest(config, corpus, parameters, facts, device)
+    manifest = _manifest(config, data, parameters, facts, device)
     on_main(lambda: _check_lineage(run_dir, manifest))
     engine = StudentEngine(model, config, device=device)
-    run = Run(config, device, engine, corpus, teacher, manifest, Totals())
+    run = Run(config, device, engine, data, teacher, manifest, Totals())
     if resume_from:
         state = checkpoint.load(resume_from, engine)
         run.totals, run.best_ce = Totals(**state["totals"]), state["best_ce"]
@@ -206,14 +179,15 @@ def _check_lineage(run_dir: Path, manifest: dict[str, Any]) -> None:
 
 
 def _manifest(
-    config: RunConfig, corpus: Corpus, parameters: dict[str, int], facts: TeacherFacts | None, device: torch.device
+    config: RunConfig, data: Datasets, parameters: dict[str, int], facts: TeacherFacts | None, device: torch.device
 ) -> dict[str, Any]:
     valid: dict[str, Any] = {
         "seed": VALID_SEED,
         "variants": config.data.valid_mask_variants,
         "seq_len": config.data.seq_len,
     }
-    valid |= {"mask_probability": config.data.mask_probability, "max_samples": config.data.max_valid_samples}
+    names = ("mask_probability", "whole_words", "break_mode", "long_lines")
+    valid |= {"max_samples": config.data.max_valid_samples} | {name: getattr(config.data, name) for name in names}
     return {
         "name": Path(config.run_dir).name,
         "task": config.task,
@@ -225,7 +199,8 @@ def _manifest(
         "student": parameters,
         "teacher": asdict(facts) if facts else None,
         "inheriting_steps": inheriting_steps(config),
-        "data": corpus.hashes,
+        "data": data.hashes,
+        "domains": list(data.domains),
         "valid_masks": valid,
         "changed_config": config.train.changed_config,
     }

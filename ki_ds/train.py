@@ -94,7 +94,7 @@ def _due(step: int, *every: int) -> bool:
 def _batches(run: Run, last: int) -> TrainBatches:
     train = run.config.train
     return TrainBatches(
-        run.corpus.train,
+        run.data.train,
         seed=run.config.seed,
         micro_batch_size=train.micro_batch_size,
         global_batch_size=train.global_batch_size,
@@ -172,11 +172,18 @@ def _report(
 
 
 def _validate(run: Run, log: MetricsLog, display: Display) -> None:
-    result = validate(run.valid, run.engine.evaluate, device=run.device)
-    figures = {**asdict(result), "ce": result.ce, "ppl": result.ppl}
-    log.write("valid", run.totals, **figures)
-    run.engine.write_monitor([(f"valid/{name}", figures[name], run.totals.samples) for name in ("ce", "ppl")])
-    display.validation(run.totals.step, result.ppl)
+    """Measure every domain; the figures of the run, and its best weights, are those of the domains it trains on."""
+    by_domain = {
+        domain: validate(batches, run.engine.evaluate, device=run.device) for domain, batches in run.valid.items()
+    }
+    trained = [found for domain, found in by_domain.items() if domain in run.data.trained_domains]
+    result = Perplexity.together(trained or by_domain.values())
+    domains = {domain: found.figures for domain, found in by_domain.items()} if len(by_domain) > 1 else {}
+    log.write("valid", run.totals, **result.figures, **({"domains": domains} if domains else {}))
+    measured = {"valid": result.figures} | {f"valid/{domain}": figures for domain, figures in domains.items()}
+    values = [(f"{name}/{key}", figures[key]) for name, figures in measured.items() for key in ("ce", "ppl")]
+    run.engine.write_monitor([(name, value, run.totals.samples) for name, value in values])
+    display.validation(run.totals.step, result.ppl, {domain: found.ppl for domain, found in by_domain.items()})
     if result.ce < run.best_ce:
         run.best_ce = result.ce
         checkpoint.replace_folder(run.run_dir / "best", lambda folder: _export(run, folder, result))
@@ -191,8 +198,7 @@ def _export(run: Run, folder: Path, result: Perplexity | None = None) -> None:
     lm.config.use_cache = True  # of no use in training, but whoever generates with the exported model wants it
     lm.save_pretrained(folder, state_dict=state)
     lm.config.use_cache = False
-    for file in run.corpus.tokenizer_dir.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    run.data.vocabulary.export(folder)
     if result is not None:
         checkpoint.write_json(folder / "valid.json", {"step": run.totals.step, **asdict(result), "ppl": result.ppl})
 

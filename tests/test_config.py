@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import yaml
 
 from ki_ds import config as configuration
 from ki_ds.config import RunConfig, parse
@@ -42,14 +43,45 @@ def test_saved_configuration_loads_as_itself(tmp_path):
         ([*INHERITING[4:], "--inherit.slope", "3"], ["both"]),
         (["--inherit.steps", "5"], ["inherit.steps", "no meaning"]),
         (["--run_dir", ""], ["run_dir is empty"]),
+        (["--data.corpus", ""], ["neither data.corpus nor data.sources"]),
+        (["--data.sources", "[{path: a}]"], ["both data.corpus and data.sources"]),
+        (["--data.corpus", "", "--data.sources", "[]"], ["data.sources is empty"]),
+        (["--data.corpus", "", "--data.sources", "[{path: a, wieght: 1}]"], ["data.sources", "wieght"]),
+        (["--data.corpus", "", "--data.sources", "[{path: a, weight: 1}, {path: b}]"], ["weights [1.0, None]"]),
+        (["--data.corpus", "", "--data.sources", "[{path: a, weight: 0}]"], ["data.sources.0.weight=0"]),
+        (["--data.corpus", "", "--data.sources", "[{path: a}, {path: b, fraction: 1.5}]"], ["sources.1.fraction=1.5"]),
+        (["--data.valid", "{}"], ["data.valid is empty"]),
+        (["--data.valid_fraction", "1"], ["data.valid_fraction=1"]),
+        (["--task", "causal", "--data.whole_words", "true"], ["whole_words", "causal"]),
         (["--config", "/does/not/exist.yaml"], ["/does/not/exist.yaml"]),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(arguments, words):
     with pytest.raises(UserError) as caught:
         parse([*BASE, *arguments])
+    assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def mixture(tmp_path, *sources):
+    run = {"run_dir": "runs/x", "data": {"sources": list(sources), "valid": {"WB": "v"}}}
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(run))
+    return parse(["--config", str(tmp_path / "mixture.yaml")])
+
+
+def test_a_mixture_is_saved_and_compared_source_by_source(tmp_path):
+    run = mixture(tmp_path, {"path": "a", "weight": 1, "half": "A"}, {"path": "b", "weight": 2})
+    assert [source.path for source in run.data.all_sources] == ["a", "b"]
+    configuration.save(run, tmp_path / "config.yaml")
+    assert configuration.load(tmp_path / "config.yaml") == run
+    moved = mixture(tmp_path, {"path": "moved/a", "weight": 1, "half": "A"}, {"path": "b", "weight": 2})
+    assert configuration.differences(run, moved) == {}  # what is in there is compared by hash
+    other = mixture(tmp_path, {"path": "a", "weight": 1, "half": "B"})
+    changed = configuration.differences(run, other)
+    assert changed["data.sources.0.half"] == ("A", "B")
+    assert changed["data.sources.1.weight"] == (2.0, None)
+    assert parse(BASE).data.all_sources == [configuration.SourceConfig("corpus")]
 
 
 def test_an_unknown_key_in_a_file_is_refused_with_its_name(tmp_path):
@@ -76,10 +108,11 @@ def test_slope_is_the_papers_definition():
     assert configuration.inherit_steps(parse(arguments)) == 40_000
 
 
-def test_differences_name_only_what_changes_the_result():
+def test_differences_name_only_what_changes_the_result(tmp_path):
     old = parse(INHERITING)
     new = parse([*INHERITING, "--optim.lr", "1e-3", "--train.micro_batch_size", "8", "--train.log_every", "3"])
     assert configuration.differences(old, new) == {"optim.lr": (5e-4, 1e-3)}
     names = configuration.flatten(old).keys()
-    assert not configuration.OPERATIONAL_FIELDS - names
+    in_lists = {name.replace(".0", "") for name in configuration.flatten(mixture(tmp_path, {"path": "a"}))}
+    assert not configuration.OPERATIONAL_FIELDS - names - in_lists
     assert not configuration._RANGES.keys() - names

@@ -11,7 +11,7 @@ from ki_ds.config import parse
 from ki_ds.data.batches import TrainBatches
 from ki_ds.errors import UserError
 from ki_ds.models import build_lm
-from ki_ds.run import load_corpus
+from ki_ds.run import load_data
 from tests.tiny import ROOT, environment, run_ranks, tiny_config, tiny_corpus, write_config
 from tests.workers.split_gradients import run_config
 
@@ -26,14 +26,14 @@ def corpus(tmp_path_factory):
 def plain_gradients(corpus_dir):
     """The same global batch in one piece, in float64, without DeepSpeed and without our loss."""
     run = run_config(str(corpus_dir), "0", 8)
-    corpus = load_corpus(run)
-    special = {"num_classes": corpus.num_classes, "special_ids": corpus.train.special_ids}
+    data = load_data(run)
+    special = {"num_classes": data.vocabulary.size, "special_ids": data.vocabulary.special_ids}
     student = build_lm(run.model, "mlm", **special, seed=1).double().eval()
     teacher = build_lm(dataclasses.replace(run.model, hidden_size=16), "mlm", **special, seed=2).double().eval()
-    ((batch,),) = list(TrainBatches(corpus.train, seed=5, micro_batch_size=8, global_batch_size=8, num_steps=1))
+    ((batch,),) = list(TrainBatches(data.train, seed=5, micro_batch_size=8, global_batch_size=8, num_steps=1))
     z_s, z_t = (
         lm(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits.flatten(0, 1)[batch.rows_N][
-            :, : corpus.num_classes
+            :, : data.vocabulary.size
         ]
         for lm in (student, teacher)
     )

@@ -145,7 +145,7 @@ def test_other_ranks_write_no_log(tmp_path, monkeypatch):
 
 def show(kind, clock):
     display = Display(kind, title="student", num_steps=40, start_step=10)
-    display.validation(10, 98.765)
+    display.validation(10, 98.765, {"corpus": 98.765})
     clock.now += 30
     for step in (11, 12):
         display.advance(step)
@@ -180,7 +180,7 @@ def test_the_bar_carries_every_figure_and_leaves_the_terminal_in_order(monkeypat
     terminal = io.StringIO()
     monkeypatch.setattr(metrics, "Console", lambda **_: Console(file=terminal, force_terminal=True, width=160))
     display = Display("bar", title="student", num_steps=40, start_step=10)
-    display.validation(10, 98.765)
+    display.validation(10, 98.765, {"corpus": 98.765})
     display.advance(12)
     display.figures(12, FIGURES)
     display.close()

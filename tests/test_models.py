@@ -12,6 +12,7 @@ from ki_ds.models import (
     PRESETS,
     InheritanceModel,
     RowLM,
+    _probe,
     build_lm,
     count_parameters,
     load_lm,
@@ -203,3 +204,33 @@ def test_model_folder_finds_the_weights_of_a_run(tmp_path):
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "config.json").write_text("{}")
     assert model_folder(str(tmp_path)) == str(tmp_path / "best")
+
+
+class TestPacking:
+    """Several blocks of one row: each is computed as if it were alone."""
+
+    @pytest.mark.parametrize(
+        "config", [c for c in ARCHITECTURES if c.model_type in ("gpt2", "llama")], ids=lambda c: c.model_type
+    )
+    def test_blocks_of_a_row_do_not_see_each_other(self, config):
+        torch.manual_seed(0)
+        model = RowLM(auto(config).from_config(config)).eval()
+        model.lm.config.use_cache = False  # as `build_lm` and `load_lm` do
+        model.check_packing()
+        ids = torch.randint(2, 90, (1, 16))
+        positions = torch.cat([torch.arange(5), torch.arange(8), torch.arange(3)])[None]  # the last are padding
+        packed = dataclasses.replace(_probe(ids, torch.arange(13)), position_ids_BL=positions)
+        alone = [_probe(part, torch.arange(part.shape[1])) for part in (ids[:, :5], ids[:, 5:13])]
+        with torch.no_grad():
+            found = model.signal(packed).hidden_ND
+            expected = torch.cat([model.signal(batch).hidden_ND for batch in alone])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("kind", [hf.BloomConfig, hf.OPTConfig])
+    def test_a_model_that_cannot_keep_them_apart_is_refused(self, kind):
+        config = next((c for c in ARCHITECTURES if type(c) is kind), None)
+        config = config or kind(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)
+        model = RowLM(hf.AutoModelForCausalLM.from_config(config))
+        model.lm.config.use_cache = False
+        with pytest.raises(UserError, match=r"cannot keep several blocks of a row apart; take data\.packing=false"):
+            model.check_packing()

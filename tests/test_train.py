@@ -10,7 +10,7 @@ from ki_ds import config as configuration
 from ki_ds import schedules
 from ki_ds.data.batches import ValidBatches
 from ki_ds.errors import UserError
-from ki_ds.run import load_corpus
+from ki_ds.run import load_data
 from ki_ds.train import train
 from tests.tiny import ROOT, inherit, records, run, run_ranks, tiny_config, train_ranks, write_config
 
@@ -53,12 +53,12 @@ def test_validation_is_the_exported_models_own_perplexity(base, task):
     auto = AutoModelForMaskedLM if task == "mlm" else AutoModelForCausalLM
     lm = auto.from_pretrained(run_dir / "best").double().eval()
     assert AutoTokenizer.from_pretrained(run_dir / "best")("the cat").input_ids
-    corpus = load_corpus(configuration.load(run_dir / "config.yaml"))
+    data = load_data(configuration.load(run_dir / "config.yaml"))
     ce_sum, num_rows = 0.0, 0
-    for batch in ValidBatches(corpus.valid, micro_batch_size=3):
+    for batch in ValidBatches(data.valid["corpus"], micro_batch_size=3):
         with torch.no_grad():
             logits = lm(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits
-        rows = logits.flatten(0, 1)[batch.rows_N][:, : corpus.num_classes]
+        rows = logits.flatten(0, 1)[batch.rows_N][:, : data.vocabulary.size]
         ce_sum += torch.nn.functional.cross_entropy(rows, batch.row_labels_N, reduction="sum").item()
         num_rows += batch.num_rows
     best = json.loads((run_dir / "best" / "valid.json").read_text())

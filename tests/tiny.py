@@ -20,8 +20,10 @@ VERBS = "sees|likes|follows|teaches|never meets|has found|will remember|inherits
 ENDS = "in the garden|at night|before winter|with great care|for ever|on the hill|without a word|again|too late"
 
 
-def tiny_corpus(folder: Path, *, num_documents: int = 120, vocab_size: int = 320, seed: int = 0) -> Path:
-    """A corpus folder of made-up sentences with a byte-level BPE tokenizer; a few thousand tokens."""
+def tiny_corpus(
+    folder: Path, *, num_documents: int = 120, vocab_size: int = 320, seed: int = 0, tokenizer: Path | None = None
+) -> Path:
+    """A corpus folder of made-up sentences with a byte-level BPE tokenizer (or a given one); a few thousand tokens."""
     choose = random.Random(seed)
     parts = [text.split("|") for text in (SUBJECTS, VERBS, SUBJECTS, ENDS)]
     lines = []
@@ -31,7 +33,7 @@ def tiny_corpus(folder: Path, *, num_documents: int = 120, vocab_size: int = 320
     text = folder.with_suffix(".txt")
     text.write_text("\n".join(lines), encoding="utf-8")
     spec = TokenizerSpec(vocab_size=vocab_size)
-    build_store([text], spec, folder, num_workers=0, valid_fraction=0.1, show_progress=False)
+    build_store([text], tokenizer or spec, folder, num_workers=0, valid_fraction=0.1, show_progress=False)
     return folder
 
 

@@ -1,56 +1,28 @@
-"""From a token store to batches: blocks, order, masks, loader.
+"""From samples to batches: order, padding, loader.
 
 Everything random is a pure function of (seed, epoch, sample id), so that the same global batches come for any
 number of ranks, workers, accumulation steps and resumes.
 
-Shape suffixes: B samples of a micro-batch, L padded length, T tokens of one sample, N labelled positions,
-S samples of an epoch.
+Shape suffixes: B samples of a micro-batch, L padded length, T tokens of one sample, N labelled positions.
 """
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ki_ds.data.blocks import (
-    MASK_STREAM,
-    BreakMode,
-    MaskConfig,
-    complete_block_starts,
-    counter_generator,
-    mask_tokens,
-    num_masked,
-    permute,
-)
-from ki_ds.data.store import SpecialIds, TokenStore
+from ki_ds.data.mixture import Mixture
+from ki_ds.data.randomness import permute
+from ki_ds.data.samples import BlockDataset, Sample
 from ki_ds.errors import UserError
 
 IGNORE_INDEX = -100
-MIN_SEQ_LEN = 8
 PAD_MULTIPLE = 8  # lengths in eights: few distinct shapes, and tensor cores like them
 VALID_SEED = 20_220_710  # of the fixed validation masks, the same in every run that is compared
-
-_ID_CHECK_TOKENS = 1 << 20
-
-Task = Literal["mlm", "causal"]
-
-# ------------------------------------------------------------------------------------------------ samples
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One block: `input_ids_T`, and at `positions_N` of it the targets `labels_N`; all int64 arrays."""
-
-    sample_id: int
-    input_ids_T: np.ndarray
-    positions_N: np.ndarray
-    labels_N: np.ndarray
-    domain_id: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +41,7 @@ class Batch:
     sample_ids_B: torch.Tensor  # int64; -1 in a filler, see `ValidBatches`
     domain_ids_B: torch.Tensor  # int64
     num_tokens: int  # real tokens, padding not counted
+    position_ids_BL: torch.Tensor | None = None  # int64; begins at 0 with each of several blocks of a row
 
     @property
     def num_rows(self) -> int:
@@ -100,8 +73,10 @@ def collate(samples: list[Sample], *, pad_id: int, seq_len: int) -> Batch:
     row_labels_N = np.concatenate([s.labels_N for s in samples])
     labels_BL = np.full((len(samples), width), IGNORE_INDEX, np.int64)
     labels_BL.reshape(-1)[rows_N] = row_labels_N
-    attention_mask_BL = None
-    if int(lengths.min()) < width:
+    attention_mask_BL = position_ids_BL = None
+    if samples[0].position_ids_T is not None:
+        position_ids_BL = torch.from_numpy(_positions(samples, width))
+    elif int(lengths.min()) < width:
         attention_mask_BL = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))
     return Batch(
         input_ids_BL=torch.from_numpy(input_ids_BL),
@@ -112,177 +87,22 @@ def collate(samples: list[Sample], *, pad_id: int, seq_len: int) -> Batch:
         sample_ids_B=torch.tensor([s.sample_id for s in samples], dtype=torch.int64),
         domain_ids_B=torch.tensor([s.domain_id for s in samples], dtype=torch.int64),
         num_tokens=int(lengths.sum()),
+        position_ids_BL=position_ids_BL,
     )
 
 
-class BlockDataset:
-    """The samples of one store: blocks by their id, masked by (seed, epoch, id).
-
-    "mlm": whole items packed to `seq_len - 1` tokens with `<s>` before them (`complete`; see
-    `complete_block_starts`). "causal": a fixed cut of the token stream; a block's inputs are its tokens moved
-    by one, beginning with the token before the block, for the first block `</s>`.
-
-    Vocabulary size and special ids come from the store's manifest where they are not given (a fairseq or
-    foreign Megatron store has none). Pickles as small as its block index, for loader workers.
-    """
-
-    def __init__(
-        self,
-        store: TokenStore,
-        *,
-        task: Task,
-        seq_len: int,
-        vocab_size: int | None = None,
-        special_ids: SpecialIds | None = None,
-        masking: MaskConfig | None = None,
-        break_mode: BreakMode = "complete",
-    ) -> None:
-        self.store = store
-        self.task = task
-        self.seq_len = seq_len
-        self.masking = masking or MaskConfig()
-        self.vocab_size, self.special_ids = _vocabulary(store, vocab_size, special_ids)
-        self._check()
-        self.num_split_items = 0
-        self._starts: np.ndarray | None = None
-        if task == "mlm":
-            self._starts, self.num_split_items = complete_block_starts(store, seq_len - 1, break_mode=break_mode)
-
-    def __len__(self) -> int:
-        """S, the number of samples of an epoch."""
-        if self._starts is not None:
-            return len(self._starts) - 1
-        return -(-self.store.num_tokens // self.seq_len)
-
-    @property
-    def pad_id(self) -> int:
-        """What fills up a batch; `</s>` where the vocabulary has no padding (GPT-2)."""
-        pad = self.special_ids.pad
-        return pad if pad is not None else self._eos_id
-
-    def sample(self, sample_id: int, *, seed: int, epoch: int) -> Sample:
-        """The sample `sample_id` as this (seed, epoch) masks it; causal samples depend on neither."""
-        tokens = self._block(sample_id)
-        if tokens.max(initial=0) >= self.vocab_size or tokens.min(initial=0) < 0:
-            raise UserError(self._foreign_id(tokens))
-        if self.task == "causal":
-            return Sample(sample_id, tokens[:-1], np.arange(len(tokens) - 1), tokens[1:])
-        generator = counter_generator(MASK_STREAM, seed=seed, epoch=epoch, sample_id=sample_id)
-        assert self.special_ids.mask is not None
-        masked_T, positions_N = mask_tokens(
-            tokens,
-            generator,
-            config=self.masking,
-            mask_id=self.special_ids.mask,
-            random_ids=self._random_ids,
-        )
-        return Sample(sample_id, masked_T, positions_N, tokens[positions_N])
-
-    def size(self, sample_id: int) -> int:
-        """T, the number of tokens of a sample."""
-        if not 0 <= sample_id < len(self):
-            raise IndexError(f"sample {sample_id} of {len(self)}")
-        if self._starts is not None:
-            return 1 + int(self._starts[sample_id + 1] - self._starts[sample_id])
-        return min(self.seq_len, self.store.num_tokens - sample_id * self.seq_len)
-
-    def num_rows(self, sample_id: int, *, seed: int, epoch: int) -> int:
-        """Number of labelled positions of a sample, without reading a token."""
-        if self.task == "causal":
-            return self.size(sample_id)
-        generator = counter_generator(MASK_STREAM, seed=seed, epoch=epoch, sample_id=sample_id)
-        return num_masked(self.size(sample_id), self.masking.mask_prob, generator.random_raw(1)[0])
-
-    def _block(self, sample_id: int) -> np.ndarray:
-        """int64: for mlm `<s>` and the block; for causal the block and the token before it."""
-        size = self.size(sample_id)
-        if self._starts is not None:
-            start = int(self._starts[sample_id])
-            block = np.empty(size, np.int64)
-            block[0] = self.special_ids.bos if self.special_ids.bos is not None else self._eos_id
-            block[1:] = self.store.tokens[start : start + size - 1]
-            return block
-        start = sample_id * self.seq_len
-        block = np.empty(size + 1, np.int64)
-        block[0] = self.store.tokens[start - 1] if start else self._eos_id
-        block[1:] = self.store.tokens[start : start + size]
-        return block
-
-    @property
-    def _eos_id(self) -> int:
-        assert self.special_ids.eos is not None
-        return self.special_ids.eos
-
-    @cached_property
-    def _random_ids(self) -> np.ndarray:
-        return np.setdiff1d(np.arange(self.vocab_size), self.special_ids.all_ids)
-
-    def _check(self) -> None:
-        """UserError for what would go wrong at some later step."""
-        if self.seq_len < MIN_SEQ_LEN:
-            raise UserError(f"data.seq_len={self.seq_len} is below {MIN_SEQ_LEN}; take e.g. 512")
-        if self.store.num_tokens < self.seq_len:
-            raise UserError(
-                f"{self.store.prefix} has {self.store.num_tokens} tokens, less than one block of "
-                f"data.seq_len={self.seq_len}; bring more text or lower it"
-            )
-        if self.special_ids.eos is None:
-            raise UserError(f"the tokenizer of {self.store.prefix} has no eos token; take one that has it")
-        if self.task == "mlm" and self.special_ids.mask is None:
-            raise UserError(
-                f"the tokenizer of {self.store.prefix} has no mask token, which task=mlm needs; "
-                "take task=causal or a tokenizer with <mask>"
-            )
-        if max(self.special_ids.all_ids) >= self.vocab_size:
-            raise UserError(
-                f"special id {max(self.special_ids.all_ids)} lies outside the vocabulary of "
-                f"{self.vocab_size:,}; count the mask token in vocab_size"
-            )
-        # A look at both ends now; every block is looked at when it is read.
-        tokens = self.store.tokens
-        for part in (tokens[:_ID_CHECK_TOKENS], tokens[-_ID_CHECK_TOKENS:]):
-            if part.max() >= self.vocab_size or part.min() < 0:
-                raise UserError(self._foreign_id(part))
-
-    def _foreign_id(self, tokens: np.ndarray) -> str:
-        worst = tokens.min() if tokens.min() < 0 else tokens.max()
-        return (
-            f"{self.store.prefix} has token id {worst}, the vocabulary ends at {self.vocab_size - 1}; "
-            "take the tokenizer that the data was prepared with"
-        )
-
-
-def _vocabulary(store: TokenStore, vocab_size: int | None, special_ids: SpecialIds | None) -> tuple[int, SpecialIds]:
-    manifest = store.manifest
-    if manifest is None and (vocab_size is None or special_ids is None):
-        raise UserError(f"{store.prefix} has no manifest that tells its vocabulary; name its tokenizer or dictionary")
-    if vocab_size is None:
-        assert manifest is not None
-        vocab_size = manifest.vocab_size
-    elif manifest is not None and manifest.vocab_size > vocab_size:
-        raise UserError(
-            f"{store.prefix} was prepared with {manifest.vocab_size:,} ids, the vocabulary has {vocab_size:,}; "
-            "take the tokenizer that the data was prepared with"
-        )
-    if special_ids is None:
-        assert manifest is not None
-        special_ids = manifest.special_ids
-    return vocab_size, special_ids
+def _positions(samples: list[Sample], width: int) -> np.ndarray:
+    """Position ids of rows that hold several blocks; the padding counts as one more block."""
+    position_ids_BL = np.empty((len(samples), width), np.int64)
+    for row, sample in enumerate(samples):
+        assert sample.position_ids_T is not None
+        length = len(sample.position_ids_T)
+        position_ids_BL[row, :length] = sample.position_ids_T
+        position_ids_BL[row, length:] = np.arange(width - length)
+    return position_ids_BL
 
 
 # ------------------------------------------------------------------------------------------------- loaders
-
-
-def stream_samples(first: int, last: int, size: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(epochs, sample ids), int64: places first..last-1 of the endless stream of shuffled epochs.
-
-    Place n is place n % size of epoch n // size; an epoch's end falls where it falls, and nothing is dropped.
-    """
-    epochs, places = np.divmod(np.arange(first, last), size)
-    ids = np.empty_like(places)
-    for epoch in np.unique(epochs):
-        ids[epochs == epoch] = permute(places[epochs == epoch], size, seed=seed, epoch=int(epoch))
-    return epochs, ids
 
 
 class _MicroBatches(Dataset[Batch | UserError]):
@@ -305,7 +125,7 @@ class _MicroBatches(Dataset[Batch | UserError]):
     def _batch(self, index: int) -> Batch:
         # micro step i of all ranks together is a contiguous part of the stream, as each step is
         first = (index * self.world_size + self.rank) * self.micro_batch_size
-        epochs, ids = stream_samples(first, first + self.micro_batch_size, len(self.dataset), seed=self.seed)
+        epochs, ids = self.dataset.stream(first, first + self.micro_batch_size, seed=self.seed)
         samples = [self.dataset.sample(int(i), seed=self.seed, epoch=int(e)) for e, i in zip(epochs, ids, strict=True)]
         return collate(samples, pad_id=self.dataset.pad_id, seq_len=self.dataset.seq_len)
 
@@ -315,13 +135,13 @@ class TrainBatches:
     rank's micro-batches, `accumulation_steps` of them.
 
     The global batch of step t is the same set of masked samples for every split into ranks, micro-batches and
-    workers: places t*G..(t+1)*G-1 of `stream_samples`. To resume, give the first step that is still to do.
+    workers: places t*G..(t+1)*G-1 of its stream. To resume, give the first step that is still to do.
     Each iteration begins at start_step again.
     """
 
     def __init__(
         self,
-        dataset: BlockDataset,
+        dataset: Mixture | BlockDataset,
         *,
         seed: int,
         micro_batch_size: int,
@@ -342,7 +162,7 @@ class TrainBatches:
         if seed < 0:
             raise UserError(f"seed={seed} is negative; take one from 0 on")
         assert 0 <= rank < world_size
-        self.dataset = dataset
+        self.dataset = dataset if isinstance(dataset, Mixture) else Mixture([dataset])
         self.seed = seed
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
@@ -389,7 +209,7 @@ class TrainBatches:
     def num_rows(self, step: int) -> int:
         """Labelled positions of the whole global batch of a step, all ranks together, without tokens."""
         first = step * self.global_batch_size
-        epochs, ids = stream_samples(first, first + self.global_batch_size, len(self.dataset), seed=self.seed)
+        epochs, ids = self.dataset.stream(first, first + self.global_batch_size, seed=self.seed)
         return sum(
             self.dataset.num_rows(int(i), seed=self.seed, epoch=int(e)) for e, i in zip(epochs, ids, strict=True)
         )
@@ -406,7 +226,7 @@ class ValidBatches:
 
     def __init__(
         self,
-        dataset: BlockDataset,
+        dataset: Mixture | BlockDataset,
         *,
         micro_batch_size: int,
         rank: int = 0,

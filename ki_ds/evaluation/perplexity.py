@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -30,6 +31,17 @@ class Perplexity:
     def ppl(self) -> float:
         """exp(ce)."""
         return perplexity(self.ce_sum, self.num_rows)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Sums, and what is made of them, by name."""
+        return {"ce_sum": self.ce_sum, "num_rows": self.num_rows, "ce": self.ce, "ppl": self.ppl}
+
+    @classmethod
+    def together(cls, parts: Iterable[Self]) -> Self:
+        """That of all rows of some parts."""
+        parts = list(parts)
+        return cls(sum(part.ce_sum for part in parts), sum(part.num_rows for part in parts))
 
 
 def validate(batches: Iterable[Batch], evaluate: Callable[[Batch], LossOutput], *, device: torch.device) -> Perplexity:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ki_ds.config import Task, TeacherConfig
+from ki_ds.data.datasets import dictionary_hash
 from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash
 from ki_ds.errors import UserError
 from ki_ds.models import (
@@ -41,14 +42,22 @@ class TeacherFacts:
 
 
 def make_teacher(
-    config: TeacherConfig, task: Task, *, tokenizer_sha256: str, num_classes: int, seq_len: int, device: torch.device
+    config: TeacherConfig,
+    task: Task,
+    *,
+    tokenizer_sha256: str,
+    num_classes: int,
+    seq_len: int,
+    device: torch.device,
+    packing: bool = False,
 ) -> tuple[Teacher, TeacherFacts]:
     """The teacher that the configuration asks for, and its facts.
 
     Args:
-        tokenizer_sha256: hash of the tokenizer that the corpus was prepared with.
-        num_classes: ids of that tokenizer.
+        tokenizer_sha256: hash of the vocabulary of the corpus: of a tokenizer, or of a fairseq dictionary.
+        num_classes: its ids.
         seq_len: the longest row that it will be asked about, in tokens.
+        packing: whether several blocks may share a row.
 
     Raises:
         UserError: it cannot be read, has another tokenizer or vocabulary, or too few positions.
@@ -65,7 +74,7 @@ def make_teacher(
     facts = TeacherFacts(
         config.path, digest, **count_parameters(lm), tokenizer_checked=checked, valid_ppl=_valid_ppl(folder)
     )
-    return OnlineTeacher(lm, device=device), facts
+    return OnlineTeacher(lm, device=device, packing=packing), facts
 
 
 def _valid_ppl(folder: str) -> float | None:
@@ -74,17 +83,19 @@ def _valid_ppl(folder: str) -> float | None:
 
 
 def _check_tokenizer(folder: str, expected: str) -> bool:
-    """True when the teacher's tokenizer is the corpus's, False when its folder has none; else UserError."""
+    """True when the teacher's tokenizer or dictionary is the corpus's, False when it has none; else UserError."""
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-    if Path(folder).is_dir() and not any((Path(folder) / file).exists() for file in files):
-        return False
-    found = tokenizer_hash(load_tokenizer(folder))
-    if found != expected:
+    found = []
+    if Path(folder, "dict.txt").is_file():
+        found.append(dictionary_hash(Path(folder, "dict.txt")))
+    if not Path(folder).is_dir() or any(Path(folder, file).exists() for file in files):
+        found.append(tokenizer_hash(load_tokenizer(folder)))
+    if found and expected not in found:
         raise UserError(
-            f"teacher.path={folder} has another tokenizer ({found[:12]}) than data.corpus ({expected[:12]}); "
+            f"teacher.path={folder} has another tokenizer ({found[-1][:12]}) than data.corpus ({expected[:12]}); "
             "take a teacher of the same tokenizer, or prepare the corpus with the teacher's"
         )
-    return True
+    return bool(found)
 
 
 def _check_shape(lm: PreTrainedModel, path: str, *, num_classes: int, seq_len: int) -> None:

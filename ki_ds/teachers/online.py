@@ -16,9 +16,11 @@ class OnlineTeacher:
     It is never a submodule of the student, so no optimizer, checkpoint or ZeRO stage ever sees it.
     """
 
-    def __init__(self, lm: PreTrainedModel, *, device: torch.device):
+    def __init__(self, lm: PreTrainedModel, *, device: torch.device, packing: bool = False):
         self._model: RowLM | None = RowLM(lm.eval().requires_grad_(False).to(device))
         self._model.eval().check()
+        if packing:
+            self._model.check_packing()
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> HiddenSignal:

@@ -1,44 +1,21 @@
 """Samples, batches and loaders: the same global batches for every split, and nothing lost at a resume."""
 
+import hashlib
 import itertools
-import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ki_ds.data.batches import (
-    IGNORE_INDEX,
-    BlockDataset,
-    TrainBatches,
-    ValidBatches,
-    collate,
-    stream_samples,
-)
+from ki_ds.data.batches import IGNORE_INDEX, TrainBatches, ValidBatches, collate
 from ki_ds.data.blocks import MaskConfig
-from ki_ds.data.store import SpecialIds, StoreWriter, open_store
-from ki_ds.data.tokenize import read_fairseq_dict
+from ki_ds.data.mixture import Mixture, stream_samples
+from ki_ds.data.samples import BlockDataset
 from ki_ds.errors import UserError
+from tests.data.stores import VOCAB, write_store
 
-RELEASED = Path(os.environ.get("KI_DS_SHARED", Path(__file__).parents[3] / "shared")) / "fairseq/data-bin"
-released = pytest.mark.skipif(not RELEASED.is_dir(), reason="released fairseq files (KI_DS_SHARED) are not there")
-
-VOCAB = 300
-SPECIALS = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=4)
 GLOBAL = 8
-
-
-def write_store(folder, *, num_items=120, vocab_size=VOCAB, specials=SPECIALS, seed=0):
-    rng = np.random.default_rng(seed)
-    with StoreWriter(folder / "s", vocab_size=vocab_size, special_ids=specials) as writer:
-        for i in range(num_items):
-            item = np.append(rng.integers(5, VOCAB, rng.integers(1, 40)), specials.eos)
-            writer.add_items(item, np.array([len(item)]))
-            if i % 9 == 0:
-                writer.end_document()
-    return open_store(folder / "s")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +38,8 @@ def samples_of(batch):
     rows = set()
     for i, sample_id in enumerate(batch.sample_ids_B.tolist()):
         keep = slice(None) if batch.attention_mask_BL is None else batch.attention_mask_BL[i].bool()
+        if batch.position_ids_BL is not None:
+            keep = batch.labels_BL[i] != IGNORE_INDEX  # causal: every token but the padding has a label
         rows.add((sample_id, *batch.input_ids_BL[i][keep].tolist(), -1, *batch.labels_BL[i][keep].tolist()))
     return rows
 
@@ -90,100 +69,7 @@ def global_steps(dataset, *, micro, world=1, workers=0, start=0, stop=6, seed=5)
     return steps
 
 
-class TestDataset:
-    def test_mlm_labels_are_the_text_and_only_chosen_places_change(self, mlm, store):
-        seen = []
-        for i in range(len(mlm)):
-            sample = mlm.sample(i, seed=1, epoch=0)
-            restored = sample.input_ids_T.copy()
-            restored[sample.positions_N] = sample.labels_N
-            assert restored[0] == 0
-            assert len(restored) == mlm.size(i) <= 64
-            assert len(sample.labels_N) == mlm.num_rows(i, seed=1, epoch=0)
-            seen += restored[1:].tolist()
-        assert seen == store.tokens.tolist()  # every token exactly once an epoch
-
-    def test_masks_follow_seed_and_epoch(self, mlm):
-        base = mlm.sample(2, seed=1, epoch=0)
-        assert np.array_equal(base.input_ids_T, mlm.sample(2, seed=1, epoch=0).input_ids_T)
-        for seed, epoch in ((1, 1), (2, 0)):
-            assert not np.array_equal(base.input_ids_T, mlm.sample(2, seed=seed, epoch=epoch).input_ids_T)
-
-    def test_no_special_id_is_drawn_and_the_mask_is_the_mask(self, store):
-        config = MaskConfig(mask_prob=0.9, keep_prob=0.0, random_prob=1.0)
-        dataset = BlockDataset(store, task="mlm", seq_len=64, masking=config)
-        drawn = np.concatenate(
-            [(s := dataset.sample(i, seed=0, epoch=0)).input_ids_T[s.positions_N] for i in range(20)]
-        )
-        assert not set(drawn.tolist()) & set(SPECIALS.all_ids)
-        dataset = BlockDataset(store, task="mlm", seq_len=64, masking=MaskConfig(keep_prob=0.0, random_prob=0.0))
-        sample = dataset.sample(0, seed=0, epoch=0)
-        assert set(sample.input_ids_T[sample.positions_N].tolist()) == {4}
-
-    def test_causal_inputs_are_the_labels_moved_by_one(self, causal, store):
-        samples = [causal.sample(i, seed=1, epoch=0) for i in range(len(causal))]
-        labels = np.concatenate([s.labels_N for s in samples])
-        inputs = np.concatenate([s.input_ids_T for s in samples])
-        assert labels.tolist() == store.tokens.tolist()
-        assert inputs.tolist() == [2, *store.tokens[:-1].tolist()]
-        assert [causal.size(i) for i in range(len(causal))] == [len(s.labels_N) for s in samples]
-        assert causal.num_rows(0, seed=0, epoch=0) == 64
-
-    def test_complete_doc_never_crosses_a_document(self, store):
-        dataset = BlockDataset(store, task="mlm", seq_len=64, break_mode="complete_doc")
-        starts = np.cumsum([0] + [dataset.size(i) - 1 for i in range(len(dataset))])
-        assert set(store.document_ends().tolist()) <= set(starts.tolist())
-
-    def test_it_pickles_and_knows_its_end(self, mlm):
-        again = pickle.loads(pickle.dumps(mlm))
-        assert np.array_equal(again.sample(3, seed=1, epoch=2).input_ids_T, mlm.sample(3, seed=1, epoch=2).input_ids_T)
-        with pytest.raises(IndexError):
-            mlm.sample(len(mlm), seed=1, epoch=0)
-
-    def test_a_vocabulary_without_padding_pads_with_eos(self, tmp_path):
-        store = write_store(tmp_path, specials=SpecialIds(bos=7, eos=7, unk=7))
-        assert BlockDataset(store, task="causal", seq_len=64).pad_id == 7
-
-    @released
-    @pytest.mark.parametrize("task", ["mlm", "causal"])
-    def test_released_files_are_trained_on_as_they_are(self, task):
-        symbols, specials = read_fairseq_dict(RELEASED / "dict.txt")
-        store = open_store(RELEASED / "train")
-        dataset = BlockDataset(store, task=task, seq_len=128, vocab_size=len(symbols), special_ids=specials)
-        assert sum(dataset.size(i) for i in range(len(dataset))) == 135_496 + (task == "mlm") * len(dataset)
-        sample = dataset.sample(0, seed=1, epoch=0)
-        text = store.tokens[: dataset.size(0) - (task == "mlm")].tolist()
-        restored = sample.input_ids_T.copy()
-        restored[sample.positions_N] = sample.labels_N
-        assert restored.tolist() == ([0, *text] if task == "mlm" else text)
-
-
 class TestBadInput:
-    @pytest.mark.parametrize(
-        ("settings", "message"),
-        [
-            ({"seq_len": 7}, "data.seq_len=7 is below 8"),
-            ({"seq_len": 5000}, "less than one block of data.seq_len=5000"),
-            ({"vocab_size": 299}, "was prepared with 300 ids, the vocabulary has 299"),
-            ({"special_ids": SpecialIds(eos=2)}, "no mask token, which task=mlm needs"),
-            ({"special_ids": SpecialIds(mask=4)}, "has no eos token"),
-            ({"special_ids": SpecialIds(eos=2, mask=300)}, "special id 300 lies outside"),
-        ],
-    )
-    def test_settings(self, store, settings, message):
-        with pytest.raises(UserError, match=message):
-            BlockDataset(store, **{"task": "mlm", "seq_len": 64} | settings)
-
-    def test_a_store_without_manifest_needs_a_vocabulary(self, store, tmp_path):
-        for suffix in (".bin", ".idx"):
-            (tmp_path / f"s{suffix}").write_bytes(store.prefix.with_suffix(suffix).read_bytes())
-        foreign = open_store(tmp_path / "s")
-        with pytest.raises(UserError, match="no manifest that tells its vocabulary"):
-            BlockDataset(foreign, task="mlm", seq_len=64)
-        BlockDataset(foreign, task="mlm", seq_len=64, vocab_size=VOCAB, special_ids=SPECIALS)
-        with pytest.raises(UserError, match="has token id 299, the vocabulary ends at 249"):
-            BlockDataset(foreign, task="mlm", seq_len=64, vocab_size=250, special_ids=SPECIALS)
-
     @pytest.mark.parametrize("workers", [0, 1])
     def test_a_foreign_id_deep_inside_is_one_line_when_it_is_met(self, mlm, workers):
         dataset = pickle.loads(pickle.dumps(mlm))
@@ -247,20 +133,6 @@ class TestBatch:
     def test_the_width_never_exceeds_seq_len(self, store):
         dataset = BlockDataset(store, task="causal", seq_len=61)
         assert collate([dataset.sample(0, seed=0, epoch=0)], pad_id=1, seq_len=61).input_ids_BL.shape == (1, 61)
-
-
-class TestStream:
-    def test_every_epoch_is_a_permutation_without_gaps(self):
-        epochs, ids = stream_samples(0, 30, 10, seed=3)
-        assert epochs.tolist() == [0] * 10 + [1] * 10 + [2] * 10
-        for epoch in range(3):
-            assert sorted(ids[epochs == epoch].tolist()) == list(range(10))
-        assert ids[:10].tolist() != ids[10:20].tolist()
-
-    def test_parts_make_the_whole(self):
-        whole = stream_samples(0, 50, 7, seed=3)[1].tolist()
-        parts = [stream_samples(i, i + 5, 7, seed=3)[1].tolist() for i in range(0, 50, 5)]
-        assert list(itertools.chain(*parts)) == whole
 
 
 class TestTrainBatches:
@@ -356,3 +228,53 @@ class TestValidBatches:
         assert (filler.labels_BL == IGNORE_INDEX).all()
         assert set(filler.sample_ids_B.tolist()) == {-1}
         assert filler.input_ids_BL.numel() > 0
+
+
+def digest_of(dataset, *, world, workers, micro, stop=5):
+    """SHA-256 of all samples of the first steps, in the order of the global batches, whatever the split."""
+    digest = hashlib.sha256()
+    for step in global_steps(dataset, micro=micro, world=world, workers=workers, stop=stop):
+        digest.update(repr(sorted(step)).encode())
+    return digest.hexdigest()
+
+
+class TestOneHash:
+    """{1, 2, 4} ranks x {0, 1, 2, 4} workers x accumulation, for what trainings are made of."""
+
+    @pytest.fixture(scope="class", params=["weights", "tokens", "words", "packed"])
+    def dataset(self, request, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("hash")
+        stores = [write_store(folder, name=f"s{i}", num_items=n, seed=i) for i, n in enumerate((40, 30))]
+        if request.param == "packed":
+            parts = [BlockDataset(s, task="causal", seq_len=48, break_mode="none_doc", packing=True) for s in stores]
+            return Mixture(parts)
+        words = request.param == "words"
+        settings = {"masking": MaskConfig(whole_words=words, num_variants=2), "begins_word_V": np.arange(VOCAB) % 3 > 0}
+        parts = [BlockDataset(s, task="mlm", seq_len=48, domain_id=i, **settings) for i, s in enumerate(stores)]
+        return Mixture(parts, [1.0, 3.0] if request.param == "weights" else None)
+
+    def test_ranks_and_accumulation(self, dataset):
+        digests = {
+            digest_of(dataset, world=world, workers=0, micro=micro)
+            for world in (1, 2, 4)
+            for micro in (1, 2, GLOBAL // world)
+        }
+        assert len(digests) == 1
+        assert digests != {digest_of(dataset, world=1, workers=0, micro=8, stop=4)}
+
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # four workers on two cores
+    @pytest.mark.parametrize("workers", [1, 2, 4])
+    def test_workers(self, dataset, workers):
+        assert digest_of(dataset, world=1, workers=workers, micro=2) == digest_of(dataset, world=1, workers=0, micro=4)
+
+
+def test_packed_rows_keep_their_positions_and_padding_is_a_block_of_its_own(store):
+    dataset = BlockDataset(store, task="causal", seq_len=61, break_mode="eos", packing=True)
+    samples = [dataset.sample(i, seed=0, epoch=0) for i in range(5)]
+    batch = collate(samples, pad_id=1, seq_len=61)
+    assert batch.attention_mask_BL is None
+    for sample, ids, positions in zip(samples, batch.input_ids_BL, batch.position_ids_BL, strict=True):
+        length = len(sample.input_ids_T)
+        assert ids[:length].tolist() == sample.input_ids_T.tolist()
+        assert positions[:length].tolist() == sample.position_ids_T.tolist()
+        assert positions[length:].tolist() == list(range(len(positions) - length))

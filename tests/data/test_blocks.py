@@ -5,76 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ki_ds.data import blocks
-from ki_ds.data.blocks import (
-    MASK_STREAM,
-    ORDER_STREAM,
-    MaskConfig,
-    complete_block_starts,
-    counter_generator,
-    mask_tokens,
-    num_masked,
-    permute,
-)
+from ki_ds.data import view as views
+from ki_ds.data.blocks import MaskConfig, find_blocks, mask_tokens, num_masked, pack_rows
+from ki_ds.data.randomness import MASK_STREAM, counter_generator
 from ki_ds.data.store import SpecialIds, StoreWriter, open_store
+from ki_ds.data.view import TokenView
 from ki_ds.errors import UserError
-
-RAW = [9084917172179582266, 5000876269047834120]
-ORDER = [3, 2, 4, 1, 7, 0, 9, 6, 8, 5]
-
-
-class TestRandom:
-    def test_the_numbers_are_those_of_earlier_releases(self):
-        """A change here would change the data order of every run that is resumed."""
-        raw = counter_generator(MASK_STREAM, seed=7, epoch=2, sample_id=12345).random_raw(2)
-        assert raw.tolist() == RAW
-        assert permute(np.arange(10), 10, seed=7, epoch=2).tolist() == ORDER
-
-    @given(st.lists(st.tuples(*[st.integers(0, 2**63)] * 3, st.sampled_from([1, 2])), min_size=2, unique=True))
-    def test_every_key_has_its_own_numbers(self, keys):
-        raws = {
-            tuple(counter_generator(stream, seed=seed, epoch=epoch, sample_id=i).random_raw(2).tolist())
-            for seed, epoch, i, stream in keys
-        }
-        assert len(raws) == len(keys)
-        assert MASK_STREAM != ORDER_STREAM
-
-
-class TestPermute:
-    @given(size=st.integers(1, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
-    @settings(max_examples=60, deadline=None)
-    def test_it_is_a_bijection(self, size, seed, epoch):
-        out = permute(np.arange(size), size, seed=seed, epoch=epoch)
-        assert sorted(out.tolist()) == list(range(size))
-
-    def test_a_part_gives_what_the_whole_gives(self):
-        whole = permute(np.arange(1000), 1000, seed=1, epoch=0)
-        assert permute(np.array([[7, 999], [0, 7]]), 1000, seed=1, epoch=0).tolist() == [
-            [whole[7], whole[999]],
-            [whole[0], whole[7]],
-        ]
-        assert permute(np.arange(0), 1000, seed=1, epoch=0).shape == (0,)
-
-    def test_a_huge_size_takes_no_memory(self):
-        size = 10**12 + 39
-        out = permute(np.arange(size - 5, size), size, seed=1, epoch=0)
-        assert len(set(out.tolist())) == 5
-        assert ((out >= 0) & (out < size)).all()
-
-    def test_epochs_and_seeds_differ_and_neighbours_part(self):
-        size = 5000
-        orders = [permute(np.arange(size), size, seed=s, epoch=e) for s, e in ((0, 0), (0, 1), (1, 0))]
-        for i, a in enumerate(orders):
-            assert abs(np.corrcoef(a, np.arange(size))[0, 1]) < 0.06
-            assert (np.abs(np.diff(a)) == 1).sum() < 12
-            for b in orders[i + 1 :]:
-                assert (a == b).sum() < 12
-                assert abs(np.corrcoef(a, b)[0, 1]) < 0.06
-
-    def test_every_place_is_equally_likely(self):
-        places = np.array([permute(np.array([3]), 10, seed=s, epoch=0)[0] for s in range(4000)])
-        counts = np.bincount(places, minlength=10)
-        assert np.abs(counts - 400).max() < 5 * np.sqrt(400)
 
 
 def store_of(folder, documents):
@@ -85,47 +21,80 @@ def store_of(folder, documents):
     return open_store(folder / "s")
 
 
-def greedy_by_hand(documents, capacity, by_document):
-    """The definition, item by item: (block sizes, number of split items)."""
-    sizes, open_size, num_split = [], 0, 0
+def by_hand(documents, capacity, mode, long_lines):
+    """The definition, token by token: (block sizes, long lines, dropped tokens)."""
+    sizes, open_size, dropped = [], 0, 0
+
+    def close():
+        nonlocal open_size
+        if open_size:
+            sizes.append(open_size)
+        open_size = 0
+
+    num_long = sum(size > capacity for document in documents for size in document)
+    if mode in ("none", "none_doc"):
+        num_long = 0
+        pieces = [sum(document) for document in documents] if mode == "none_doc" else [sum(map(sum, documents))]
+        for size in pieces:
+            sizes += [capacity] * (size // capacity) + ([size % capacity] if size % capacity else [])
+        return sizes, num_long, dropped
     for document in documents:
         for size in document:
-            num_split += size > capacity
+            if size > capacity and long_lines == "drop":
+                close()
+                dropped += size
+                continue
             for piece in [capacity] * ((size - 1) // capacity) + [(size - 1) % capacity + 1]:
-                if open_size + piece > capacity:
-                    sizes.append(open_size)
-                    open_size = 0
+                if open_size + piece > capacity or mode == "eos":
+                    close()
                 open_size += piece
-        if by_document and open_size:
-            sizes.append(open_size)
-            open_size = 0
-    return sizes + [open_size] * (open_size > 0), num_split
+        if mode == "complete_doc":
+            close()
+    close()
+    return sizes, num_long, dropped
 
 
-class TestCompleteBlocks:
+class TestBlocks:
     @given(
         documents=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=12), min_size=1, max_size=8),
         capacity=st.integers(2, 60),
-        by_document=st.booleans(),
+        mode=st.sampled_from(["complete", "complete_doc", "eos", "none", "none_doc"]),
+        long_lines=st.sampled_from(["split", "drop"]),
         window=st.integers(1, 7),
     )
-    @settings(max_examples=150, deadline=None)
-    def test_it_packs_as_the_definition_does(self, tmp_path_factory, documents, capacity, by_document, window):
+    @settings(max_examples=300, deadline=None)
+    def test_they_are_those_of_the_definition(self, tmp_path_factory, documents, capacity, mode, long_lines, window):
         store = store_of(tmp_path_factory.mktemp("blocks"), documents)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(blocks, "_BLOCK_WINDOW", window)
-            starts, num_split = complete_block_starts(
-                store, capacity, break_mode="complete_doc" if by_document else "complete"
-            )
-        sizes, expected_split = greedy_by_hand(documents, capacity, by_document)
-        assert np.diff(starts).tolist() == sizes
-        assert (starts[0], starts[-1]) == (0, store.num_tokens)  # every token in exactly one block
-        assert num_split == expected_split
+            patch.setattr(views, "_WINDOW", window)
+            found = find_blocks(TokenView([store]), capacity, mode=mode, long_lines=long_lines)
+        sizes, num_long, dropped = by_hand(documents, capacity, mode, long_lines)
+        bounds = found.bounds_S2
+        assert (bounds[:, 1] - bounds[:, 0]).tolist() == sizes
+        assert (found.num_long_lines, found.num_dropped_tokens) == (num_long, dropped)
+        # in order, no token twice, and none lost but those counted
+        assert (bounds[1:, 0] >= bounds[:-1, 1]).all()
+        assert sum(sizes) + dropped == store.num_tokens
 
-    def test_an_over_long_item_is_split_and_not_dropped(self, tmp_path):
-        starts, num_split = complete_block_starts(store_of(tmp_path, [[3, 25, 4]]), 10)
-        assert starts.tolist() == [0, 3, 13, 23, 32]
-        assert num_split == 1
+    def test_an_over_long_line_is_split_or_dropped_but_counted(self, tmp_path):
+        view = TokenView([store_of(tmp_path, [[3, 25, 4]])])
+        split = find_blocks(view, 10, mode="complete")
+        assert split.bounds_S2.tolist() == [[0, 3], [3, 13], [13, 23], [23, 32]]
+        assert (split.num_long_lines, split.num_dropped_tokens) == (1, 0)
+        dropped = find_blocks(view, 10, mode="complete", long_lines="drop")
+        assert dropped.bounds_S2.tolist() == [[0, 3], [28, 32]]
+        assert (dropped.num_long_lines, dropped.num_dropped_tokens) == (1, 25)
+
+    @given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(20, 50))
+    def test_packed_rows_hold_every_block_once_and_are_full(self, sizes, capacity):
+        ends = np.cumsum(sizes)
+        rows = pack_rows(np.stack([ends - sizes, ends], axis=1), capacity)
+        assert rows[:, 0].tolist() == [0, *rows[:-1, 1]]
+        assert rows[-1, 1] == len(sizes)
+        widths = [sum(sizes[a:b]) for a, b in rows]
+        assert max(widths) <= capacity
+        for width, (_, end) in zip(widths[:-1], rows, strict=False):
+            assert width + sizes[end] > capacity
 
 
 class TestMasks:
@@ -193,3 +162,45 @@ class TestMasks:
     def test_impossible_shares(self, wrong):
         with pytest.raises(UserError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
             MaskConfig(**wrong)
+
+
+class TestWholeWords:
+    BEGINS = np.arange(1000) % 3 != 1  # ids 1, 4, 7, ... go on with a word
+
+    def masked(self, tokens, **settings):
+        return mask_tokens(
+            tokens,
+            counter_generator(MASK_STREAM, seed=1, epoch=0, sample_id=settings.pop("sample_id", 0)),
+            config=MaskConfig(whole_words=True, **settings),
+            mask_id=999,
+            random_ids=np.arange(5, 900),
+            begins_word_V=self.BEGINS,
+        )
+
+    @given(st.lists(st.integers(5, 900), min_size=1, max_size=60), st.integers(0, 1000))
+    def test_a_word_is_labelled_whole_and_shares_one_fate(self, tokens, sample_id):
+        tokens = np.array(tokens)
+        masked, positions = self.masked(tokens, mask_prob=0.4, sample_id=sample_id)
+        word_T = np.cumsum(self.BEGINS[tokens] | (np.arange(len(tokens)) == 0))
+        chosen = set(word_T[positions].tolist())
+        assert positions.tolist() == [t for t in range(len(tokens)) if word_T[t] in chosen]
+        untouched = np.setdiff1d(np.arange(len(tokens)), positions)
+        assert (masked[untouched] == tokens[untouched]).all()
+        for word in chosen:
+            became = masked[word_T == word]
+            if (became == 999).any():
+                assert (became == 999).all()
+        assert len(chosen) - int(0.4 * word_T[-1]) in (0, 1)
+
+    def test_shares_are_those_of_words(self):
+        tokens = np.tile([6, 7, 9], 40)  # 80 words: 6-7 and 9
+        words = kept = masks = 0
+        for i in range(400):
+            masked, positions = self.masked(tokens, sample_id=i)
+            firsts = positions[tokens[positions] != 7]
+            words += len(firsts)
+            masks += (masked[firsts] == 999).sum()
+            kept += (masked[firsts] == tokens[firsts]).sum()
+        assert abs(words - 400 * 12) < 5 * np.sqrt(400)
+        for count, share in ((masks, 0.8), (kept, 0.1)):
+            assert abs(count - share * words) < 5 * np.sqrt(words * share * (1 - share))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ki_ds.config import LossConfig, ModelConfig
-from ki_ds.data.batches import BlockDataset, ValidBatches
+from ki_ds.data.batches import ValidBatches
 from ki_ds.data.prepare import open_corpus
+from ki_ds.data.samples import BlockDataset
 from ki_ds.data.store import open_store
 from ki_ds.errors import UserError
 from ki_ds.evaluation.perplexity import Perplexity, validate

@@ -16,7 +16,7 @@ from ki_ds.distributed import leave, rank, world_size
 from ki_ds.engine import StudentEngine, start
 from ki_ds.metrics import global_rows
 from ki_ds.models import InheritanceModel, RowLM, build_lm
-from ki_ds.run import load_corpus
+from ki_ds.run import load_data
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -49,16 +49,16 @@ def run_config(corpus_dir: str, stage: str, micro_batch_size: int) -> configurat
 def gradients_of(corpus_dir: str, stage: str, accumulation: int) -> dict[str, torch.Tensor]:
     run = run_config(corpus_dir, stage, 8 // (accumulation * world_size_of_env()))
     device = start(run.engine)
-    corpus = load_corpus(run)
-    special = {"num_classes": corpus.num_classes, "special_ids": corpus.train.special_ids}
+    data = load_data(run)
+    special = {"num_classes": data.vocabulary.size, "special_ids": data.vocabulary.special_ids}
     lm = build_lm(run.model, run.task, **special, seed=1)
     narrow = dataclasses.replace(run.model, hidden_size=16)
     teacher = RowLM(build_lm(narrow, run.task, **special, seed=2)).eval()
-    model = InheritanceModel(lm, num_classes=corpus.num_classes, loss=run.loss, tau=2.0)
+    model = InheritanceModel(lm, num_classes=data.vocabulary.size, loss=run.loss, tau=2.0)
     engine = StudentEngine(model, run, device=device)
     train = run.train
     batches = TrainBatches(
-        corpus.train,
+        data.train,
         seed=5,
         micro_batch_size=train.micro_batch_size,
         global_batch_size=train.global_batch_size,

@@ -1,0 +1,349 @@
+"""From the configuration to training and validation samples: sources found, checked, cut to their parts, mixed."""
+
+import dataclasses
+import glob
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ki_ds.config import DataConfig, SourceConfig, Task
+from ki_ds.data import words
+from ki_ds.data.blocks import Blocks, MaskConfig
+from ki_ds.data.index_cache import IndexCache
+from ki_ds.data.mixture import Mixture
+from ki_ds.data.prepare import open_corpus
+from ki_ds.data.samples import DEFAULT_BREAK_MODE, BlockConfig, BlockDataset, SampleIndex
+from ki_ds.data.store import SpecialIds, TokenStore, is_fairseq_folder, open_shards, open_store
+from ki_ds.data.tokenize import load_tokenizer, read_fairseq_dict, special_ids, tokenizer_hash
+from ki_ds.data.view import Interval, TokenView, select
+from ki_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# --------------------------------------------------------------------------------------------- vocabularies
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the ids of a corpus mean: a tokenizer's folder, or a fairseq dictionary (with GPT-2's folder, or None).
+
+    `sha256` tells equal vocabularies from others; `size` counts the mask token where there is one.
+    """
+
+    sha256: str
+    size: int
+    special_ids: SpecialIds
+    tokenizer_dir: Path | None = None
+    dictionary: Path | None = None
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase | None":
+        """The tokenizer, as far as it is known."""
+        if self.tokenizer_dir is None:
+            return None
+        if self.dictionary is not None:
+            from ki_ds.data.tokenize import tokenizer_from_fairseq
+
+            return tokenizer_from_fairseq(self.dictionary, self.tokenizer_dir)
+        return load_tokenizer(self.tokenizer_dir)
+
+    def export(self, folder: Path) -> None:
+        """Put the tokenizer's files, and a fairseq dictionary, beside an exported model."""
+        if self.dictionary is not None:
+            (folder / "dict.txt").write_bytes(self.dictionary.read_bytes())
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+        elif self.tokenizer_dir is not None:
+            for file in self.tokenizer_dir.iterdir():
+                (folder / file.name).write_bytes(file.read_bytes())
+
+
+def dictionary_hash(path: Path) -> str:
+    """SHA-256 of the symbols of a fairseq `dict.txt` in their order, its counts left out."""
+    symbols, _ = read_fairseq_dict(path)
+    return hashlib.sha256(json.dumps(symbols).encode()).hexdigest()
+
+
+def _of_tokenizer(folder: Path) -> Vocabulary:
+    tokenizer = load_tokenizer(folder)
+    return Vocabulary(tokenizer_hash(tokenizer), len(tokenizer), special_ids(tokenizer), tokenizer_dir=folder)
+
+
+def _of_dictionary(path: Path, task: Task, gpt2: str | None) -> Vocabulary:
+    symbols, ids = read_fairseq_dict(path)
+    if task == "causal":  # the task that appends <mask> is the masked one
+        symbols, ids = symbols[:-1], dataclasses.replace(ids, mask=None)
+    return Vocabulary(dictionary_hash(path), len(symbols), ids, Path(gpt2) if gpt2 else None, path)
+
+
+# -------------------------------------------------------------------------------------------------- sources
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """The token files of one path; `valid` is None where it brings no validation part."""
+
+    train: list[TokenStore]
+    valid: list[TokenStore] | None
+    vocabulary: Vocabulary
+
+
+def _open(path: str, data: DataConfig, task: Task) -> _Corpus:
+    """UserError when the path is no corpus, or its tokenizer is not the one that it was made with."""
+    folder = Path(path)
+    if is_fairseq_folder(folder):
+        valid = open_shards(folder / "valid", checked=True) if (folder / "valid.idx").exists() else None
+        vocabulary = _of_dictionary(folder / "dict.txt", task, data.tokenizer)
+        return _Corpus(open_shards(folder / "train", checked=True), valid, vocabulary)
+    if folder.is_dir():
+        prepared = open_corpus(folder)
+        valid = open_shards(prepared.valid_prefix, checked=True) if prepared.valid_prefix else None
+        return _with_tokenizer(open_shards(prepared.train_prefix, checked=True), valid, prepared.tokenizer_dir)
+    if not glob.glob(f"{glob.escape(path)}.idx") and not glob.has_magic(path):
+        raise UserError(
+            f"{path} is no prepared corpus, no fairseq folder (dict.txt, train.idx) and no prefix of token files; make "
+            "one with tools/prepare_data.py"
+        )
+    stores = open_shards(path, checked=True)
+    beside = stores[0].prefix.parent / "tokenizer"
+    tokenizer = data.tokenizer or (str(beside) if beside.is_dir() else None)
+    if tokenizer is None:
+        raise UserError(f"{path} has no tokenizer beside it; name its folder with data.tokenizer")
+    return _with_tokenizer(stores, None, Path(tokenizer))
+
+
+def _with_tokenizer(train: list[TokenStore], valid: list[TokenStore] | None, folder: Path) -> _Corpus:
+    vocabulary = _of_tokenizer(folder)
+    for store in [*train, *(valid or [])]:
+        if store.manifest is not None and store.manifest.tokenizer_hash != vocabulary.sha256:
+            raise UserError(f"{store.prefix} was made with another tokenizer than {folder}; prepare it again")
+    return _Corpus(train, valid, vocabulary)
+
+
+def _interval(source: SourceConfig, *, held_out: float) -> Interval:
+    """The part of a corpus that a source trains on, what is held out for validation left over at the end."""
+    first, last = {None: (0.0, 1.0), "A": (0.0, 0.5), "B": (0.5, 1.0)}[source.half]
+    last = first + (last - first) * source.fraction
+    return Interval(first * (1 - held_out), last * (1 - held_out), source.max_tokens)
+
+
+_Part = tuple[list[TokenStore], Interval]
+
+# ------------------------------------------------------------------------------------------------- datasets
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a run trains on and is measured on.
+
+    `domains` are the names behind `Sample.domain_id`, those trained on first; `valid` has the samples of each domain
+    that is measured. `hashes` (vocabulary, training and validation data) make two runs comparable; `notes` are lines
+    for the user.
+    """
+
+    train: Mixture
+    valid: dict[str, Mixture]
+    domains: tuple[str, ...]
+    trained_domains: tuple[str, ...]
+    vocabulary: Vocabulary
+    hashes: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def open_datasets(data: DataConfig, task: Task, *, other_index_dir: Path) -> Datasets:
+    """The run's samples. What takes a pass over a corpus is done once and kept in `data.index_dir`.
+
+    Args:
+        other_index_dir: where that goes when it cannot be written beside the token files.
+
+    Raises:
+        UserError: a source is no corpus, was changed, has another vocabulary than the others or no validation part.
+    """
+    return _Opener(data, task, other_index_dir).open()
+
+
+class _Opener:
+    """Opens each corpus once and remembers what all of them share."""
+
+    def __init__(self, data: DataConfig, task: Task, other_index_dir: Path) -> None:
+        self.data, self.task, self.other_index_dir = data, task, other_index_dir
+        self.corpora: dict[str, _Corpus] = {}
+        self.notes: list[str] = []
+
+    def open(self) -> Datasets:
+        data = self.data
+        sources = [(source.domain or Path(source.path).name, source) for source in data.all_sources]
+        trained = tuple(dict.fromkeys(name for name, _ in sources))
+        domains = tuple(dict.fromkeys([*trained, *(data.valid or {})]))
+        train_parts = [(self._corpus(s.path).train, _interval(s, held_out=self._held_out(s.path))) for _, s in sources]
+        valid_parts = self._valid_parts(sources)
+        weights = [source.weight for _, source in sources if source.weight is not None]
+        train = Mixture(
+            [
+                self._dataset(*part, domain_id=domains.index(name))
+                for (name, _), part in zip(sources, train_parts, strict=True)
+            ],
+            weights or None,
+        )
+        valid = {
+            name: Mixture([self._dataset(*part, domain_id=domains.index(name), valid=True) for part in parts])
+            for name, parts in valid_parts.items()
+        }
+        hashes = {
+            "tokenizer_sha256": self.vocabulary.sha256,
+            "train_sha256": self._joint_hash(train_parts),
+            "valid_sha256": self._joint_hash([part for parts in valid_parts.values() for part in parts]),
+        }
+        return Datasets(train, valid, domains, trained, self.vocabulary, hashes, tuple(self.notes))
+
+    def _corpus(self, path: str) -> _Corpus:
+        if path not in self.corpora:
+            corpus = _open(path, self.data, self.task)
+            for store in [*corpus.train, *(corpus.valid or [])]:
+                self._verify(store)
+            first = next(iter(self.corpora.items()), None)
+            if first is not None and first[1].vocabulary.sha256 != corpus.vocabulary.sha256:
+                raise UserError(f"{first[0]} and {path} have different tokenizers; prepare both with one")
+            self.corpora[path] = corpus
+        return self.corpora[path]
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return next(iter(self.corpora.values())).vocabulary
+
+    @cached_property
+    def word_beginnings(self) -> np.ndarray | None:
+        if not self.data.whole_words:
+            return None
+        if self.vocabulary.tokenizer is None:
+            raise UserError("data.whole_words=true needs the text of the ids; name GPT-2's folder with data.tokenizer")
+        return words.word_beginnings(self.vocabulary.tokenizer)
+
+    def _held_out(self, path: str) -> float:
+        """Share of a training part that is kept for validation."""
+        return self.data.valid_fraction if self.data.valid is None and self._corpus(path).valid is None else 0.0
+
+    def _valid_parts(self, sources: list[tuple[str, SourceConfig]]) -> dict[str, list[_Part]]:
+        """By domain, what it is measured on."""
+        parts: dict[str, list[_Part]] = {}
+        if self.data.valid is not None:
+            for name, path in self.data.valid.items():
+                corpus = self._corpus(path)
+                parts[name] = [(corpus.valid if corpus.valid is not None else corpus.train, Interval())]
+            return parts
+        for name, path in dict.fromkeys((name, source.path) for name, source in sources):
+            corpus, held_out = self._corpus(path), self._held_out(path)
+            if corpus.valid is None and not held_out:
+                raise UserError(
+                    f"{path} has no validation part; give data.valid_fraction, or data.valid, or prepare it with one"
+                )
+            part = (corpus.train, Interval(1 - held_out, 1.0)) if corpus.valid is None else (corpus.valid, Interval())
+            parts.setdefault(name, []).append(part)
+        return parts
+
+    def _dataset(
+        self, stores: list[TokenStore], interval: Interval, *, domain_id: int, valid: bool = False
+    ) -> BlockDataset:
+        data, cache = self.data, self._cache(stores[0])
+        blocks = BlockConfig(
+            seq_len=data.seq_len,
+            break_mode=DEFAULT_BREAK_MODE[self.task] if data.break_mode == "auto" else data.break_mode,
+            long_lines=data.long_lines,
+            packing=data.packing,
+        )
+        part = {"format": 1, "files": self._hashes(stores), "interval": asdict(interval), "seed": data.subset_seed}
+        view = _cached_view(stores, interval, seed=data.subset_seed, cache=cache, key=part)
+        index = _cached_index(view, self.task, blocks, cache=cache, key=part)
+        self._note(view, index.blocks, what="validation" if valid else "training")
+        return BlockDataset(
+            view,
+            task=self.task,
+            **asdict(blocks),
+            vocab_size=self.vocabulary.size,
+            special_ids=self.vocabulary.special_ids,
+            masking=MaskConfig(
+                mask_prob=data.mask_probability,
+                keep_prob=data.keep_probability,
+                random_prob=data.random_probability,
+                whole_words=data.whole_words,
+                num_variants=0 if valid else data.mask_variants,
+            ),
+            begins_word_V=self.word_beginnings,
+            index=index,
+            domain_id=domain_id,
+        )
+
+    def _note(self, view: TokenView, blocks: Blocks, *, what: str) -> None:
+        if blocks.num_long_lines:
+            fate = f"dropped ({blocks.num_dropped_tokens:,} tokens)" if blocks.num_dropped_tokens else "split"
+            self.notes.append(
+                f"{view.name}: {blocks.num_long_lines:,} of {view.num_items:,} {what} lines are longer than a block "
+                f"of data.seq_len={self.data.seq_len} and were {fate}"
+            )
+
+    # -- hashes
+
+    def _cache(self, store: TokenStore) -> IndexCache:
+        if self.data.index_dir is not None:
+            return IndexCache(Path(self.data.index_dir))
+        return IndexCache.beside(store.prefix.parent, otherwise=self.other_index_dir)
+
+    def _verify(self, store: TokenStore) -> None:
+        """UserError when a store is malformed, or not what its manifest says."""
+        cache, (bin_path, idx_path) = self._cache(store), store.paths
+        if not cache.knows(idx_path):
+            open_store(store.prefix)  # with every check
+        found = (cache.sha256(bin_path), cache.sha256(idx_path))
+        if store.manifest is None:
+            return
+        for path, digest, said in zip(
+            store.paths, found, (store.manifest.bin_sha256, store.manifest.idx_sha256), strict=True
+        ):
+            if digest != said:
+                raise UserError(
+                    f"{path} has SHA-256 {digest[:12]}, its manifest says {said[:12]}; the file was changed: "
+                    "prepare the data again"
+                )
+
+    def _hashes(self, stores: list[TokenStore]) -> list[str]:
+        return [self._cache(store).sha256(path) for store in stores for path in store.paths]
+
+    def _joint_hash(self, parts: Sequence[_Part]) -> str:
+        """One hash of some parts; that of the `.bin` where they are just one whole store."""
+        if len(parts) == 1 and len(parts[0][0]) == 1 and parts[0][1].is_all:
+            return self._hashes(parts[0][0])[0]
+        content = [(self._hashes(stores), asdict(interval)) for stores, interval in parts]
+        return hashlib.sha256(json.dumps([content, self.data.subset_seed]).encode()).hexdigest()
+
+
+def _cached_view(
+    stores: list[TokenStore], interval: Interval, *, seed: int, cache: IndexCache, key: dict[str, Any]
+) -> TokenView:
+    if interval.is_all:
+        return TokenView(stores)
+    return TokenView(stores, cache.arrays(key, lambda: {"runs": select(stores, interval, seed=seed).runs_R2})["runs"])
+
+
+def _cached_index(
+    view: TokenView, task: Task, config: BlockConfig, *, cache: IndexCache, key: dict[str, Any]
+) -> SampleIndex:
+    if config.break_mode == "none":  # needs no pass over the corpus
+        return SampleIndex.build(view, task, config)
+
+    def build() -> dict[str, np.ndarray]:
+        index = SampleIndex.build(view, task, config)
+        counts = np.array([index.blocks.num_long_lines, index.blocks.num_dropped_tokens])
+        rows = {} if index.rows_S2 is None else {"rows": index.rows_S2}
+        return {"bounds": index.blocks.bounds_S2, "counts": counts, **rows}
+
+    arrays = cache.arrays({**key, "task": task, "blocks": asdict(config)}, build)
+    num_long, num_dropped = arrays["counts"].tolist()
+    return SampleIndex(Blocks(arrays["bounds"], num_long, num_dropped), arrays.get("rows"))

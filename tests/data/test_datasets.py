@@ -1,0 +1,199 @@
+"""From a configuration to data sets: every kind of source, its parts, its validation, and what is refused."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ki_ds.config import DataConfig, SourceConfig
+from ki_ds.data import datasets as module
+from ki_ds.data.datasets import dictionary_hash, open_datasets
+from ki_ds.data.index_cache import FOLDER_NAME
+from ki_ds.data.prepare import open_corpus
+from ki_ds.data.tokenize import load_tokenizer
+from ki_ds.errors import UserError
+from tests.tiny import tiny_corpus
+
+RELEASED = Path(os.environ.get("KI_DS_SHARED", Path(__file__).parents[3] / "shared")) / "fairseq/data-bin"
+released = pytest.mark.skipif(not RELEASED.is_dir(), reason="released fairseq files (KI_DS_SHARED) are not there")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Two corpora of one tokenizer, `wb` and `cs`, and one of another."""
+    base = tmp_path_factory.mktemp("datasets")
+    tiny_corpus(base / "wb")
+    tiny_corpus(base / "cs", seed=5, num_documents=80, tokenizer=base / "wb" / "tokenizer")
+    tiny_corpus(base / "other", vocab_size=300)
+    return base
+
+
+def opened(base, task="mlm", **data):
+    return open_datasets(DataConfig(**{"seq_len": 32} | data), task, other_index_dir=base / "index")
+
+
+def sources(base, *entries):
+    return [SourceConfig(str(base / name), **settings) for name, settings in entries]
+
+
+def tokens_of(dataset):
+    """The text of a data set, sample by sample."""
+    text = []
+    for i in range(len(dataset)):
+        sample = dataset.sample(i, seed=0, epoch=0)
+        ids = sample.input_ids_T.copy()
+        ids[sample.positions_N] = sample.labels_N
+        text.append(ids[1:].tolist())
+    return text
+
+
+class TestSources:
+    def test_a_corpus_folder_is_one_source(self, base):
+        data = opened(base, corpus=str(base / "wb"))
+        assert data.domains == data.trained_domains == ("wb",)
+        assert list(data.valid) == ["wb"]
+        info = open_corpus(base / "wb").info
+        assert sum(map(len, tokens_of(data.train))) == info["counts"]["train"]["tokens"]
+        assert sum(map(len, tokens_of(data.valid["wb"]))) == info["counts"]["valid"]["tokens"]
+        manifest = json.loads((base / "wb/train.json").read_text())
+        assert data.hashes["train_sha256"] == manifest["bin_sha256"]
+        assert data.hashes["tokenizer_sha256"] == info["tokenizer_hash"]
+
+    def test_several_sources_are_several_domains(self, base):
+        entries = [("wb", {"domain": "books"}), ("cs", {}), ("wb", {"domain": "books", "half": "A"})]
+        data = opened(base, sources=sources(base, *entries), valid={"books": str(base / "wb"), "cs": str(base / "cs")})
+        assert data.domains == ("books", "cs")
+        assert {d.domain_id for d in data.train.datasets} == {0, 1}
+        assert list(data.valid) == ["books", "cs"]
+        assert len(data.train) == sum(map(len, data.train.datasets))
+
+    def test_parts_of_a_source(self, base):
+        whole = opened(base, corpus=str(base / "wb"), break_mode="eos").train
+        halves = [opened(base, sources=sources(base, ("wb", {"half": h})), break_mode="eos") for h in "AB"]
+        lines = [sorted(map(tuple, tokens_of(half.train))) for half in halves]
+        assert sorted(lines[0] + lines[1]) == sorted(map(tuple, tokens_of(whole)))
+        assert len({half.hashes["train_sha256"] for half in halves}) == 2
+        quarter = opened(base, sources=sources(base, ("wb", {"half": "A", "fraction": 0.5})), break_mode="eos")
+        few = opened(base, sources=sources(base, ("wb", {"half": "A", "max_tokens": 200})), break_mode="eos")
+        totals = [data.train.datasets[0].num_tokens for data in (halves[0], quarter, few)]
+        assert totals[1] == pytest.approx(totals[0] / 2, abs=32)
+        assert abs(totals[2] - 200) < 32
+
+    def test_a_prefix_and_a_glob_are_read_with_a_tokenizer(self, base, tmp_path):
+        for name, source in (("part_2", "wb"), ("part_10", "cs")):
+            for suffix in (".bin", ".idx"):
+                shutil.copy(base / source / f"train{suffix}", tmp_path / f"{name}{suffix}")
+        tokenizer = str(base / "wb/tokenizer")
+        with pytest.raises(UserError, match=r"has no tokenizer beside it; name its folder with data\.tokenizer"):
+            opened(base, corpus=str(tmp_path / "part_2"))
+        with pytest.raises(UserError, match=r"no validation part; give data\.valid_fraction"):
+            opened(base, corpus=str(tmp_path / "part_2"), tokenizer=tokenizer)
+        data = opened(base, corpus=str(tmp_path / "part_*"), tokenizer=tokenizer, valid_fraction=0.1)
+        expected = [token for name in ("wb", "cs") for token in open_tokens(base / name)]
+        found = tokens_of(
+            opened(base, corpus=str(tmp_path / "part_*"), tokenizer=tokenizer, valid={"x": str(base / "wb")}).train
+        )
+        assert [token for block in found for token in block] == expected
+        shares = [d.datasets[0].num_tokens / len(expected) for d in (data.train, data.valid["part_*"])]
+        assert shares == pytest.approx([0.9, 0.1], abs=0.01)
+        apart = opened(
+            base, corpus=str(tmp_path / "part_2"), tokenizer=tokenizer, valid={"x": str(tmp_path / "part_10")}
+        )
+        assert apart.valid["x"].datasets[0].num_tokens == len(open_tokens(base / "cs"))
+        assert (apart.domains, apart.trained_domains) == (("part_2", "x"), ("part_2",))
+
+    @released
+    @pytest.mark.parametrize("task", ["mlm", "causal"])
+    def test_a_released_folder_as_it_is(self, task, tmp_path):
+        config = DataConfig(corpus=str(RELEASED), seq_len=128)
+        data = open_datasets(config, task, other_index_dir=tmp_path)
+        assert data.vocabulary.size == (4129 if task == "mlm" else 4128)
+        assert data.vocabulary.tokenizer is None
+        assert data.hashes["tokenizer_sha256"] == dictionary_hash(RELEASED / "dict.txt")
+        assert data.train.datasets[0].view.num_tokens == 135_496
+        data.vocabulary.export(tmp_path)
+        assert dictionary_hash(tmp_path / "dict.txt") == data.vocabulary.sha256
+
+    def test_shards_of_a_fairseq_folder(self, tmp_path):
+        for name, lines in (("train", [[5, 6, 2], [2]]), ("train1", [[7, 8, 9, 2]] * 9), ("valid", [[4] * 9 + [2]])):
+            write_fairseq(tmp_path / name, lines)
+        (tmp_path / "dict.txt").write_text("".join(f"{i} 1\n" for i in range(10)))
+        data = opened(tmp_path, "causal", corpus=str(tmp_path), seq_len=8, break_mode="none_doc")
+        inputs = [data.train.sample(i, seed=0, epoch=0).labels_N.tolist() for i in range(len(data.train))]
+        assert inputs[0] == [5, 6, 2, 2]  # up to the blank line, which ends its document
+        assert data.train.datasets[0].view.num_tokens == 4 + 36
+        assert data.vocabulary.special_ids.mask is None
+
+
+def open_tokens(folder):
+    return np.fromfile(folder / "train.bin", np.uint16).tolist()
+
+
+def write_fairseq(prefix, lines):
+    """A fairseq mmap store, byte by byte."""
+    sizes = np.array([len(line) for line in lines], "<i4")
+    pointers = ((np.cumsum(sizes) - sizes) * 2).astype("<i8")
+    head = b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") + bytes([8]) + len(lines).to_bytes(8, "little")
+    prefix.with_suffix(".idx").write_bytes(head + sizes.tobytes() + pointers.tobytes())
+    prefix.with_suffix(".bin").write_bytes(np.array([i for line in lines for i in line], "<u2").tobytes())
+
+
+class TestIndex:
+    def test_a_second_start_makes_no_pass_over_the_corpus(self, base, monkeypatch):
+        settings = {"sources": sources(base, ("wb", {"half": "B"}), ("cs", {})), "index_dir": str(base / "kept")}
+        first = opened(base, **settings)
+        monkeypatch.setattr(module.SampleIndex, "build", lambda *_: pytest.fail("a pass over the corpus"))
+        monkeypatch.setattr(module, "select", lambda *_, **__: pytest.fail("a pass over the corpus"))
+        second = opened(base, **settings)
+        assert tokens_of(second.train) == tokens_of(first.train)
+        assert second.hashes == first.hashes
+        assert not (base / "kept" / FOLDER_NAME).exists()
+
+    def test_lines_that_are_too_long_are_told(self, base):
+        split = opened(base, corpus=str(base / "wb"), seq_len=8)
+        assert any("training lines are longer" in note and "were split" in note for note in split.notes)
+        dropped = opened(base, corpus=str(base / "wb"), seq_len=22, long_lines="drop")
+        assert any("were dropped" in note for note in dropped.notes)
+        assert opened(base, corpus=str(base / "wb"), seq_len=128).notes == ()
+
+    def test_whole_words_follow_the_tokenizer(self, base):
+        data = opened(base, corpus=str(base / "wb"), whole_words=True)
+        tokenizer = load_tokenizer(base / "wb/tokenizer")
+        sample = data.train.sample(0, seed=0, epoch=0)
+        masked = tokenizer.decode(sample.input_ids_T)
+        assert tokenizer.mask_token in masked
+
+
+class TestRefused:
+    def test_no_corpus(self, base):
+        with pytest.raises(UserError, match="is no prepared corpus, no fairseq folder"):
+            opened(base, corpus=str(base / "nothing"))
+
+    def test_another_tokenizer(self, base):
+        with pytest.raises(UserError, match="have different tokenizers"):
+            opened(base, sources=sources(base, ("wb", {}), ("other", {})))
+
+    @pytest.mark.parametrize("file", ["train.bin", "valid.bin", "train.idx"])
+    def test_a_change_of_equal_length(self, base, tmp_path, file):
+        shutil.copytree(base / "wb", tmp_path / "wb")
+        opened(base, corpus=str(tmp_path / "wb"))
+        data = bytearray((tmp_path / "wb" / file).read_bytes())
+        data[len(data) // 2] ^= 1
+        (tmp_path / "wb" / file).write_bytes(data)
+        with pytest.raises(UserError, match=r"the file was changed|damaged"):
+            opened(base, corpus=str(tmp_path / "wb"))
+
+    def test_a_tokenizer_that_was_exchanged(self, base, tmp_path):
+        shutil.copytree(base / "wb", tmp_path / "wb")
+        shutil.rmtree(tmp_path / "wb/tokenizer")
+        shutil.copytree(base / "other/tokenizer", tmp_path / "wb/tokenizer")
+        with pytest.raises(UserError, match="was made with another tokenizer"):
+            opened(base, corpus=str(tmp_path / "wb"))
+
+    @released
+    def test_whole_words_of_a_dictionary_without_a_tokenizer(self, tmp_path):
+        with pytest.raises(UserError, match=r"name GPT-2's folder with data\.tokenizer"):
+            open_datasets(DataConfig(corpus=str(RELEASED), whole_words=True), "mlm", other_index_dir=tmp_path)
