@@ -267,14 +267,14 @@ def _numbered_shards(first: Path) -> list[Path]:
     if first.name[-1:].isdecimal():
         return []
     name = re.compile(re.escape(first.name) + r"([1-9][0-9]*)\.(?:idx|bin)")
-    numbers = {int(match[1]) for path in first.parent.iterdir() if (match := name.fullmatch(path.name))}
-    missing = sorted(set(range(1, max(numbers, default=0))) - numbers)
-    if missing:
-        raise UserError(
-            f"{first}{missing[0]} is missing, but there is {first}{max(numbers)}; shards are numbered without a "
-            "gap: fetch it, or rename those after it"
-        )
-    return [first.with_name(f"{first.name}{number}") for number in sorted(numbers)]
+    numbers = sorted({int(match[1]) for path in first.parent.iterdir() if (match := name.fullmatch(path.name))})
+    for expected, number in enumerate(numbers, 1):
+        if number != expected:
+            raise UserError(
+                f"{first}{expected} is missing, but there is {first}{number}; shards are numbered without a gap: "
+                "fetch it, or rename those after it"
+            )
+    return [first.with_name(f"{first.name}{number}") for number in numbers]
 
 
 def _check_agreement(stores: list[TokenStore]) -> None:

@@ -33,7 +33,7 @@ DTYPES: dict[int, np.dtype[Any]] = {
     code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
 }
 FAIRSEQ_DTYPES = DTYPES | {9: np.dtype("<u4"), 10: np.dtype("<u8")}
-# Floating point in both, but of different widths: fairseq has float64 twice, Megatron float64 and float32.
+# Floating point in both, but of different widths; DeepSpeed's data analyzer means unsigned integers by them.
 _FLOAT_CODES = (6, 7)
 WINDOW = 1 << 20  # items handled at once, so that memory does not grow with the index
 
@@ -133,7 +133,10 @@ def _layout(path: Path, data: np.ndarray, n: int) -> tuple[Kind, int, int]:
 def _token_dtype(path: Path, code: int, kind: Kind) -> np.dtype[Any]:
     dtypes = FAIRSEQ_DTYPES if kind == "fairseq" else DTYPES
     if code in _FLOAT_CODES:
-        raise UserError(f"{path} has dtype code {code}, floating point; token ids are integers: write the store again")
+        raise UserError(
+            f"{path} has dtype code {code}, which is floating point in fairseq and Megatron; token ids are integers: "
+            "write the store again"
+        )
     if code not in dtypes:
         known = ", ".join(f"{known} ({dtype.name})" for known, dtype in dtypes.items())
         raise UserError(f"{path} has dtype code {code}; a {kind} store of tokens has {known}: write the store again")

@@ -312,10 +312,14 @@ class TestShards:
         self.fairseq(tmp_path, [*range(12)])
         assert self.first_ids(open_shards(tmp_path / "train1")) == [11]
 
-    @pytest.mark.parametrize(("numbers", "missing"), [([0, 1, 3], 2), ([0, 2], 1), ([0, 1, 4, 9], 2)])
-    def test_a_gap_is_named(self, tmp_path, numbers, missing):
-        self.fairseq(tmp_path, numbers)
-        with pytest.raises(UserError, match=rf"/train{missing} is missing, but there is .*/train{numbers[-1]}"):
+    @pytest.mark.parametrize(
+        ("numbers", "missing", "there"),
+        [([0, 1, 3], 2, 3), ([0, 2], 1, 2), ([0, 1, 4, 9], 2, 4), ([0, 9_999_999], 1, 9_999_999)],
+    )
+    def test_a_gap_is_named(self, tmp_path, numbers, missing, there):
+        for number in numbers:
+            put(tmp_path, *fairseq_bytes([[5, 2]]), name=f"train{number or ''}")
+        with pytest.raises(UserError, match=rf"/train{missing} is missing, but there is .*/train{there};"):
             open_shards(tmp_path / "train")
 
     def test_the_first_shard_is_missing(self, tmp_path):

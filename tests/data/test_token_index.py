@@ -43,7 +43,7 @@ class TestDtypes:
             assert index.sizes.tolist() == SIZES
             assert index.num_bytes == 9 * width
         else:
-            rule = "floating point" if code in FLOATS else f"a {kind} store of tokens has 1 "
+            rule = "which is floating point" if code in FLOATS else f"a {kind} store of tokens has 1 "
             with pytest.raises(UserError, match=rf"dtype code {code}[,;] {rule}.*write the store again"):
                 read_index(path)
 
