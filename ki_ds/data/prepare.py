@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CORPUS_VERSION = 1
-CHUNK_CHARACTERS = 1 << 18  # of raw text in one message to a worker
-PIECE_CHUNKS = 32  # in one file of tokens: what an interruption costs at most
+CHUNK_CHARACTERS = 1 << 17  # of raw text in one message to a worker
+PIECE_CHUNKS = 64  # in one file of tokens: what an interruption costs at most
 # Encoding plain text runs outside Python's lock, so that threads do, in a third of the memory of processes.
 MAX_THREADS = 8
 
@@ -162,12 +162,12 @@ def build_store(
     workers = num_workers if num_workers is not None else len(os.sched_getaffinity(0))
     with _work_folder(folder, request, tell=show_progress) as work, _progress_bar(show_progress) as progress:
         run = _Run(corpus, workers, progress)
-        facts = _provide_tokenizer(run, wanted, work / "corpus" / "tokenizer")
+        encoder = _provide_tokenizer(run, wanted, work / "corpus" / "tokenizer")
         del wanted  # its memory is needed no longer
-        pieces = _tokenize_all(run, PieceFolder(work / "pieces"), facts, request)
+        pieces = _tokenize_all(run, PieceFolder(work / "pieces"), encoder, request)
         chosen = destinations(pieces, valid_fraction=valid_fraction, drop_duplicates=drop_duplicates)
         with work_stays(work):
-            info = _write_stores(pieces, chosen, work / "corpus", facts, request)
+            info = _write_stores(pieces, chosen, work / "corpus", encoder, request)
             write_atomically(work / "corpus" / "corpus.json", json.dumps(info, indent=2, sort_keys=True) + "\n")
     return open_corpus(folder)
 
@@ -309,17 +309,27 @@ def _progress_bar(show: bool) -> Progress:
 # ------------------------------------------------------------------------------------------- the tokenizer
 
 
-@dataclass(frozen=True)
-class _TokenizerFacts:
-    """What the work needs to know of the tokenizer in a folder."""
+class _Encoder:
+    """The tokenizer in a folder; pickled by its file, which each worker process reads once."""
 
-    path: Path
-    ids: SpecialIds
-    vocab_size: int
-    sha: str
+    def __init__(self, backend: Tokenizer, path: Path, ids: SpecialIds, vocab_size: int, sha: str) -> None:
+        self.backend = backend
+        self.backend.encode_special_tokens = True  # "</s>" within a text is text, and must not end an item
+        self.path = path
+        self.ids = ids
+        self.vocab_size = vocab_size
+        self.sha = sha
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _read_encoder, (self.path, self.ids, self.vocab_size, self.sha)
 
 
-def _provide_tokenizer(run: _Run, wanted: "PreTrainedTokenizerBase | TokenizerSpec", folder: Path) -> _TokenizerFacts:
+@functools.lru_cache(maxsize=1)
+def _read_encoder(path: Path, ids: SpecialIds, vocab_size: int, sha: str) -> _Encoder:
+    return _Encoder(Tokenizer.from_file(str(path)), path, ids, vocab_size, sha)
+
+
+def _provide_tokenizer(run: _Run, wanted: "PreTrainedTokenizerBase | TokenizerSpec", folder: Path) -> _Encoder:
     """Save the tokenizer given, or train and save one, unless an earlier call did so."""
     if not isinstance(wanted, TokenizerSpec):
         tokenizer = wanted
@@ -332,7 +342,8 @@ def _provide_tokenizer(run: _Run, wanted: "PreTrainedTokenizerBase | TokenizerSp
         with contextlib.closing(chunks):  # when the text is cut short, its workers end here
             documents = _first_characters((doc for chunk in chunks for doc in chunk), wanted.max_characters)
             tokenizer = train_tokenizer(documents, wanted.vocab_size, wanted.kind, out_dir=folder)
-    return _TokenizerFacts(folder / "tokenizer.json", special_ids(tokenizer), len(tokenizer), tokenizer_hash(tokenizer))
+    ids, vocab_size, sha = special_ids(tokenizer), len(tokenizer), tokenizer_hash(tokenizer)
+    return _Encoder(tokenizer.backend_tokenizer, folder / "tokenizer.json", ids, vocab_size, sha)
 
 
 def _clean(chunk: list[RawDocument]) -> list[Document]:
@@ -347,22 +358,15 @@ def _first_characters(documents: Iterable[Document], limit: int) -> Iterator[Doc
             return
 
 
-@functools.lru_cache(maxsize=1)
-def _backend(facts: _TokenizerFacts) -> Tokenizer:
-    backend = Tokenizer.from_file(str(facts.path))
-    backend.encode_special_tokens = True  # "</s>" within a text is text, and must not end an item
-    return backend
-
-
 # ---------------------------------------------------------------------------------------------- the tokens
 
 
-def _tokenize_all(run: _Run, pieces: PieceFolder, facts: _TokenizerFacts, request: dict[str, Any]) -> PieceFolder:
+def _tokenize_all(run: _Run, pieces: PieceFolder, encoder: _Encoder, request: dict[str, Any]) -> PieceFolder:
     """The pieces of the whole corpus; those that are there already are not made again."""
     if not len(pieces):
         check_space(pieces.folder, run.corpus.total_bytes)
     tokenize = functools.partial(
-        _tokenize, facts=facts, seed=request["seed"], with_digests=request.get("drop_duplicates", False)
+        _tokenize, encoder=encoder, seed=request["seed"], with_digests=request.get("drop_duplicates", False)
     )
     threads = not run.corpus.has_wikitext and run.num_workers <= MAX_THREADS
     results = run.map(tokenize, "tokenizing", first_chunk=len(pieces) * PIECE_CHUNKS, threads=threads)
@@ -384,20 +388,20 @@ def _serial_tokenizers(num_workers: int) -> Iterator[None]:
         os.environ.pop(name) if before is None else os.environ.__setitem__(name, before)
 
 
-def _tokenize(chunk: list[RawDocument], *, facts: _TokenizerFacts, seed: int, with_digests: bool) -> Piece:
+def _tokenize(chunk: list[RawDocument], *, encoder: _Encoder, seed: int, with_digests: bool) -> Piece:
     """The documents of a chunk as ids, those without any text left out."""
-    assert facts.ids.eos is not None
+    assert encoder.ids.eos is not None
     kept = [(raw, lines) for raw in chunk if (lines := raw.cleaned().lines)]
     texts = [line for _, lines in kept for line in lines]
-    encodings = _backend(facts).encode_batch_fast(texts, add_special_tokens=False)
+    encodings = encoder.backend.encode_batch_fast(texts, add_special_tokens=False)
     ids = [encoding.ids for encoding in encodings]
     sizes = np.fromiter(map(len, ids), np.int64, len(ids))
-    tokens = np.fromiter(itertools.chain.from_iterable(ids), token_dtype(facts.vocab_size), int(sizes.sum()))
+    tokens = np.fromiter(itertools.chain.from_iterable(ids), token_dtype(encoder.vocab_size), int(sizes.sum()))
     key = seed.to_bytes(8, "little")
     draws = [hashlib.blake2b(raw.text.encode(), digest_size=8, key=key).digest() for raw, _ in kept]
     digests = [hashlib.blake2b("\n".join(lines).encode(), digest_size=16).digest() for _, lines in kept]
     return Piece(
-        tokens=np.insert(tokens, np.cumsum(sizes), facts.ids.eos),
+        tokens=np.insert(tokens, np.cumsum(sizes), encoder.ids.eos),
         item_sizes=(sizes + 1).astype(np.int32),
         part_items=np.array([len(lines) for _, lines in kept], np.int64),
         part_characters=np.array([sum(map(len, lines)) for _, lines in kept], np.int64),
@@ -409,7 +413,7 @@ def _tokenize(chunk: list[RawDocument], *, facts: _TokenizerFacts, seed: int, wi
 
 
 def _write_stores(
-    pieces: PieceFolder, chosen: np.ndarray, folder: Path, facts: _TokenizerFacts, request: dict[str, Any]
+    pieces: PieceFolder, chosen: np.ndarray, folder: Path, encoder: _Encoder, request: dict[str, Any]
 ) -> dict[str, Any]:
     """Write the stores from the pieces, each document where it was chosen to go; what corpus.json says."""
     names = ["train", "valid"] if request["valid_fraction"] > 0 else ["train"]
@@ -422,9 +426,9 @@ def _write_stores(
             name: stack.enter_context(
                 StoreWriter(
                     folder / name,
-                    vocab_size=facts.vocab_size,
-                    special_ids=facts.ids,
-                    tokenizer_hash=facts.sha,
+                    vocab_size=encoder.vocab_size,
+                    special_ids=encoder.ids,
+                    tokenizer_hash=encoder.sha,
                     source={**request, "split": name},
                     expected_bytes=expected if name == "train" else 0,
                 )
@@ -454,10 +458,10 @@ def _write_stores(
     return {
         "format_version": CORPUS_VERSION,
         "inputs": request,
-        "tokenizer_hash": facts.sha,
-        "vocab_size": facts.vocab_size,
+        "tokenizer_hash": encoder.sha,
+        "vocab_size": encoder.vocab_size,
         "num_characters": num_characters,
         "counts": counts,
         **({"num_duplicates": int((chosen == DROPPED).sum())} if "drop_duplicates" in request else {}),
-        **({"padded_vocab_size": -(-facts.vocab_size // pad) * pad} if (pad := request.get("pad_vocab_to")) else {}),
+        **({"padded_vocab_size": -(-encoder.vocab_size // pad) * pad} if (pad := request.get("pad_vocab_to")) else {}),
     }

@@ -1,0 +1,192 @@
+#!/usr/bin/env python3
+"""Time and memory from text to token ids on disk, next to `datasets.map` with a fast tokenizer; one table last.
+
+    python tools/bench_prepare.py --text FILE --tokenizer DIR [--num_workers N]
+
+Each row is a process of its own on the same plain text (the first --megabytes of FILE), in turns, --repeats times.
+"whole" is its wall time with imports; "work" begins after imports, for `datasets.map` also after its tokenizer is
+loaded, and ends with the ids on disk; "CPU" is the CPU time of the whole, which other load on the machine disturbs least. Ours also cleans, adds eos, splits off validation and hashes the files.
+Memory is the largest sum over the process and all its descendants at one moment, read from /proc/PID/smaps_rollup
+every 20 ms: PSS counts a shared page once, RSS in every process. Memory is given of the run that took least.
+The peer takes text rows as lines or as documents (between blank lines), batches of its default 1,000 rows, and
+num_proc = N; it is skipped by name when the package datasets is not installed.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from ki_ds.data.corpora import Corpus
+from ki_ds.data.tokenize import load_tokenizer, save_tokenizer
+from ki_ds.errors import UserError, ends_cleanly
+
+OURS = """
+import sys, time
+from ki_ds.data.prepare import build_store
+text, tokenizer, out, workers = sys.argv[1:]
+start = time.perf_counter()
+corpus = build_store([text], tokenizer, out, num_workers=int(workers), show_progress=False)
+counts = corpus.info["counts"].values()
+print(time.perf_counter() - start, sum(count["tokens"] - count["items"] for count in counts))
+"""
+
+Run = tuple[float, float, float, float, float, int]  # work, whole and CPU seconds, peak PSS and RSS in MiB, tokens
+
+PEER = """
+import sys, time
+from datasets import disable_progress_bars, load_dataset
+from transformers import AutoTokenizer
+text, folder, out, workers, rows = sys.argv[1:]
+disable_progress_bars()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+def encode(batch):
+    return tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False)
+start = time.perf_counter()
+data = load_dataset("text", data_files=text, sample_by=rows, split="train", cache_dir=out)
+data = data.map(encode, batched=True, num_proc=int(workers), remove_columns=["text"])
+print(time.perf_counter() - start, sum(map(len, data.with_format("numpy")["input_ids"])))
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians over the repeats with the fastest and slowest, in seconds; memory in MiB."""
+
+    name: str
+    work_seconds: tuple[float, float, float]
+    whole_seconds: float
+    cpu_seconds: float
+    pss: float
+    rss: float
+    num_tokens: int
+
+
+def prepare_rows(
+    text: Path, tokenizer: Path, *, num_workers: int = 2, megabytes: float = 10, repeats: int = 3
+) -> list[Row]:
+    """The rows of the table, ours first; the peer's are missing where `datasets` is."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_text(text, folder / "text.txt", int(megabytes * 1e6))
+        save_tokenizer(load_tokenizer(tokenizer), folder / "tokenizer")
+        commands = {"ours": [OURS, str(folder / "text.txt"), str(tokenizer.resolve())]}
+        if importlib.util.find_spec("datasets") is None:
+            print("skipped: datasets.map (pip install datasets)", file=sys.stderr)
+        else:
+            for rows in ("line", "paragraph"):
+                title = f"datasets.map, rows are {'lines' if rows == 'line' else 'documents'}"
+                commands[title] = [PEER, str(folder / "text.txt"), str(folder / "tokenizer")]
+        runs: dict[str, list[Run]] = {title: [] for title in commands}
+        for repeat in range(repeats):
+            for number, (title, command) in enumerate(commands.items()):
+                rest = [] if title == "ours" else [("line", "paragraph")[number - 1]]
+                arguments = [*command, str(folder / f"out{number}_{repeat}"), str(num_workers), *rest]
+                runs[title].append(_measured([sys.executable, "-c", *arguments]))
+    return [_row(title, measured) for title, measured in runs.items()]
+
+
+def _write_text(source: Path, target: Path, num_characters: int) -> None:
+    """The first documents of a source as plain text, up to about `num_characters`."""
+    with target.open("w", encoding="utf-8") as file:
+        for document in Corpus([source]):
+            file.write(document.text.rstrip() + ("\n\n" if document.ends else "\n"))
+            if file.tell() >= num_characters:
+                break
+
+
+def _measured(command: list[str]) -> Run:
+    """The measures of a command that prints its seconds of work and its number of tokens."""
+    start, cpu_before = time.perf_counter(), _cpu_seconds()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pss = rss = 0
+    while process.poll() is None:
+        sums = _memory(process)
+        pss, rss = max(pss, sums[0]), max(rss, sums[1])
+        time.sleep(0.02)
+    whole = time.perf_counter() - start
+    out, err = process.communicate()
+    if process.returncode:
+        raise UserError(f"a benchmark's process failed ({err.strip().splitlines()[-1]}); run it alone")
+    work, num_tokens = out.split()[-2:]
+    return float(work), whole, _cpu_seconds() - cpu_before, pss / 1024, rss / 1024, int(num_tokens)
+
+
+def _cpu_seconds() -> float:
+    """CPU time of all processes that have ended below this one."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _memory(process: psutil.Process) -> tuple[int, int]:
+    """(PSS, RSS) in KiB, summed over a process and its descendants."""
+    pss = rss = 0
+    try:
+        family = [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return 0, 0
+    for member in family:
+        try:
+            lines = Path(f"/proc/{member.pid}/smaps_rollup").read_text().splitlines()[1:]
+        except OSError:  # it has just ended
+            continue
+        sizes = {line.split()[0]: int(line.split()[1]) for line in lines}
+        pss, rss = pss + sizes["Pss:"], rss + sizes["Rss:"]
+    return pss, rss
+
+
+def _row(title: str, runs: list[Run]) -> Row:
+    work, whole, cpu, pss, rss, num_tokens = zip(*runs, strict=True)
+    seconds = (statistics.median(work), min(work), max(work))
+    return Row(title, seconds, statistics.median(whole), statistics.median(cpu), min(pss), min(rss), num_tokens[0])
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in Markdown, with ratios to the first."""
+    lines = [
+        "| | work, s (fastest-slowest) | ratio | whole, s | CPU, s | PSS, MiB | ratio | RSS, MiB | ratio | tokens |"
+    ]
+    lines.append("|" + "---|" * 10)
+    for row in rows:
+        first = rows[0]
+        median, fastest, slowest = row.work_seconds
+        lines.append(
+            f"| {row.name} | {median:.2f} ({fastest:.2f}-{slowest:.2f}) | {median / first.work_seconds[0]:.2f} "
+            f"| {row.whole_seconds:.2f} | {row.cpu_seconds:.2f} | {row.pss:.0f} | {row.pss / first.pss:.1f} | {row.rss:.0f} "
+            f"| {row.rss / first.rss:.1f} | {row.num_tokens:,} |"
+        )
+    return "\n".join(lines)
+
+
+@ends_cleanly
+def main() -> None:
+    """Command line; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="any source of tools/prepare_data.py")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes or threads")
+    parser.add_argument("--megabytes", type=float, default=10, help="millions of characters of text to take")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each row")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    args = parser.parse_args()
+    rows = prepare_rows(
+        args.text, args.tokenizer, num_workers=args.num_workers, megabytes=args.megabytes, repeats=args.repeats
+    )
+    if args.out is not None:
+        args.out.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
