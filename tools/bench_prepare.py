@@ -5,7 +5,8 @@
 
 Each row is a process of its own on the same plain text (the first --megabytes of FILE), in turns, --repeats times.
 "whole" is its wall time with imports; "work" begins after imports, for `datasets.map` also after its tokenizer is
-loaded, and ends with the ids on disk; "CPU" is the CPU time of the whole, which other load on the machine disturbs least. Ours also cleans, adds eos, splits off validation and hashes the files.
+loaded, and ends with the ids on disk; "CPU" is the CPU time of the whole, which other load on the machine disturbs
+least. Ours also cleans, adds eos, splits off validation and hashes the files.
 Memory is the largest sum over the process and all its descendants at one moment, read from /proc/PID/smaps_rollup
 every 20 ms: PSS counts a shared page once, RSS in every process. Memory is given of the run that took least.
 The peer takes text rows as lines or as documents (between blank lines), batches of its default 1,000 rows, and
@@ -163,8 +164,8 @@ def table(rows: list[Row]) -> str:
         median, fastest, slowest = row.work_seconds
         lines.append(
             f"| {row.name} | {median:.2f} ({fastest:.2f}-{slowest:.2f}) | {median / first.work_seconds[0]:.2f} "
-            f"| {row.whole_seconds:.2f} | {row.cpu_seconds:.2f} | {row.pss:.0f} | {row.pss / first.pss:.1f} | {row.rss:.0f} "
-            f"| {row.rss / first.rss:.1f} | {row.num_tokens:,} |"
+            f"| {row.whole_seconds:.2f} | {row.cpu_seconds:.2f} "
+            f"| {row.pss:.0f} | {row.pss / first.pss:.1f} | {row.rss:.0f} | {row.rss / first.rss:.1f} | {row.num_tokens:,} |"
         )
     return "\n".join(lines)
 
