@@ -165,7 +165,8 @@ def table(rows: list[Row]) -> str:
         lines.append(
             f"| {row.name} | {median:.2f} ({fastest:.2f}-{slowest:.2f}) | {median / first.work_seconds[0]:.2f} "
             f"| {row.whole_seconds:.2f} | {row.cpu_seconds:.2f} "
-            f"| {row.pss:.0f} | {row.pss / first.pss:.1f} | {row.rss:.0f} | {row.rss / first.rss:.1f} | {row.num_tokens:,} |"
+            f"| {row.pss:.0f} | {row.pss / first.pss:.1f} | {row.rss:.0f} | {row.rss / first.rss:.1f} "
+            f"| {row.num_tokens:,} |"
         )
     return "\n".join(lines)
 
