@@ -65,7 +65,7 @@ def test_loader_rows(command, tmp_path):
     assert [row["name"] for row in written["rows"]] == ["mlm 128, in process", "causal 128, in process"]
     for row in written["rows"]:
         (result,) = row["results"]
-        assert result["samples_per_second"] > 0
+        assert min(result["samples_per_second"], result["tokens_per_cpu_second"]) > 0
         assert 64 < result["tokens_per_second"] / result["samples_per_second"] <= 128
     assert "skipped: the released iterator (--released PATH" in out
     assert out.rstrip().splitlines()[-1].startswith("| causal 128, in process | ")
@@ -86,15 +86,17 @@ def test_start_rows(command):
 def test_the_ratio_is_that_of_the_same_setting(bench):
     rows = [
         bench.Row(
-            "mlm 512, in process", {}, [{"tokens_per_second": v, "samples_per_second": 1.0} for v in (50, 60, 99)]
+            "mlm 512, in process",
+            {},
+            [{"tokens_per_second": v, "samples_per_second": 1.0, "tokens_per_cpu_second": 7e3} for v in (50, 60, 99)],
         ),
         bench.Row("mlm 512, in process, released", {}, [{"tokens_per_second": v} for v in (9, 10, 12)]),
         bench.Row("start, 20 MB, again", {}, [{"seconds": 1.5, "resident_mib": 200.4, "private_mib": 100.0}]),
     ]
     assert bench.table(rows).split("\n")[2:] == [
-        "| mlm 512, in process | 60 (50-99) | 1 (1-1) | 6.0 |  |  |  |",
-        "| mlm 512, in process, released | 10 (9-12) |  |  |  |  |  |",
-        "| start, 20 MB, again |  |  |  | 1.50 | 200 | 100 |",
+        "| mlm 512, in process | 60 (50-99) | 6.0 | 7,000 (7,000-7,000) | 1 (1-1) |  |  |  |",
+        "| mlm 512, in process, released | 10 (9-12) |  |  |  |  |  |  |",
+        "| start, 20 MB, again |  |  |  |  | 1.50 | 200 | 100 |",
     ]
 
 
