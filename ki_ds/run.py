@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import ki_ds
-from ki_ds import checkpoint, schedules
+from ki_ds import checkpoint, lineage, schedules
 from ki_ds import config as configuration
 from ki_ds.config import RunConfig
 from ki_ds.data.batches import VALID_SEED, ValidBatches
@@ -21,7 +21,14 @@ from ki_ds.engine import StudentEngine
 from ki_ds.errors import UserError
 from ki_ds.loss import resolve_backend
 from ki_ds.metrics import Totals
-from ki_ds.models import InheritanceModel, build_lm, count_parameters, max_positions
+from ki_ds.models import (
+    InheritanceModel,
+    build_lm,
+    count_parameters,
+    max_positions,
+    model_folder,
+    weights_sha256,
+)
 from ki_ds.signals import Teacher
 from ki_ds.teachers.factory import TeacherFacts, make_teacher
 
@@ -116,7 +123,8 @@ def prepare(config: RunConfig, device: torch.device) -> Run:
         )
         if not facts.tokenizer_checked:
             say(f"{facts.path} has no tokenizer: of the teacher's vocabulary only the size could be checked")
-    manifest = _manifest(config, data, parameters, facts, device)
+    started_from = _started_from(config, parameters) if not resume_from else None  # then the manifest knows it
+    manifest = _manifest(config, data, parameters, facts, started_from, device)
     on_main(lambda: _check_lineage(run_dir, manifest))
     engine = StudentEngine(model, config, device=device)
     run = Run(config, device, engine, data, teacher, manifest, Totals())
@@ -168,6 +176,8 @@ def _check_lineage(run_dir: Path, manifest: dict[str, Any]) -> None:
                 "give the run its own data back, or start in another run_dir"
             )
     old, new = before.get("teacher"), manifest["teacher"]
+    manifest["former_teachers"] = before.get("former_teachers", [])
+    manifest["started_from"] = before.get("started_from")
     allowed = manifest["changed_config"] == "allow"
     if old and new and not allowed and old["weights_sha256"] != new["weights_sha256"]:
         raise UserError(
@@ -176,10 +186,31 @@ def _check_lineage(run_dir: Path, manifest: dict[str, Any]) -> None:
         )
     if old and not new:
         manifest["teacher"] = old  # alpha is 0 by now: the lineage stays
+    if old and new and old["weights_sha256"] != new["weights_sha256"]:
+        manifest["former_teachers"] = [*manifest["former_teachers"], old]
+
+
+def _started_from(config: RunConfig, parameters: dict[str, int]) -> dict[str, Any] | None:
+    """What the student's first weights were; None for random ones."""
+    if config.model.init == "random":
+        return None
+    folder = Path(model_folder(config.model.name))
+    digest = weights_sha256(str(folder)) if folder.is_dir() else None
+    return {
+        "path": config.model.name,
+        "weights_sha256": digest,
+        "num_parameters": parameters["num_parameters"],
+        "lineage": lineage.read(folder, digest),
+    }
 
 
 def _manifest(
-    config: RunConfig, data: Datasets, parameters: dict[str, int], facts: TeacherFacts | None, device: torch.device
+    config: RunConfig,
+    data: Datasets,
+    parameters: dict[str, int],
+    facts: TeacherFacts | None,
+    started_from: dict[str, Any] | None,
+    device: torch.device,
 ) -> dict[str, Any]:
     valid: dict[str, Any] = {
         "seed": VALID_SEED,
@@ -196,8 +227,16 @@ def _manifest(
         "world_size": world_size(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
         "loss_backend": resolve_backend(config.loss.backend, device),
+        "seed": config.seed,
         "student": parameters,
+        "started_from": started_from,
         "teacher": asdict(facts) if facts else None,
+        "former_teachers": [],
+        "inherit": {
+            "schedule": config.inherit.schedule,
+            "steps": configuration.inherit_steps(config),
+            "tau": config.inherit.tau,
+        },
         "inheriting_steps": inheriting_steps(config),
         "data": data.hashes,
         "domains": list(data.domains),

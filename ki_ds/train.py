@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import torch
 
-from ki_ds import checkpoint, schedules
+from ki_ds import checkpoint, lineage, schedules
 from ki_ds import config as configuration
 from ki_ds.config import RunConfig
 from ki_ds.data.batches import Batch, TrainBatches
@@ -22,6 +22,7 @@ from ki_ds.engine import start
 from ki_ds.errors import UserError, common_to_all_ranks
 from ki_ds.evaluation.perplexity import Perplexity, validate
 from ki_ds.metrics import Display, MetricsLog, Stopwatch, Window, global_rows
+from ki_ds.models import weights_sha256
 from ki_ds.run import Run, prepare
 
 
@@ -199,6 +200,16 @@ def _export(run: Run, folder: Path, result: Perplexity | None = None) -> None:
     lm.save_pretrained(folder, state_dict=state)
     lm.config.use_cache = False
     run.data.vocabulary.export(folder)
+    totals = run.totals
+    record = lineage.describe(
+        run.manifest,
+        step=totals.step,
+        tokens=totals.tokens,
+        flops=(totals.student_flops, totals.teacher_flops),
+        ppl=result.ppl if result is not None else None,
+        weights=weights_sha256(str(folder)),
+    )
+    checkpoint.write_json(folder / lineage.FILE_NAME, record)
     if result is not None:
         checkpoint.write_json(folder / "valid.json", {"step": run.totals.step, **asdict(result), "ppl": result.ppl})
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ki_ds import lineage
 from ki_ds.config import Task, TeacherConfig
 from ki_ds.data.datasets import dictionary_hash
 from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash
 from ki_ds.errors import UserError
+from ki_ds.lineage import Lineage
 from ki_ds.models import (
     DTYPES,
     check_vocabulary,
@@ -39,6 +41,7 @@ class TeacherFacts:
     dense_parameters: int
     tokenizer_checked: bool
     valid_ppl: float | None  # of a run of ours, on its own validation set
+    lineage: Lineage | None  # of a model of ours
 
 
 def make_teacher(
@@ -72,7 +75,12 @@ def make_teacher(
     _check_shape(lm, config.path, num_classes=num_classes, seq_len=seq_len)
     digest = weights_sha256(folder) if Path(folder).is_dir() else None
     facts = TeacherFacts(
-        config.path, digest, **count_parameters(lm), tokenizer_checked=checked, valid_ppl=_valid_ppl(folder)
+        config.path,
+        digest,
+        **count_parameters(lm),
+        tokenizer_checked=checked,
+        valid_ppl=_valid_ppl(folder),
+        lineage=lineage.read(Path(folder), digest),
     )
     return OnlineTeacher(lm, device=device, packing=packing), facts
 

@@ -1,0 +1,139 @@
+"""Where weights come from: a record beside every exported model, which holds those of its teachers in turn.
+
+`lineage.json` travels with the weights, so that the tree of a third generation is whole without the first one's folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.tree import Tree
+
+from ki_ds.errors import UserError
+
+FILE_NAME = "lineage.json"
+VERSION = 1
+
+Lineage = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs: of the model's own training, of its teachers' forwards, and of both over all of its ancestors."""
+
+    own: float
+    teachers: float
+    ancestors: float
+
+    @property
+    def cumulative(self) -> float:
+        """Everything that was spent for this model to exist."""
+        return self.own + self.teachers + self.ancestors
+
+
+def describe(
+    manifest: dict[str, Any], *, step: int, tokens: int, flops: tuple[float, float], ppl: float | None, weights: str
+) -> Lineage:
+    """The record of a model at `step` of the run that `manifest` (run.json) describes.
+
+    Args:
+        flops: (the student's training, its teachers' forwards) so far.
+        ppl: on the run's own validation set, if measured with these weights.
+        weights: SHA-256 of the weight files, which ties the record to them.
+    """
+    return {
+        "version": VERSION,
+        "name": manifest["name"],
+        "task": manifest["task"],
+        "weights_sha256": weights,
+        "num_parameters": manifest["student"]["num_parameters"],
+        "data": manifest["data"],
+        "seed": manifest["seed"],
+        "step": step,
+        "tokens": tokens,
+        "student_flops": flops[0],
+        "teacher_flops": flops[1],
+        "valid_ppl": ppl,
+        "inherit": manifest["inherit"],
+        "teachers": [*manifest["former_teachers"], *([manifest["teacher"]] if manifest["teacher"] else [])],
+        "started_from": manifest["started_from"],
+    }
+
+
+def read(folder: Path, weights: str | None) -> Lineage | None:
+    """The record beside some weights, or None where there is none.
+
+    Raises:
+        UserError: it cannot be read, or `weights` (SHA-256 of the weight files) is not what it was written for.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version, expected = record["version"], record["weights_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no record of a model's lineage ({error}); restore it, or remove it") from None
+    if version != VERSION:
+        raise UserError(f"{path} has version {version}, this program reads {VERSION}; remove it to go on without")
+    if weights is not None and weights != expected:
+        raise UserError(
+            f"the weights in {folder} have SHA-256 {weights[:12]}, {FILE_NAME} says {expected[:12]}; they were "
+            "changed: restore them, or remove the record"
+        )
+    return record
+
+
+def costs(record: Lineage) -> Costs:
+    """FLOPs of a model; an ancestor that taught several generations counts once."""
+    ancestors = {parent["weights_sha256"]: parent for parent in _ancestors(record)}
+    spent = sum(parent["student_flops"] + parent["teacher_flops"] for parent in ancestors.values())
+    return Costs(record["student_flops"], record["teacher_flops"], spent)
+
+
+def _ancestors(record: Lineage) -> Iterator[Lineage]:
+    for parent in _parents(record):
+        if parent["lineage"] is not None:
+            yield parent["lineage"]
+            yield from _ancestors(parent["lineage"])
+
+
+def _parents(record: Lineage) -> list[dict[str, Any]]:
+    return [*record["teachers"], *([record["started_from"]] if record["started_from"] else [])]
+
+
+def tree(record: Lineage) -> Tree:
+    """The model, below it its teachers (and what it started from), below each of them theirs."""
+    return _grow(Tree(_label(record)), record)
+
+
+def _grow(branch: Tree, record: Lineage) -> Tree:
+    for parent in _parents(record):
+        what = "started from" if parent is record["started_from"] else "taught by"
+        if parent["lineage"] is None:
+            digest = f", weights {parent['weights_sha256'][:12]}" if parent["weights_sha256"] else ""
+            branch.add(f"{what} {parent['path']} ({parent['num_parameters']:,} parameters{digest}; no record)")
+        else:
+            _grow(branch.add(f"{what} {_label(parent['lineage'])}"), parent["lineage"])
+    return branch
+
+
+def _label(record: Lineage) -> str:
+    spent = costs(record)
+    parts = [
+        f"{record['name']} ({record['task']}, {record['num_parameters']:,} parameters)",
+        f"step {record['step']:,}, {record['tokens']:,} tokens",
+        f"FLOPs {spent.own:.3g} own, {spent.teachers:.3g} for teachers, {spent.cumulative:.3g} with all ancestors",
+        f"data {record['data']['train_sha256'][:12]}, weights {record['weights_sha256'][:12]}",
+    ]
+    if record["valid_ppl"] is not None:
+        parts.insert(1, f"valid ppl {record['valid_ppl']:.2f}")
+    if record["inherit"]["schedule"] != "none":
+        inherit = record["inherit"]
+        steps = f", T_inherit {inherit['steps']:,}" if inherit["steps"] else ""
+        parts.insert(1, f"inherited ({inherit['schedule']}{steps}, tau {inherit['tau']:g})")
+    return "\n".join(parts)
