@@ -36,7 +36,7 @@ from ki_ds.distributed import (
 from ki_ds.errors import UserError
 from ki_ds.loss import LossOutput
 from ki_ds.models import InheritanceModel
-from ki_ds.signals import HiddenSignal
+from ki_ds.signals import Signal
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -268,7 +268,7 @@ class StudentEngine:
             config=complete_ds_config(settings, run, world=world_size()),
         )
 
-    def loss(self, batch: Batch, signal: HiddenSignal | None, alpha: float) -> LossOutput:
+    def loss(self, batch: Batch, signal: Signal | None, alpha: float) -> LossOutput:
         """The sums of equation 2 over the labelled rows of this rank's micro-batch, with gradient."""
         return LossOutput(*self._engine(batch, signal, alpha))
 

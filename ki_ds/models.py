@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ from ki_ds.config import LossConfig, ModelConfig, Task
 from ki_ds.data.batches import IGNORE_INDEX, Batch
 from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
-from ki_ds.loss import linear_inheritance_loss
-from ki_ds.signals import HiddenSignal
+from ki_ds.loss import LossOutput, linear_inheritance_loss, linear_topk_inheritance_loss
+from ki_ds.signals import HiddenSignal, Signal, TopKSignal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -387,7 +388,7 @@ class InheritanceModel(RowLM):
         super().__init__(lm)
         self.num_classes, self.loss, self.tau = num_classes, loss, tau
 
-    def forward(self, batch: Batch, signal: HiddenSignal | None = None, alpha: float | Tensor = 0.0) -> tuple:
+    def forward(self, batch: Batch, signal: Signal | None = None, alpha: float | Tensor = 0.0) -> tuple:
         """(loss_sum, ce_sum, kl_sum, num_rows) over the labelled rows of the batch (equation 2).
 
         Args:
@@ -396,20 +397,14 @@ class InheritanceModel(RowLM):
             alpha: the inheritance rate, a number or a 0-d tensor.
         """
         sums: tuple = ()
-        if signal is None:
-            alpha = 0.0
 
         def objective(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
             nonlocal sums
-            out = linear_inheritance_loss(
+            out = self._loss(signal, alpha)(
                 hidden_ND,
                 weight_VD,
                 batch.row_labels_N,
                 student_bias=bias_V,
-                teacher_hidden=None if signal is None else signal.hidden_ND,
-                teacher_weight=None if signal is None else signal.weight_VD,
-                teacher_bias=None if signal is None else signal.bias_V,
-                alpha=alpha,
                 tau=self.tau,
                 chunk_rows=self.loss.chunk_rows,
                 num_classes=self.num_classes,
@@ -421,3 +416,20 @@ class InheritanceModel(RowLM):
 
         # the loss must leave through the model's own outputs: ZeRO-3 hooks its backward onto them
         return self.ask(batch, objective), *sums
+
+    @staticmethod
+    def _loss(signal: Signal | None, alpha: float | Tensor) -> Callable[..., LossOutput]:
+        """The objective of a signal, without the student's arguments."""
+        match signal:
+            case None:
+                return linear_inheritance_loss
+            case HiddenSignal(hidden_ND, weight_VD, bias_V):
+                head: dict[str, Any] = {
+                    "teacher_hidden": hidden_ND,
+                    "teacher_weight": weight_VD,
+                    "teacher_bias": bias_V,
+                }
+                return partial(linear_inheritance_loss, alpha=alpha, **head)
+            case TopKSignal(ids_NK, probs_NK, semantics):
+                entries: dict[str, Any] = {"topk_ids": ids_NK, "topk_probs": probs_NK, "semantics": semantics}
+                return partial(linear_topk_inheritance_loss, alpha=alpha, **entries)

@@ -3,7 +3,7 @@
 The trainer hands a signal on to the loss without looking inside, so where the teacher runs (in the process, on
 ranks of its own, from a cache) is the teacher's business alone.
 
-Shape suffixes: N labelled rows of the batch in order, D hidden size, V padded vocabulary.
+Shape suffixes: N labelled rows of the batch in order, D hidden size, V padded vocabulary, K teacher entries of a row.
 """
 
 from __future__ import annotations
@@ -28,10 +28,25 @@ class HiddenSignal:
     bias_V: Tensor | None
 
 
+@dataclass(frozen=True)
+class TopKSignal:
+    """K entries a row: ids (int64) and the teacher's softmax at the run's tau there (float), read by `semantics`.
+
+    What the three semantics mean is in `ki_ds.loss.topk_inheritance_loss`.
+    """
+
+    ids_NK: Tensor
+    probs_NK: Tensor
+    semantics: str
+
+
+Signal = HiddenSignal | TopKSignal
+
+
 class Teacher(Protocol):
     """A frozen teacher. It is never trained, and never consulted once alpha is 0."""
 
-    def signal(self, batch: Batch) -> HiddenSignal:
+    def signal(self, batch: Batch) -> Signal:
         """What the teacher says about the labelled rows of exactly this (masked) batch."""
         ...
 

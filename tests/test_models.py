@@ -8,6 +8,7 @@ from ki_ds.config import LossConfig, ModelConfig
 from ki_ds.data.batches import IGNORE_INDEX, Batch
 from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
+from ki_ds.loss import topk_inheritance_loss
 from ki_ds.models import (
     PRESETS,
     InheritanceModel,
@@ -19,6 +20,7 @@ from ki_ds.models import (
     max_positions,
     model_folder,
 )
+from ki_ds.signals import TopKSignal
 
 SPECIAL = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=4)
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -234,3 +236,24 @@ class TestPacking:
         model.lm.config.use_cache = False
         with pytest.raises(UserError, match=r"cannot keep several blocks of a row apart; take data\.packing=false"):
             model.check_packing()
+
+
+@pytest.mark.parametrize("semantics", ["renormalise", "tail", "sampled"])
+def test_a_top_k_signal_gives_the_top_k_loss(semantics):
+    torch.manual_seed(0)
+    model = ModelConfig(name="roberta_base", num_layers=1, hidden_size=32, num_heads=2, ffn_size=64)
+    lm = build_lm(model, "mlm", num_classes=99, special_ids=SPECIAL, seed=3)
+    batch = _probe(torch.randint(5, 99, (1, 24)), torch.tensor([1, 5, 9, 20]))
+    student = InheritanceModel(lm, num_classes=99, loss=LossConfig(), tau=2.0).eval()
+    ids = torch.stack([torch.randperm(99)[:7] for _ in range(4)])
+    probs = torch.rand(4, 7).softmax(-1) * 0.9
+    loss, ce, kl, num_rows = student(batch, TopKSignal(ids, probs, semantics), 0.3)
+    hidden = student.signal(batch)
+    logits = torch.nn.functional.linear(hidden.hidden_ND, hidden.weight_VD, hidden.bias_V)
+    expected = topk_inheritance_loss(
+        logits, batch.row_labels_N, topk_ids=ids, topk_probs=probs, semantics=semantics, alpha=0.3, num_classes=99
+    )
+    for found, value in zip((loss, ce, kl), expected, strict=False):
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
+    assert num_rows == 4
+    assert kl > 0
