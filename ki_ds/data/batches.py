@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ki_ds.data.mixture import Mixture
 from ki_ds.data.randomness import permute
@@ -105,7 +105,34 @@ def _positions(samples: list[Sample], width: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------- loaders
 
 
-class _MicroBatches(Dataset[Batch | UserError]):
+@dataclass(frozen=True)
+class _Parcel:
+    """A batch as one tensor: handing one over from a loader process costs a fraction of handing over eight."""
+
+    words: torch.Tensor  # int64, the batch's tensors one behind the other
+    shapes: dict[str, torch.Size | None]  # of the batch's tensors, None for what it lacks
+    num_tokens: int
+
+    @classmethod
+    def pack(cls, batch: Batch) -> Self:
+        tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "num_tokens"}
+        shapes = {name: None if tensor is None else tensor.shape for name, tensor in tensors.items()}
+        words = torch.cat([tensor.reshape(-1) for tensor in tensors.values() if tensor is not None])
+        return cls(words, shapes, batch.num_tokens)
+
+    def unpack(self) -> Batch:
+        """The batch, its tensors views of the one."""
+        sizes = [0 if shape is None else shape.numel() for shape in self.shapes.values()]
+        parts = dict(zip(self.shapes, self.words.split(sizes), strict=True))
+        tensors = {name: None if shape is None else parts[name].view(shape) for name, shape in self.shapes.items()}
+        return Batch(num_tokens=self.num_tokens, **tensors)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> Self:
+        """The same parcel in page-locked memory; torch's loader calls this."""
+        return replace(self, words=self.words.pin_memory())
+
+
+class _MicroBatches(Dataset[Batch | _Parcel | UserError]):
     """Map-style over (step * accumulation + micro step): this rank's micro-batches."""
 
     def __init__(self, owner: "TrainBatches") -> None:
@@ -115,10 +142,11 @@ class _MicroBatches(Dataset[Batch | UserError]):
         self.rank = owner.rank
         self.world_size = owner.world_size
 
-    def __getitem__(self, index: int) -> Batch | UserError:
+    def __getitem__(self, index: int) -> Batch | _Parcel | UserError:
         """The micro-batch; an error comes back as a value, for torch puts a worker's traceback into its text."""
         try:
-            return self._batch(index)
+            batch = self._batch(index)
+            return batch if get_worker_info() is None else _Parcel.pack(batch)
         except UserError as error:
             return error
 
@@ -128,6 +156,12 @@ class _MicroBatches(Dataset[Batch | UserError]):
         epochs, ids = self.dataset.stream(first, first + self.micro_batch_size, seed=self.seed)
         samples = [self.dataset.sample(int(i), seed=self.seed, epoch=int(e)) for e, i in zip(epochs, ids, strict=True)]
         return collate(samples, pad_id=self.dataset.pad_id, seq_len=self.dataset.seq_len)
+
+
+def _received(found: Batch | _Parcel | UserError) -> Batch:
+    if isinstance(found, UserError):
+        raise found
+    return found.unpack() if isinstance(found, _Parcel) else found
 
 
 class TrainBatches:
@@ -192,10 +226,7 @@ class TrainBatches:
         micro_batches = iter(loader)
         try:
             while step := list(itertools.islice(micro_batches, self.accumulation_steps)):
-                for batch in step:
-                    if isinstance(batch, UserError):
-                        raise batch
-                yield step
+                yield [_received(batch) for batch in step]
         finally:
             # Ends the workers at once; left to the garbage collector after an error they take 5 seconds.
             del micro_batches
