@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,9 @@ class IndexCache:
     @classmethod
     def beside(cls, path: Path, *, otherwise: Path) -> "IndexCache":
         """The cache in the folder of some token files, or in another one where theirs is read-only."""
-        return cls(path / FOLDER_NAME if os.access(path, os.W_OK) else otherwise)
+        # root may write anywhere, and still should not where nobody is meant to
+        writable = os.access(path, os.W_OK) and path.stat().st_mode & stat.S_IWUSR
+        return cls(path / FOLDER_NAME if writable else otherwise)
 
     def knows(self, path: Path) -> bool:
         """Whether the hash of a file is at hand."""
@@ -90,9 +93,9 @@ class IndexCache:
 
 
 def _signature(path: Path) -> dict[str, int]:
-    stat = path.stat()
+    found = path.stat()
     names = {"bytes": "st_size", "mtime_ns": "st_mtime_ns", "ctime_ns": "st_ctime_ns", "inode": "st_ino"}
-    return {name: getattr(stat, field) for name, field in names.items()}
+    return {name: getattr(found, field) for name, field in names.items()}
 
 
 def _save(folder: Path, key: dict[str, Any], arrays: Arrays) -> None:

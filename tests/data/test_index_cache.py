@@ -114,5 +114,7 @@ class TestArrays:
 
     def test_it_lies_beside_the_files_where_it_can(self, tmp_path, monkeypatch):
         assert IndexCache.beside(tmp_path, otherwise=tmp_path / "o").folder == tmp_path / FOLDER_NAME
+        (tmp_path / "read_only").mkdir(mode=0o555)  # root, too, leaves it alone
+        assert IndexCache.beside(tmp_path / "read_only", otherwise=tmp_path / "o").folder == tmp_path / "o"
         monkeypatch.setattr(os, "access", lambda *_: False)
         assert IndexCache.beside(tmp_path, otherwise=tmp_path / "o").folder == tmp_path / "o"
