@@ -1,5 +1,6 @@
 """Samples: every token once, masks that follow their key, documents kept apart."""
 
+import hashlib
 import os
 import pickle
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ki_ds.data.blocks import MaskConfig
+from ki_ds.data.blocks import MaskConfig, find_blocks
 from ki_ds.data.samples import BlockDataset
 from ki_ds.data.store import SpecialIds, open_store
 from ki_ds.data.tokenize import read_fairseq_dict
+from ki_ds.data.view import TokenView
 from ki_ds.errors import UserError
 from tests.data.stores import SPECIALS, VOCAB, write_store
 
@@ -201,3 +203,26 @@ class TestModes:
         assert going_on
         assert all((t in labelled) == (t - 1 in labelled) for t in going_on)
         assert dataset.num_rows(4, seed=1, epoch=0) == len(sample.labels_N)
+
+
+# How the released code cuts its own files (mode, block size): blocks kept, start of the SHA-256 of their bounds.
+RELEASED_BLOCKS = [
+    ("complete", 30, 1150, "1d4746572b7d2873"),
+    ("none", 30, 4517, "ea90bd51d55d6ed2"),
+    ("eos", 30, 1491, "7e26a0a836470ac6"),
+    ("complete", 127, 1056, "e4cc3d2477742064"),
+    ("none", 127, 1067, "7a1f20fa0922a12c"),
+    ("eos", 127, 2829, "caf798e55f6e893a"),
+    ("complete", 511, 292, "a1d34b403fa80740"),
+    ("none", 511, 266, "da3ac4d014a603c2"),
+    ("eos", 511, 2999, "fb61b006c76a8916"),
+]
+
+
+@released
+@pytest.mark.parametrize(("mode", "capacity", "num_blocks", "digest"), RELEASED_BLOCKS)
+def test_blocks_are_those_of_the_released_code(mode, capacity, num_blocks, digest):
+    view = TokenView([open_store(RELEASED / "train")])
+    bounds_S2 = find_blocks(view, capacity, mode=mode, long_lines="drop").bounds_S2
+    assert len(bounds_S2) == num_blocks
+    assert hashlib.sha256(bounds_S2.astype("<i8").tobytes()).hexdigest().startswith(digest)
