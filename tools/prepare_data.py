@@ -3,8 +3,10 @@
 
 import argparse
 import sys
+from typing import get_args
 
 from ki_ds.data.prepare import TokenizerSpec, build_store
+from ki_ds.data.tokenize import TokenizerKind
 from ki_ds.errors import UserError, ends_cleanly
 
 
@@ -19,8 +21,10 @@ def main() -> None:
         help="files, folders, globs: .txt .jsonl .csv .xml [.gz .bz2 .xz .zst], .parquet; hf:NAME[:CONFIG][@SPLIT]",
     )
     parser.add_argument("--out", required=True, help="corpus folder to make")
-    parser.add_argument("--tokenizer", help="Hugging Face tokenizer, folder or hub name")
-    parser.add_argument("--train_tokenizer", action="store_true", help="train byte-level BPE on the corpus instead")
+    parser.add_argument("--tokenizer", help="Hugging Face tokenizer, folder or hub name; SentencePiece .model")
+    parser.add_argument("--fairseq_dict", help="dict.txt that numbers the ids of --tokenizer, a GPT-2 folder")
+    parser.add_argument("--train_tokenizer", action="store_true", help="train one on the corpus instead")
+    parser.add_argument("--tokenizer_kind", choices=get_args(TokenizerKind), help="what to train (default bytebpe)")
     parser.add_argument("--vocab_size", type=int, help="ids of the tokenizer to train (default 50,265)")
     parser.add_argument("--num_workers", type=int, help="processes (default: one a core)")
     parser.add_argument("--valid_fraction", type=float, default=1 / 200, help="share of documents for validation")
@@ -31,11 +35,14 @@ def main() -> None:
     args = parser.parse_args()
     if (args.tokenizer is None) != args.train_tokenizer:
         raise UserError("--tokenizer and --train_tokenizer: exactly one of them says where the tokenizer comes from")
-    if args.vocab_size is not None and args.tokenizer is not None:
-        raise UserError(f"--vocab_size={args.vocab_size} has no meaning with --tokenizer; leave it out")
+    for name in ("vocab_size", "tokenizer_kind") if args.tokenizer is not None else ("fairseq_dict",):
+        if (value := getattr(args, name)) is not None:
+            other = "--tokenizer" if args.tokenizer is not None else "--train_tokenizer"
+            raise UserError(f"--{name}={value} has no meaning with {other}; leave it out")
+    spec = TokenizerSpec(vocab_size=args.vocab_size or 50_265, kind=args.tokenizer_kind or "bytebpe")
     corpus = build_store(
         args.input,
-        TokenizerSpec(vocab_size=args.vocab_size or 50_265) if args.train_tokenizer else args.tokenizer,
+        spec if args.train_tokenizer else args.tokenizer,
         args.out,
         num_workers=args.num_workers,
         valid_fraction=args.valid_fraction,
@@ -43,6 +50,7 @@ def main() -> None:
         text_key=args.text_key,
         drop_duplicates=args.drop_duplicates,
         pad_vocab_to=args.pad_vocab_to,
+        fairseq_dict=args.fairseq_dict,
     )
     for name, count in corpus.info["counts"].items():
         print(f"{args.out}/{name}: " + ", ".join(f"{number:,} {what}" for what, number in count.items()))

@@ -50,6 +50,7 @@ from ki_ds.data.tokenize import (
     load_tokenizer,
     save_tokenizer,
     special_ids,
+    tokenizer_from_fairseq,
     tokenizer_hash,
     train_tokenizer,
 )
@@ -125,17 +126,21 @@ def build_store(
     domain: str = "",
     drop_duplicates: bool = False,
     pad_vocab_to: int = 1,
+    fairseq_dict: str | Path | None = None,
     show_progress: bool = True,
 ) -> PreparedCorpus:
     """The corpus folder `out`: every line of `sources` an item that ends with eos, split by whole documents.
 
     A document is for validation when a hash of its text keyed by `seed` falls below `valid_fraction`; where
-    that chooses none, the document with the lowest hash is taken. `tokenizer` is a folder, a hub name or a
-    `TokenizerSpec` to train. `drop_duplicates` leaves out documents whose clean text came before (compared by
-    128-bit hashes; documents handed on in parts by those of their parts); `pad_vocab_to` only notes the vocabulary
-    size rounded up to its multiple. Called again with the same inputs it finds its work done, or goes on where it
-    was stopped (the training of a tokenizer begins again). UserError: bad sources, `out` holds something else, too
-    few documents for a split: nothing is left. StoppedError: a full disk, a dead worker: what is done stays.
+    that chooses none, the document with the lowest hash is taken. `tokenizer` is a folder, a SentencePiece
+    model, a hub name or a `TokenizerSpec` to train; with `fairseq_dict` the ids are those of that dict.txt, whose
+    symbols are ids of `tokenizer` (GPT-2). `drop_duplicates` leaves out documents whose clean text came before
+    (compared by 128-bit hashes; documents handed on in parts by those of their parts). `pad_vocab_to` only notes
+    the vocabulary size rounded up to its multiple.
+
+    Called again with the same inputs it finds its work done, or goes on where it was stopped (only the training of
+    a tokenizer begins again). UserError: bad sources, `out` holds something else, too few documents for a split:
+    nothing is left. StoppedError, which is one: a full disk, a dead worker: what is done stays.
     """
     if not 0 <= valid_fraction < 1:
         raise UserError(f"valid_fraction={valid_fraction} is not in [0, 1); take e.g. 0.005")
@@ -144,7 +149,7 @@ def build_store(
     if pad_vocab_to < 1:
         raise UserError(f"pad_vocab_to={pad_vocab_to} is below 1; take e.g. 64")
     corpus = Corpus(sources, domain=domain, text_key=text_key)
-    wanted = tokenizer if isinstance(tokenizer, TokenizerSpec) else load_tokenizer(tokenizer)
+    wanted = _wanted_tokenizer(tokenizer, fairseq_dict)
     request = {
         "files": corpus.fingerprint(),
         "tokenizer": asdict(wanted) if isinstance(wanted, TokenizerSpec) else tokenizer_hash(wanted),
@@ -313,12 +318,29 @@ class _Encoder:
     """The tokenizer in a folder; pickled by its file, which each worker process reads once."""
 
     def __init__(self, backend: Tokenizer, path: Path, ids: SpecialIds, vocab_size: int, sha: str) -> None:
+        assert ids.eos is not None
+        self.eos: int = ids.eos
         self.backend = backend
-        self.backend.encode_special_tokens = True  # "</s>" within a text is text, and must not end an item
+        backend.encode_special_tokens = True  # "</s>" within a text is text, and must not end an item
         self.path = path
         self.ids = ids
         self.vocab_size = vocab_size
         self.sha = sha
+        self.dtype = token_dtype(vocab_size)
+
+    def encode(self, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of all lines, int32 sizes in tokens), each line with its eos."""
+        ids = [encoding.ids for encoding in self.backend.encode_batch_fast(lines, add_special_tokens=False)]
+        sizes = np.fromiter(map(len, ids), np.int64, len(ids))
+        tokens = np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(sizes.sum()))
+        if self.backend.get_vocab_size() > self.vocab_size and self.ids.unk is not None:
+            tokens[tokens >= self.vocab_size] = self.ids.unk  # what a fairseq dictionary lacks
+        elif tokens.size and tokens.max() >= self.vocab_size:
+            raise UserError(
+                f"the tokenizer gives id {tokens.max()} with {self.vocab_size:,} tokens: its ids have holes; number "
+                "them without"
+            )
+        return np.insert(tokens, np.cumsum(sizes), self.eos).astype(self.dtype), (sizes + 1).astype(np.int32)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _read_encoder, (self.path, self.ids, self.vocab_size, self.sha)
@@ -327,6 +349,19 @@ class _Encoder:
 @functools.lru_cache(maxsize=1)
 def _read_encoder(path: Path, ids: SpecialIds, vocab_size: int, sha: str) -> _Encoder:
     return _Encoder(Tokenizer.from_file(str(path)), path, ids, vocab_size, sha)
+
+
+def _wanted_tokenizer(
+    tokenizer: str | Path | TokenizerSpec, fairseq_dict: str | Path | None
+) -> "PreTrainedTokenizerBase | TokenizerSpec":
+    """The tokenizer given, or the specification of one to train; UserError when it is not fit for a corpus."""
+    if isinstance(tokenizer, TokenizerSpec):
+        if fairseq_dict is not None:
+            raise UserError(f"fairseq_dict={fairseq_dict} numbers GPT-2's BPE; give the folder of that tokenizer")
+        return tokenizer
+    given = load_tokenizer(tokenizer) if fairseq_dict is None else tokenizer_from_fairseq(fairseq_dict, tokenizer)
+    special_ids(given)  # refuses one without eos
+    return given
 
 
 def _provide_tokenizer(run: _Run, wanted: "PreTrainedTokenizerBase | TokenizerSpec", folder: Path) -> _Encoder:
@@ -390,19 +425,14 @@ def _serial_tokenizers(num_workers: int) -> Iterator[None]:
 
 def _tokenize(chunk: list[RawDocument], *, encoder: _Encoder, seed: int, with_digests: bool) -> Piece:
     """The documents of a chunk as ids, those without any text left out."""
-    assert encoder.ids.eos is not None
     kept = [(raw, lines) for raw in chunk if (lines := raw.cleaned().lines)]
-    texts = [line for _, lines in kept for line in lines]
-    encodings = encoder.backend.encode_batch_fast(texts, add_special_tokens=False)
-    ids = [encoding.ids for encoding in encodings]
-    sizes = np.fromiter(map(len, ids), np.int64, len(ids))
-    tokens = np.fromiter(itertools.chain.from_iterable(ids), token_dtype(encoder.vocab_size), int(sizes.sum()))
+    tokens, item_sizes = encoder.encode([line for _, lines in kept for line in lines])
     key = seed.to_bytes(8, "little")
     draws = [hashlib.blake2b(raw.text.encode(), digest_size=8, key=key).digest() for raw, _ in kept]
     digests = [hashlib.blake2b("\n".join(lines).encode(), digest_size=16).digest() for _, lines in kept]
     return Piece(
-        tokens=np.insert(tokens, np.cumsum(sizes), encoder.ids.eos),
-        item_sizes=(sizes + 1).astype(np.int32),
+        tokens=tokens,
+        item_sizes=item_sizes,
         part_items=np.array([len(lines) for _, lines in kept], np.int64),
         part_characters=np.array([sum(map(len, lines)) for _, lines in kept], np.int64),
         starts=np.array([raw.starts for raw, _ in kept], bool),

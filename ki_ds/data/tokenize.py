@@ -6,10 +6,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -20,7 +21,8 @@ from ki_ds.errors import UserError
 if TYPE_CHECKING:  # transformers takes seconds to import, which worker processes need not pay
     from transformers import PreTrainedTokenizerBase
 
-TokenizerKind = Literal["bytebpe"]
+TokenizerKind = Literal["bytebpe", "unigram", "sp_bpe"]
+SENTENCEPIECE_FILE = "tokenizer.model"
 
 # RoBERTa's names, and its first four ids; the mask comes right after them, before the bytes.
 BOS, PAD, EOS, UNK, MASK = SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -37,17 +39,34 @@ def train_tokenizer(
 ) -> "PreTrainedTokenizerBase":
     """A tokenizer trained on the documents, saved as a folder that `AutoTokenizer.from_pretrained` loads.
 
-    Byte-level BPE with `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4 and the 256 bytes next; it puts
-    `<s>` before and `</s>` behind a text. A small corpus may give fewer than `vocab_size` ids.
-    UserError: vocab_size has no room for the bytes, or the folder exists.
+    Byte-level BPE ("bytebpe") or SentencePiece ("unigram", "sp_bpe"; the folder then holds its tokenizer.model as
+    well) with `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4 and the 256 bytes next; it puts `<s>` before and
+    `</s>` behind a text. A small corpus may give fewer than `vocab_size` ids. `min_frequency` is of "bytebpe".
+    UserError: vocab_size has no room for the bytes or does not fit the text, or the folder exists.
     """
-    if kind != "bytebpe":
-        raise UserError(f"kind={kind!r} of tokenizer is not trained here; take 'bytebpe'")
+    if kind not in get_args(TokenizerKind):
+        raise UserError(f"kind={kind!r} of tokenizer is not trained here; take {', '.join(get_args(TokenizerKind))}")
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"vocab_size={vocab_size} is below {MIN_VOCAB_SIZE} (bytes, special tokens); raise it")
     out = Path(out_dir)
     if out.exists():
         raise UserError(f"{out} exists already; remove it or take another folder")
+    if kind == "bytebpe":
+        backend = _train_byte_bpe(documents, vocab_size, min_frequency)
+        _save(backend, out, {})
+        return load_tokenizer(out)
+    from ki_ds.data.sentencepieces import backend_from_sentencepiece, train_sentencepiece
+
+    lines = (line for document in documents for line in document.lines)
+    model = train_sentencepiece(
+        lines, vocab_size, "unigram" if kind == "unigram" else "bpe", special_tokens=SPECIAL_TOKENS
+    )
+    backend, _ = backend_from_sentencepiece(model, f"the model trained for {out}")
+    _save(backend, out, {SENTENCEPIECE_FILE: model})
+    return load_tokenizer(out)
+
+
+def _train_byte_bpe(documents: Iterable[Document], vocab_size: int, min_frequency: int) -> Tokenizer:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -59,17 +78,17 @@ def train_tokenizer(
         show_progress=False,
     )
     backend.train_from_iterator((list(document.lines) for document in documents), trainer)
+    return backend
+
+
+def _save(backend: Tokenizer, out: Path, files: dict[str, bytes]) -> None:
+    from transformers import PreTrainedTokenizerFast
+
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A {EOS}",
         pair=f"{BOS} $A {EOS} {EOS} $B {EOS}",
         special_tokens=[(token, backend.token_to_id(token)) for token in (BOS, EOS)],
     )
-    return _save(backend, out)
-
-
-def _save(backend: Tokenizer, out: Path) -> "PreTrainedTokenizerBase":
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=BOS,
@@ -81,17 +100,20 @@ def _save(backend: Tokenizer, out: Path) -> "PreTrainedTokenizerBase":
         mask_token=AddedToken(MASK, lstrip=True, special=True),
         clean_up_tokenization_spaces=False,
     )
-    save_tokenizer(tokenizer, out)
-    return load_tokenizer(out)
+    save_tokenizer(tokenizer, out, files)
 
 
-def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Save a tokenizer as a folder: whole or not at all. UserError on a full disk."""
+def save_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase", folder: Path, files: Mapping[str, bytes] = MappingProxyType({})
+) -> None:
+    """Save a tokenizer, with further files beside it, as a folder: whole or not at all. UserError on a full disk."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with write_errors_are_one_line(folder), _os_errors_of_rust():
             tokenizer.save_pretrained(temporary)
+            for name, content in files.items():
+                (temporary / name).write_bytes(content)
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -110,18 +132,26 @@ def _os_errors_of_rust() -> Iterator[None]:
 
 
 def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
-    """The Hugging Face tokenizer of a folder or hub name; a folder may hold just vocab.json and merges.txt.
+    """The Hugging Face tokenizer of a folder or hub name, or that of a SentencePiece model.
 
-    UserError: nothing is there, it does not load, or it is not of the fast kind.
+    A folder may hold just vocab.json and merges.txt, or just one SentencePiece `.model`, which can also be named
+    itself. UserError: nothing is there, it does not load, it is not of the fast kind, or a SentencePiece model
+    cannot be reproduced exactly.
     """
     name, folder = os.fspath(name_or_folder), Path(name_or_folder)
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
+    is_file = folder.is_file() and folder.suffix == ".model"
+    if not folder.is_dir() and not is_file and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise UserError(f"tokenizer folder {name} does not exist; name a folder or a model of the hub")
+    lone = [] if (folder / "tokenizer.json").exists() else sorted(folder.glob("*.model"))
     try:
-        if (folder / "merges.txt").exists() and not (folder / "tokenizer.json").exists():
+        if is_file or (len(lone) == 1 and not (folder / "tokenizer_config.json").exists()):
+            tokenizer = _from_sentencepiece(folder if is_file else lone[0])
+        elif (folder / "merges.txt").exists() and not (folder / "tokenizer.json").exists():
             tokenizer = _from_vocab_and_merges(folder)
         else:
             tokenizer = _loader(folder).from_pretrained(name)
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"no tokenizer can be loaded from {name} ({reason}); name its folder") from None
@@ -130,18 +160,34 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> "PreTrainedTokeniz
     return tokenizer
 
 
+def _from_sentencepiece(path: Path) -> Any:
+    """A tokenizer with the ids of a SentencePiece model; like the model itself it adds no special tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    from ki_ds.data.sentencepieces import backend_from_sentencepiece
+
+    backend, roles = backend_from_sentencepiece(path.read_bytes(), str(path))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, name_or_path=str(path), clean_up_tokenization_spaces=False, **roles
+    )
+
+
 def _loader(folder: Path) -> Any:
     """The class that loads a tokenizer: AutoTokenizer, but for folders it would load with its plainest class.
 
     AutoTokenizer imports torch, which costs seconds and 200 MB that preparing data has no use for.
     """
-    config = folder / "tokenizer_config.json"
-    if config.exists() and not (folder / "config.json").exists():
-        named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
-        if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-            from transformers import PreTrainedTokenizerFast
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if "dictionary_size" in config:
+        from ki_ds.data.fairseq_bpe import DictionaryTokenizer
 
-            return PreTrainedTokenizerFast
+        return DictionaryTokenizer
+    plain = config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    if plain and not (folder / "config.json").exists():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
     from transformers import AutoTokenizer
 
     return AutoTokenizer
@@ -205,3 +251,17 @@ def read_fairseq_dict(path: str | os.PathLike[str]) -> tuple[list[str], SpecialI
         raise UserError(f"{path} has the symbol {twice!r} twice; fetch it again")
     symbols.append(MASK)
     return symbols, SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=len(symbols) - 1)
+
+
+def tokenizer_from_fairseq(
+    dict_path: str | os.PathLike[str], gpt2: str | os.PathLike[str]
+) -> "PreTrainedTokenizerBase":
+    """A fast tokenizer with the ids of a fairseq dictionary over GPT-2's BPE, whose folder `gpt2` is.
+
+    Ids are those of `read_fairseq_dict`; GPT-2 symbols that the dictionary lacks become `<unk>`. UserError: see
+    `read_fairseq_dict`, `load_tokenizer`; or the dictionary does not list GPT-2 ids.
+    """
+    from ki_ds.data.fairseq_bpe import tokenizer_with_dictionary
+
+    symbols, _ = read_fairseq_dict(dict_path)
+    return tokenizer_with_dictionary(symbols, load_tokenizer(gpt2), name=str(dict_path))

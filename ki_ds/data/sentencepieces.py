@@ -1,0 +1,203 @@
+"""SentencePiece models: trained, and turned into tokenizers of the tokenizers library that give the same ids."""
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.pre_tokenizers import Split
+
+from ki_ds.errors import UserError
+
+SPACE = "▁"  # U+2581, which SentencePiece writes for a blank
+MAX_TRAINING_CHARACTERS = 200_000_000  # SentencePiece holds them all in memory, several times
+_UNIGRAM, _BPE = 1, 2
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+# What normalizers and byte fallback are likely to do differently; every model is tried on it before it is used.
+_PROBES = (
+    "The cat sat on the mat, twice.",
+    "  two  blanks  ",
+    "naïve café ﬁne ① Ⅳ ｆｕｌｌ　ｗｉｄｔｈ",
+    "e\u0301 and \u00e9, \ufb01\u0301, \u1e9b\u0323, a\u00a0b\u2009c\u200bd\u00ade",
+    "tab\there, 猫と犬, שלום, Привет, ไทย, 😀👍🏽, \U00010348",
+    "x = {'a': [1, 2.5e-3]};  // <b>…</b> “quotes” — dash",
+    "Supercalifragilisticexpialidocious 1234567890 AAAAaaaa ????!!!!",
+    "<s> </s> <unk> <pad> <mask> <0x41>",
+    "a",
+    " ",
+    "",
+)
+
+
+def train_sentencepiece(
+    lines: Iterable[str], vocab_size: int, model_type: Literal["unigram", "bpe"], *, special_tokens: tuple[str, ...]
+) -> bytes:
+    """A SentencePiece model, trained on the first MAX_TRAINING_CHARACTERS of the lines.
+
+    `special_tokens` (bos, pad, eos, unk, mask) are the ids 0 to 4, the 256 bytes come next: what is not in the
+    vocabulary is written in bytes, blanks stay as they are, so that every text comes back (but U+2581, which
+    SentencePiece takes for a blank). UserError: vocab_size does not fit the text.
+    """
+    bos, pad, eos, unk, mask = special_tokens
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_limited(lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            hard_vocab_limit=model_type == "bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 30,
+            num_threads=16,  # the model depends on it
+            minloglevel=2,
+            bos_id=0,
+            pad_id=1,
+            eos_id=2,
+            unk_id=3,
+            control_symbols=mask,
+            bos_piece=bos,
+            pad_piece=pad,
+            eos_piece=eos,
+            unk_piece=unk,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
+        raise UserError(f"vocab_size={vocab_size} does not fit this text ({reason}); change it") from None
+    return model.getvalue()
+
+
+def _limited(lines: Iterable[str]) -> Iterator[str]:
+    size = 0
+    for line in lines:
+        yield line
+        size += len(line)
+        if size >= MAX_TRAINING_CHARACTERS:
+            return
+
+
+def backend_from_sentencepiece(model: bytes, name: str) -> tuple[Tokenizer, dict[str, str]]:
+    """(tokenizer with the ids of a SentencePiece model, its special tokens by role: "bos_token", …).
+
+    UserError that names the model: it is none, or does something that cannot be reproduced exactly. That is so for
+    the NFKC rules: transformers converts them to `normalizers.Precompiled` too, which drops some combining marks.
+    """
+    proto, processor = _parsed(model, name)
+    pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+    trainer, norm = proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type not in (_UNIGRAM, _BPE):
+        raise UserError(f"{name} is a SentencePiece model by words or characters; take unigram or BPE")
+    if trainer.treat_whitespace_as_suffix or not norm.escape_whitespaces:
+        raise UserError(f"{name} marks blanks in another way than before a word; train it with the default")
+    unk = processor.unk_id()
+    make = _unigram if trainer.model_type == _UNIGRAM else _bpe
+    backend = Tokenizer(make(pieces, unk, byte_fallback=trainer.byte_fallback))
+    backend.normalizer = _normalizer(norm)
+    splits = [
+        Split(Regex(pattern), "isolated") for pattern in _word_patterns(pieces, byte_fallback=trainer.byte_fallback)
+    ]
+    if splits:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if norm.add_dummy_prefix else [])])
+    backend.add_special_tokens(
+        [AddedToken(p, normalized=False, special=True) for p, _, kind in pieces if kind in (_UNKNOWN, _CONTROL)]
+    )
+    backend.add_tokens([AddedToken(p, normalized=False) for p, _, kind in pieces if kind == _USER_DEFINED])
+    _check_agreement(backend, processor, name)
+    return backend, _roles(processor, pieces)
+
+
+def _word_patterns(pieces: list[tuple[str, float, int]], *, byte_fallback: bool) -> list[str]:
+    """Where a text may be cut before it is segmented, without changing what comes out."""
+    patterns = []
+    normal = [piece for piece, _, kind in pieces if kind == _NORMAL]
+    if not any(re.search(f"[^{SPACE}]{SPACE}", piece) for piece in normal):
+        # no piece goes on into the next word, so that words can be taken, and cached, one by one
+        patterns.append(f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+")
+    # The name of a control or byte piece is text in a text. Where a character of it is in no piece, it would still be
+    # the cheapest path for a unigram model; cut beside that character it cannot be taken.
+    characters = set("".join(normal))
+    cuts = []
+    for piece in (piece for piece, _, kind in pieces if kind not in (_NORMAL, _USER_DEFINED)):
+        known = [character in characters for character in piece]
+        if all(known) or (not any(known) and not byte_fallback):  # without bytes, unknown neighbours are one <unk>
+            continue
+        cut = known.index(not known[0]) if any(known) else 1
+        if cut < len(piece):
+            cuts.append(f"(?<={re.escape(piece[:cut])})(?={re.escape(piece[cut:])})")
+    return [*patterns, *(["|".join(cuts)] if cuts else [])]
+
+
+def _parsed(model: bytes, name: str) -> tuple[Any, Any]:
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        proto.ParseFromString(model)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        if processor.unk_id() < 0:
+            raise ValueError("it has no pieces")
+    except Exception as error:  # protobuf and sentencepiece each raise their own kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name} is no whole SentencePiece model ({reason}); fetch it again") from None
+    return proto, processor
+
+
+def _roles(processor: Any, pieces: list[tuple[str, float, int]]) -> dict[str, str]:
+    ids = {role: getattr(processor, f"{role}_id")() for role in ("bos", "eos", "unk", "pad")}
+    named = {f"{role}_token": pieces[i][0] for role, i in ids.items() if i >= 0}
+    masks = [piece for piece, _, kind in pieces if kind == _CONTROL and piece in ("<mask>", "[MASK]")]
+    return {**named, **({"mask_token": masks[0]} if masks else {})}
+
+
+def _unigram(pieces: list[tuple[str, float, int]], unk: int, *, byte_fallback: bool) -> models.Unigram:
+    # text never becomes a control, byte or unused piece: as a path through the text they cost more than any other
+    worst = min(score for _, score, kind in pieces if kind == _NORMAL) - 1000
+    usable = (_NORMAL, _USER_DEFINED)
+    vocabulary = [(piece, score if kind in usable else worst) for piece, score, kind in pieces]
+    return models.Unigram(vocabulary, unk, byte_fallback)
+
+
+def _bpe(pieces: list[tuple[str, float, int]], unk: int, *, byte_fallback: bool) -> models.BPE:
+    """Merges in the order of the scores of what they make, which is how SentencePiece chooses among them."""
+    scores = {piece: score for piece, score, kind in pieces if kind == _NORMAL}
+    ids = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+    merges = []
+    for piece, score in scores.items():
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = sorted((ids[a], ids[b], a, b) for a, b in halves if a in scores and b in scores)
+        merges += [(-score, ids[piece], a, b) for _, _, a, b in known]
+    merges.sort(key=lambda merge: merge[:2])
+    return models.BPE(
+        ids, [(a, b) for _, _, a, b in merges], unk_token=pieces[unk][0], fuse_unk=True, byte_fallback=byte_fallback
+    )
+
+
+def _normalizer(spec: Any) -> normalizers.Normalizer:
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+
+
+def _check_agreement(backend: Tokenizer, processor: Any, name: str) -> None:
+    """UserError unless both give the same ids for the probes and for the model's own pieces in a row."""
+    backend.encode_special_tokens = True
+    own = [processor.id_to_piece(i) for i in range(0, len(processor), max(len(processor) // 2000, 1))]
+    texts = [*_PROBES, *(" ".join(own[i : i + 20]).replace(SPACE, " ") for i in range(0, len(own), 20))]
+    for text in texts:
+        ours, theirs = backend.encode(text, add_special_tokens=False).ids, processor.encode(text)
+        if ours != theirs:
+            raise UserError(
+                f"{name} cannot be reproduced exactly: {text[:60]!r} gives {ours[:8]}…, in SentencePiece "
+                f"{theirs[:8]}…; save it as a Hugging Face tokenizer.json first"
+            )
+    backend.encode_special_tokens = False
