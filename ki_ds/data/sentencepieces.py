@@ -98,11 +98,11 @@ def backend_from_sentencepiece(model: bytes, name: str) -> tuple[Tokenizer, dict
     make = _unigram if trainer.model_type == _UNIGRAM else _bpe
     backend = Tokenizer(make(pieces, unk, byte_fallback=trainer.byte_fallback))
     backend.normalizer = _normalizer(norm)
-    splits = [
-        Split(Regex(pattern), "isolated") for pattern in _word_patterns(pieces, byte_fallback=trainer.byte_fallback)
-    ]
-    if splits:
-        backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    patterns = _word_cuts(pieces)
+    if trainer.model_type == _UNIGRAM:
+        patterns += _name_cuts(pieces, byte_fallback=trainer.byte_fallback)
+    if patterns:
+        backend.pre_tokenizer = pre_tokenizers.Sequence([Split(Regex(pattern), "isolated") for pattern in patterns])
     steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if norm.add_dummy_prefix else [])])
     backend.add_special_tokens(
@@ -113,16 +113,21 @@ def backend_from_sentencepiece(model: bytes, name: str) -> tuple[Tokenizer, dict
     return backend, _roles(processor, pieces)
 
 
-def _word_patterns(pieces: list[tuple[str, float, int]], *, byte_fallback: bool) -> list[str]:
-    """Where a text may be cut before it is segmented, without changing what comes out."""
-    patterns = []
-    normal = [piece for piece, _, kind in pieces if kind == _NORMAL]
-    if not any(re.search(f"[^{SPACE}]{SPACE}", piece) for piece in normal):
-        # no piece goes on into the next word, so that words can be taken, and cached, one by one
-        patterns.append(f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+")
-    # The name of a control or byte piece is text in a text. Where a character of it is in no piece, it would still be
-    # the cheapest path for a unigram model; cut beside that character it cannot be taken.
-    characters = set("".join(normal))
+def _word_cuts(pieces: list[tuple[str, float, int]]) -> list[str]:
+    """Patterns of words to segment, and cache, one by one: where no piece goes on into the next word."""
+    crossing = re.compile(f"[^{SPACE}]{SPACE}")
+    if any(crossing.search(piece) for piece, _, kind in pieces if kind == _NORMAL):
+        return []
+    return [f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"]
+
+
+def _name_cuts(pieces: list[tuple[str, float, int]], *, byte_fallback: bool) -> list[str]:
+    """Patterns that cut the name of a control or byte piece, which is text in a text, so that it is not taken for it.
+
+    Needed where a character of it is in no piece: the name would then be the cheapest path through a unigram model.
+    A cut beside such a character changes nothing else.
+    """
+    characters = set("".join(piece for piece, _, kind in pieces if kind == _NORMAL))
     cuts = []
     for piece in (piece for piece, _, kind in pieces if kind not in (_NORMAL, _USER_DEFINED)):
         known = [character in characters for character in piece]
@@ -131,7 +136,7 @@ def _word_patterns(pieces: list[tuple[str, float, int]], *, byte_fallback: bool)
         cut = known.index(not known[0]) if any(known) else 1
         if cut < len(piece):
             cuts.append(f"(?<={re.escape(piece[:cut])})(?={re.escape(piece[cut:])})")
-    return [*patterns, *(["|".join(cuts)] if cuts else [])]
+    return ["|".join(cuts)] if cuts else []
 
 
 def _parsed(model: bytes, name: str) -> tuple[Any, Any]:
