@@ -128,15 +128,15 @@ def _name_cuts(pieces: list[tuple[str, float, int]], *, byte_fallback: bool) -> 
     A cut beside such a character changes nothing else.
     """
     characters = set("".join(piece for piece, _, kind in pieces if kind == _NORMAL))
-    cuts = []
+    cuts: dict[str, list[str]] = {}  # what follows the cut, by what stands before it
     for piece in (piece for piece, _, kind in pieces if kind not in (_NORMAL, _USER_DEFINED)):
         known = [character in characters for character in piece]
         if all(known) or (not any(known) and not byte_fallback):  # without bytes, unknown neighbours are one <unk>
             continue
         cut = known.index(not known[0]) if any(known) else 1
         if cut < len(piece):
-            cuts.append(f"(?<={re.escape(piece[:cut])})(?={re.escape(piece[cut:])})")
-    return ["|".join(cuts)] if cuts else []
+            cuts.setdefault(re.escape(piece[:cut]), []).append(re.escape(piece[cut:]))
+    return [f"(?<={before})(?={'|'.join(after)})" for before, after in cuts.items()]
 
 
 def _parsed(model: bytes, name: str) -> tuple[Any, Any]:
