@@ -20,7 +20,13 @@ from ki_ds.data.mixture import Mixture
 from ki_ds.data.prepare import open_corpus
 from ki_ds.data.samples import DEFAULT_BREAK_MODE, BlockConfig, BlockDataset, SampleIndex
 from ki_ds.data.store import SpecialIds, TokenStore, is_fairseq_folder, open_shards, open_store
-from ki_ds.data.tokenize import load_tokenizer, read_fairseq_dict, special_ids, tokenizer_hash
+from ki_ds.data.tokenize import (
+    load_tokenizer,
+    read_fairseq_dict,
+    special_ids,
+    tokenizer_from_fairseq,
+    tokenizer_hash,
+)
 from ki_ds.data.view import Interval, TokenView, select
 from ki_ds.errors import UserError
 
@@ -50,8 +56,6 @@ class Vocabulary:
         if self.tokenizer_dir is None:
             return None
         if self.dictionary is not None:
-            from ki_ds.data.tokenize import tokenizer_from_fairseq
-
             return tokenizer_from_fairseq(self.dictionary, self.tokenizer_dir)
         return load_tokenizer(self.tokenizer_dir)
 

@@ -18,6 +18,7 @@ from ki_ds.errors import UserError
 from tests.tiny import tiny_corpus
 
 RELEASED = Path(os.environ.get("KI_DS_SHARED", Path(__file__).parents[3] / "shared")) / "fairseq/data-bin"
+GPT2 = RELEASED.parents[1] / "data/tok/gpt2"
 released = pytest.mark.skipif(not RELEASED.is_dir(), reason="released fairseq files (KI_DS_SHARED) are not there")
 
 
@@ -116,6 +117,28 @@ class TestSources:
         assert data.train.datasets[0].view.num_tokens == 135_496
         data.vocabulary.export(tmp_path)
         assert dictionary_hash(tmp_path / "dict.txt") == data.vocabulary.sha256
+
+    @released
+    def test_a_released_folder_with_gpt2_gets_words_and_a_tokenizer(self, tmp_path):
+        config = DataConfig(corpus=str(RELEASED), seq_len=128, tokenizer=str(GPT2), whole_words=True)
+        data = open_datasets(config, "mlm", other_index_dir=tmp_path / "index")
+        assert data.hashes["tokenizer_sha256"] == dictionary_hash(RELEASED / "dict.txt")
+        data.vocabulary.export(tmp_path)
+        tokenizer = load_tokenizer(tmp_path)
+        assert len(tokenizer) == 4129
+        store = data.train.datasets[0].view.stores[0]
+        lines = [line for i in range(60) if 3 not in (line := store.item(i).tolist())]  # 3: not in this small dict
+        assert len(lines) > 5
+        for line in lines:
+            assert tokenizer(tokenizer.decode(line[:-1]), add_special_tokens=False).input_ids == line[:-1]
+        sample = data.train.sample(0, seed=0, epoch=0)
+        begins = data.train.datasets[0]._begins_word_V
+        whole = sample.input_ids_T.copy()
+        whole[sample.positions_N] = sample.labels_N
+        labelled = set(sample.positions_N.tolist())
+        going_on = [t for t in range(1, len(whole)) if not begins[whole[t]]]
+        assert going_on
+        assert all((t in labelled) == (t - 1 in labelled) for t in going_on)
 
     def test_shards_of_a_fairseq_folder(self, tmp_path):
         for name, lines in (("train", [[5, 6, 2], [2]]), ("train1", [[7, 8, 9, 2]] * 9), ("valid", [[4] * 9 + [2]])):
