@@ -14,7 +14,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
+from backports import zstd
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from ki_ds.data import corpora, prepare
 from ki_ds.data.prepare import TokenizerSpec, build_store, open_corpus
@@ -38,6 +42,17 @@ def write_text(folder, *, num_documents=60, seed=0):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "text.txt").write_text("\n\n".join("\n".join(lines) for lines in documents))
     return folder / "text.txt", documents
+
+
+def write_dump(path, text, *, num_pages):
+    """A MediaWiki dump of pages that are numbered and say the same."""
+    pages = "".join(
+        f"<page><title>{i}</title><ns>0</ns><id>{i}</id><revision><id>{i}</id><timestamp>2016-01-01T00:00:00Z"
+        f"</timestamp><text>{text}</text></revision></page>"
+        for i in range(num_pages)
+    )
+    path.write_text(f"<mediawiki><siteinfo></siteinfo>{pages}</mediawiki>")
+    return path
 
 
 def build(source, out, tokenizer=SPEC, **settings):
@@ -122,6 +137,74 @@ class TestResult:
         again = build(source, tmp_path / "c", tokenizer=corpus.tokenizer_dir)
         assert (again.folder / "train.bin").read_bytes() == (corpus.folder / "train.bin").read_bytes()
         assert load_tokenizer(again.tokenizer_dir).mask_token_id == 4
+
+    def test_two_processes_write_the_same_bytes_of_a_dump(self, prepared, tmp_path, monkeypatch):
+        source = write_dump(tmp_path / "a.xml", "[[Tea]] is a [[drink|beverage]].", num_pages=60)
+        one = build(source, tmp_path / "one", prepared[2].tokenizer_dir)
+        monkeypatch.setattr(prepare, "CHUNK_CHARACTERS", 300)
+        two = build(source, tmp_path / "two", prepared[2].tokenizer_dir, num_workers=2)
+        assert contents(one.folder) == contents(two.folder)
+        store = open_store(one.train_prefix)
+        assert load_tokenizer(one.tokenizer_dir).decode(store.item(0)[:-1].tolist()) == "Tea is a beverage."
+
+    def test_tables_and_packed_text_make_the_same_stores(self, prepared, tmp_path):
+        source, documents, corpus = prepared
+        texts = ["\n".join(lines) for lines in documents]
+        pyarrow.parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "a.parquet")
+        (tmp_path / "a.txt.zst").write_bytes(zstd.compress(source.read_bytes()))
+        for path in (tmp_path / "a.parquet", tmp_path / "a.txt.zst"):
+            made = build(path, tmp_path / f"c{path.suffix}", corpus.tokenizer_dir, text_key="body", valid_fraction=0)
+            store = open_store(made.train_prefix)
+            lines = [store.item(i).tolist() for i in range(len(store))]
+            tokenizer = load_tokenizer(corpus.tokenizer_dir)
+            assert [tokenizer.decode(ids[:-1]) for ids in lines] == [line for d in documents for line in d]
+
+    @pytest.mark.parametrize("kind", ["unigram", "sp_bpe"])
+    def test_a_sentencepiece_tokenizer_is_trained_and_loses_nothing(self, prepared, tmp_path, kind):
+        source, documents, _ = prepared
+        size = 300 if kind == "unigram" else 320
+        spec = TokenizerSpec(vocab_size=size, kind=kind)
+        corpus = build(source, tmp_path / "c", spec, valid_fraction=0)
+        assert (corpus.tokenizer_dir / "tokenizer.model").exists()
+        tokenizer, store = load_tokenizer(corpus.tokenizer_dir), open_store(corpus.train_prefix)
+        lines = [tokenizer.decode(store.item(i)[:-1].tolist()) for i in range(len(store))]
+        assert lines == [line for lines in documents for line in lines]
+        assert build(source, tmp_path / "c", spec, valid_fraction=0).info == corpus.info
+        with pytest.raises(UserError, match="was prepared with other tokenizer"):
+            build(source, tmp_path / "c", valid_fraction=0)
+
+    @pytest.mark.parametrize("suffix", ["txt", "xml"])  # in this process, in worker processes
+    def test_ids_of_a_fairseq_dictionary(self, prepared, tmp_path, suffix):
+        _, _, corpus = prepared
+        gpt2 = load_tokenizer(corpus.tokenizer_dir)
+        text = "hot tea, green cup"
+        ids = gpt2(text, add_special_tokens=False).input_ids
+        (tmp_path / "dict.txt").write_text("".join(f"{i} 1\n" for i in dict.fromkeys(ids[1:])))
+        places = {i: place for place, i in enumerate(dict.fromkeys(ids[1:]), 4)}
+        source = tmp_path / f"a.{suffix}"
+        if suffix == "xml":
+            write_dump(source, text, num_pages=9)
+        else:
+            source.write_text("\n\n".join([text] * 9))
+        settings = {"fairseq_dict": tmp_path / "dict.txt", "num_workers": 2 if suffix == "xml" else 1}
+        made = build(source, tmp_path / "c", corpus.tokenizer_dir, **settings)
+        store = open_store(made.train_prefix)
+        assert store.item(0).tolist() == [*(places.get(i, 3) for i in ids), 2]
+        assert 3 in store.item(0)
+        assert made.info["vocab_size"] == store.manifest.vocab_size == len(places) + 5
+        assert tokenizer_hash(load_tokenizer(made.tokenizer_dir)) == made.info["tokenizer_hash"]
+
+    def test_a_tokenizer_without_eos_is_refused_before_any_work(self, prepared, tmp_path):
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, []))).save_pretrained(tmp_path / "t")
+        with pytest.raises(UserError, match="has no eos or sep token"):
+            build(prepared[0], tmp_path / "c", tmp_path / "t")
+        assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+    def test_a_tokenizer_whose_ids_have_holes(self, prepared, tmp_path):
+        backend = Tokenizer(models.BPE({"</s>": 0, "t": 1, "e": 90}, []))
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / "t")
+        with pytest.raises(UserError, match="the tokenizer gives id 90 with 3 tokens"):
+            build(prepared[0], tmp_path / "c", tmp_path / "t")
 
     def test_training_a_tokenizer_on_the_first_characters_only(self, prepared, tmp_path):
         source, _, corpus = prepared
@@ -356,8 +439,6 @@ class TestGoingOn:
         ("kills", "pieces_done"),
         [
             ([("train", 1, 0)], 0),
-            ([("train", 1, 1)], 0),
-            ([("piece", 3, 0)], 2),
             ([("piece", 3, 1), ("piece", 2, 0), ("select", 1, 0)], 4),
             ([("store", 40, 1), ("info", 1, 0)], None),
             ([("info", 2, 1)], None),
@@ -427,14 +508,11 @@ class TestGoingOn:
 
     @pytest.mark.parametrize("suffix", ["txt", "xml"])  # threads, processes
     def test_ctrl_c_ends_everything_at_once_without_a_traceback(self, prepared, tmp_path, suffix):
-        pages = "".join(
-            f"<page><title>{i}</title><ns>0</ns><id>{i}</id><revision><id>{i}</id><timestamp>2016-01-01T00:00:00Z"
-            f"</timestamp><text>{'[[tea]] and water. ' * 200}</text></revision></page>"
-            for i in range(4000)
-        )
         source = tmp_path / f"in.{suffix}"
-        texts = {"xml": f"<mediawiki><siteinfo></siteinfo>{pages}</mediawiki>", "txt": "tea and water\n\n" * 3_000_000}
-        source.write_text(texts[suffix])
+        if suffix == "xml":
+            write_dump(source, "[[tea]] and water. " * 200, num_pages=4000)
+        else:
+            source.write_text("tea and water\n\n" * 3_000_000)
         args = ["--input", source, "--out", tmp_path / "c", "--tokenizer", prepared[2].tokenizer_dir]
         process = subprocess.Popen(
             [sys.executable, ROOT / "tools/prepare_data.py", *args, "--num_workers", "2"],
@@ -491,11 +569,25 @@ class TestCommand:
         assert f"{corpus.info['counts']['train']['tokens']:,} tokens" in out
         assert contents(tmp_path / "c") == contents(corpus.folder)
 
+    def test_every_option_reaches_the_corpus(self, prepared, tmp_path, command):
+        (tmp_path / "a.csv").write_text("id,body\n1,tea and cup\n2,tea and cup\n3,hot water\n")
+        args = ("--text_key", "body", "--drop_duplicates", "--pad_vocab_to", 64, "--valid_fraction", 0)
+        tokenizer = ("--tokenizer", prepared[2].tokenizer_dir)
+        code, out, _ = command("--input", tmp_path / "a.csv", "--out", tmp_path / "c", *args, *tokenizer)
+        assert code == 0
+        assert "2 documents" in out
+        assert "1 documents dropped as duplicates" in out
+        assert open_corpus(tmp_path / "c").info["padded_vocab_size"] == 320
+
     @pytest.mark.parametrize(
         ("args", "message"),
         [
             (("--input", "no-such.txt", "--train_tokenizer"), "no-such.txt does not exist"),
             (("--input", "x"), "exactly one of them"),
+            (("--input", "x", "--tokenizer", "t", "--vocab_size", 9), "--vocab_size=9 has no meaning with --tokenizer"),
+            (("--input", "x", "--tokenizer", "t", "--tokenizer_kind", "unigram"), "--tokenizer_kind=unigram has no"),
+            (("--input", "x", "--train_tokenizer", "--fairseq_dict", "d"), "--fairseq_dict=d has no meaning with"),
+            (("--input", "hf:a:b:c", "--train_tokenizer"), "not of the form hf:NAME"),
         ],
     )
     def test_bad_input_is_one_line(self, tmp_path, command, args, message):
