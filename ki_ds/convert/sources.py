@@ -1,0 +1,305 @@
+"""What can be converted: a fairseq file, a run or checkpoint of ours, a DeepSpeed folder; all as one `Source`."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from ki_ds import checkpoint
+from ki_ds import config as configuration
+from ki_ds.config import Task
+from ki_ds.convert import direct, zero
+from ki_ds.convert.fairseq import Fairseq, read_fairseq
+from ki_ds.convert.fairseq_to_hf import to_hf
+from ki_ds.errors import UserError
+from ki_ds.models import load_lm, model_folder, read_config
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to be written, with a second way to compute it.
+
+    Args:
+        what: one line for the user and the model card.
+        files: those that it was read from.
+        model: makes the Hugging Face model in eval mode, in float32 or float64.
+        logits: (ids [B, L], dtype=) -> logits [B, L, V] that the source's own weights give, without `model`.
+        weights: those that the written file must hold bit for bit (float32); None where the names differ.
+        pads_vocabulary: whether the embedding may have rows beyond the tokenizer's ids.
+        facts: of the training, for the model card.
+        lineage: the teachers, nearest first.
+        tokenizer_dir: folder with a tokenizer of the model's own.
+        dictionary: fairseq's dict.txt.
+    """
+
+    what: str
+    task: Task
+    files: tuple[Path, ...]
+    model: Callable[[torch.dtype], PreTrainedModel]
+    logits: Callable[..., Tensor] | None = None
+    weights: dict[str, Tensor] | None = None
+    pads_vocabulary: bool = True
+    facts: dict[str, Any] = field(default_factory=dict)
+    lineage: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+    tokenizer_dir: Path | None = None
+    dictionary: Path | None = None
+
+    def sha256(self) -> dict[str, str]:
+        """Hash of each file by its name."""
+        return {path.name: file_sha256(path) for path in self.files}
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_source(path: Path, *, step: int | None, config: Path | None, dictionary: Path | None) -> Source:
+    """The model at a path.
+
+    Args:
+        step: of a run's checkpoint; None takes its best weights.
+        config: config.json, or a folder with it, of a DeepSpeed folder's model.
+        dictionary: dict.txt of a fairseq file.
+
+    Raises:
+        UserError: nothing is there that can be converted, or an option does not belong to it.
+    """
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist; name a fairseq .pt, a run or checkpoint of ours, or a DeepSpeed folder"
+        )
+    is_run, is_ours = (path / "run.json").exists(), (path / "state.json").exists() and (path / "hf").is_dir()
+    is_deepspeed = path.is_dir() and not is_run and not is_ours
+    for name, value, belongs in (
+        ("step", step, is_run),
+        ("config", config, is_deepspeed),
+        ("dict", dictionary, path.is_file()),
+    ):
+        if value is not None and not belongs:
+            raise UserError(f"--{name}={value} has no meaning for {path}; leave it out")
+    if path.is_file():
+        return _of_fairseq(path, dictionary)
+    if is_run:
+        return _of_run(path) if step is None else _of_checkpoint(path / "checkpoints" / f"step_{step:08d}")
+    if is_ours:
+        return _of_checkpoint(path)
+    return _of_deepspeed(path, config)
+
+
+# --- fairseq ----------------------------------------------------------------------------------------------------
+
+
+def _of_fairseq(path: Path, dictionary: Path | None) -> Source:
+    model = read_fairseq(path)
+    beside = path.parent / "dict.txt"
+    return Source(
+        what=f"fairseq's {model.arch} ({'RoBERTa' if model.kind == 'roberta' else 'transformer_lm'})",
+        task="mlm" if model.kind == "roberta" else "causal",
+        files=(path,),
+        model=lambda dtype: to_hf(model, dtype),
+        logits=functools.partial(direct.logits, model),
+        pads_vocabulary=False,
+        facts=_fairseq_facts(model),
+        notes=model.notes,
+        dictionary=dictionary or (beside if beside.is_file() else None),
+    )
+
+
+def _fairseq_facts(model: Fairseq) -> dict[str, Any]:
+    flags, training = model.flags, model.training
+    facts: dict[str, Any] = {"updates": training.get("num_updates"), "epoch": training.get("epoch")}
+    names: tuple[str, ...] = (
+        "max_update",
+        "lr",
+        "max_sentences",
+        "batch_size",
+        "update_freq",
+        "distributed_world_size",
+    )
+    names += ("tokens_per_sample", "sample_break_mode", "mask_prob", "dropout", "weight_decay", "seed", "criterion")
+    facts |= {name: flags.get(name) for name in names}
+    facts["data"] = Path(str(flags["data"])).name if flags.get("data") else None
+    if "distil" in str(flags.get("criterion")) or "distil" in str(flags.get("task")):
+        facts |= {"taught by": flags.get("arch_distil_from")}
+        facts |= {name: flags.get(name) for name in ("temperature_distil", "max_update_distil")}
+    elif isinstance(best := training.get("best"), int | float) and flags.get("criterion") in _PLAIN_LOSSES:
+        facts["best validation perplexity"] = f"{2**best:.2f}"  # fairseq notes bits
+    if training.get("best") is not None:
+        facts["best validation loss"] = f"{training['best']:.4f} (bits, as noted)"
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+_PLAIN_LOSSES = ("masked_lm", "cross_entropy")
+
+# --- ours -------------------------------------------------------------------------------------------------------
+
+
+def _of_run(run_dir: Path) -> Source:
+    checkpoint.restore_folder(run_dir / "best")
+    folder = Path(model_folder(str(run_dir)))
+    facts: dict[str, Any] = {"weights": "best validation cross-entropy"}
+    if (folder / "valid.json").exists():
+        valid = checkpoint.read_json(folder / "valid.json")
+        facts |= {"step": valid["step"], "validation perplexity": f"{valid['ppl']:.2f}"}
+    return _of_hf(folder, run_dir, f"the best weights of run {run_dir.resolve().name}", facts)
+
+
+def _of_checkpoint(folder: Path) -> Source:
+    if not folder.is_dir():
+        found = ", ".join(str(int(p.name[5:])) for p in sorted(folder.parent.glob("step_*"))) or "none"
+        raise UserError(f"{folder} does not exist; checkpoints of this run are at steps {found}")
+    if (what := checkpoint.damage(folder)) is not None:
+        raise UserError(f"{folder} is damaged: {what}; take another checkpoint")
+    state = checkpoint.read_json(folder / "state.json")
+    facts = {"step": state["step"], "tokens": state.get("totals", {}).get("tokens")}
+    return _of_hf(folder / "hf", folder.resolve().parent.parent, f"checkpoint {folder.resolve().name}", facts)
+
+
+def _of_hf(folder: Path, run_dir: Path, what: str, facts: dict[str, Any]) -> Source:
+    """A Hugging Face folder that a run has written; `run_dir` may lack what a run has beside it."""
+    task = task_of(read_config(str(folder), what="INPUT"))
+    files = tuple(sorted(folder.glob("*.safetensors")))
+    lineage: tuple[dict[str, Any], ...] = ()
+    if (run_dir / "run.json").exists():
+        manifest = checkpoint.read_json(run_dir / "run.json")
+        task, lineage = manifest["task"], _lineage(manifest)
+        facts |= _run_facts(run_dir, manifest)
+    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return Source(
+        what=what,
+        task=task,
+        files=files,
+        model=lambda dtype: load_lm(str(folder), task, dtype, what="INPUT").eval(),
+        weights={name: tensor.float() for name, tensor in weights.items()},
+        facts={name: value for name, value in facts.items() if value is not None},
+        lineage=lineage,
+        tokenizer_dir=folder if any((folder / name).exists() for name in TOKENIZER_FILES) else None,
+        dictionary=folder / "dict.txt" if (folder / "dict.txt").is_file() else None,
+    )
+
+
+def _run_facts(run_dir: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {"run": manifest["name"], "status": manifest["status"], "written by": manifest["version"]}
+    if (run_dir / "config.yaml").exists():
+        config = configuration.load(run_dir / "config.yaml")
+        facts |= {
+            "data": ", ".join(source.domain or Path(source.path).name for source in config.data.all_sources),
+            "steps of the run": config.train.num_steps,
+            "global batch": f"{config.train.global_batch_size} x {config.data.seq_len} tokens",
+            "peak learning rate": config.optim.lr,
+            "precision": config.engine.precision,
+            "seed": config.seed,
+        }
+        if config.inherit.schedule != "none":
+            steps = configuration.inherit_steps(config)
+            facts["inherited"] = f"{config.inherit.schedule}, {steps or 'all'} steps, tau {config.inherit.tau:g}"
+    return facts | {f"{name}": digest for name, digest in manifest["data"].items()}
+
+
+def _lineage(manifest: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The teacher, its teacher, ..., as far as their runs are still there."""
+    teachers: list[dict[str, Any]] = []
+    while (teacher := manifest.get("teacher")) and len(teachers) < 100:
+        teachers.append(teacher)
+        path = Path(teacher["path"]) / "run.json"
+        manifest = checkpoint.read_json(path) if path.exists() else {}
+    return tuple(teachers)
+
+
+# --- DeepSpeed folders of others --------------------------------------------------------------------------------
+
+
+def _of_deepspeed(path: Path, config: Path | None) -> Source:
+    folder = zero.find_checkpoint(path)
+    if folder is None:
+        raise UserError(f"{path} is no run, no checkpoint of ours and no DeepSpeed folder (latest, *_model_states.pt)")
+    places = [config] if config else [path, path.parent, folder.parent]
+    places = [place.parent if place.is_file() else place for place in places]
+    home = next((place for place in places if (place / "config.json").is_file()), None)
+    if home is None:
+        raise UserError(f"{path} has no config.json beside it; give the model's with --config FILE")
+    hf_config = read_config(str(home), what="--config")
+    task = task_of(hf_config)
+    found = zero.consolidate(folder)
+    cached: dict[torch.dtype, PreTrainedModel] = {}
+
+    def model(dtype: torch.dtype) -> PreTrainedModel:
+        if dtype not in cached:
+            cached[dtype] = _with_weights(hf_config, task, found.weights, dtype, path)
+        return cached[dtype]
+
+    return Source(
+        what=f"DeepSpeed checkpoint {folder.resolve().name}, read with {found.loader}",
+        task=task,
+        files=found.files,
+        model=model,
+        weights={name: tensor.float() for name, tensor in found.weights.items()},
+        facts=found.facts,
+        notes=(f"read with {found.loader}",),
+        tokenizer_dir=home if any((home / name).exists() for name in TOKENIZER_FILES) else None,
+    )
+
+
+def _with_weights(
+    config: PreTrainedConfig, task: Task, weights: dict[str, Tensor], dtype: torch.dtype, path: Path
+) -> PreTrainedModel:
+    mapping = MODEL_FOR_MASKED_LM_MAPPING if task == "mlm" else MODEL_FOR_CAUSAL_LM_MAPPING
+    kind: Any = mapping[type(config)]
+    model, report = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict={name: tensor.to(dtype) for name, tensor in weights.items()},
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are named below
+    )
+    for name, found, expected in report["mismatched_keys"]:
+        raise UserError(f"{path}: {name} is {list(found)}, config.json needs {list(expected)}; give its own --config")
+    for name in sorted(report["missing_keys"]):
+        shape = list(model.state_dict()[name].shape)
+        raise UserError(f"{path} lacks {name} {shape} of {type(model).__name__}; give its own --config")
+    for name in sorted(report["unexpected_keys"]):
+        raise UserError(
+            f"{path} has {name} {list(weights[name].shape)}, which {type(model).__name__} has not; give its --config"
+        )
+    return model.eval()
+
+
+def task_of(config: PreTrainedConfig) -> Task:
+    """mlm or causal, from the class that a configuration names, else from what its kind can be.
+
+    Raises:
+        UserError: it is no language model.
+    """
+    named = (config.architectures or [""])[0]
+    if named.endswith("ForMaskedLM"):
+        return "mlm"
+    if named.endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal"
+    if not named and type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        return "mlm"
+    if not named and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "causal"
+    raise UserError(f"config.json is of {named or config.model_type}, no masked or causal language model; take another")

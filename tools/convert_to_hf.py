@@ -1,0 +1,40 @@
+#!/usr/bin/env python3
+"""Convert a fairseq file, a run or checkpoint of ours, or a DeepSpeed folder into a Hugging Face folder."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ki_ds.convert.export import Options, convert
+from ki_ds.convert.starting_point import describe
+from ki_ds.errors import UserError, ends_cleanly
+
+
+@ends_cleanly
+def main() -> None:
+    """Command line; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("input", nargs="?", type=Path, help="fairseq .pt; run or checkpoint folder; DeepSpeed folder")
+    parser.add_argument("output", nargs="?", type=Path, help="folder to make")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="of the written weights")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder; GPT-2's vocabulary with a dict.txt")
+    parser.add_argument("--dict", type=Path, dest="dictionary", help="fairseq's dict.txt (default: beside the .pt)")
+    parser.add_argument("--data", type=Path, help="token files to compare on (default: valid or train beside the .pt)")
+    parser.add_argument("--step", type=int, help="of a run's checkpoint (default: the run's best weights)")
+    parser.add_argument("--config", type=Path, help="config.json of a DeepSpeed folder's model (default: beside it)")
+    parser.add_argument("--license", default="other", help="license named in the model card")
+    parser.add_argument("--from_hf", type=Path, help="only check a Hugging Face folder, and say how a run takes it")
+    options = vars(parser.parse_args())
+    path, output, folder = (options.pop(name) for name in ("input", "output", "from_hf"))
+    if folder is not None:
+        if path is not None or Options(**options) != Options():
+            raise UserError(f"--from_hf={folder} stands alone: the folder is used as it is; leave the rest out")
+        print("\n".join(describe(folder)))
+    elif output is None:
+        raise UserError("INPUT and OUTPUT are needed; --help says what they are")
+    else:
+        convert(path, output, Options(**options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
