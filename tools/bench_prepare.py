@@ -4,9 +4,9 @@
     python tools/bench_prepare.py --text FILE --tokenizer DIR [--num_workers N]
 
 Each row is a process of its own on the same plain text (the first --megabytes of FILE), in turns, --repeats times.
-"whole" is its wall time with imports; "work" begins after imports, for `datasets.map` also after its tokenizer is
-loaded, and ends with the ids on disk; "CPU" is the CPU time of the whole, which other load on the machine disturbs
-least. Ours also cleans, adds eos, splits off validation and hashes the files.
+"work" is the wall time after imports (and, for `datasets.map`, after its tokenizer is loaded) until the ids are on
+disk, "CPU" the CPU time of all processes in that span, which other load on the machine disturbs least, "whole" the
+wall time of the command. Ours also cleans, adds eos, splits off validation and hashes the files.
 Memory is the largest sum over the process and all its descendants at one moment, read from /proc/PID/smaps_rollup
 every 20 ms: PSS counts a shared page once, RSS in every process. Memory is given of the run that took least.
 The peer takes text rows as lines or as documents (between blank lines), batches of its default 1,000 rows, and
@@ -17,7 +17,6 @@ import argparse
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,20 +31,26 @@ from ki_ds.data.corpora import Corpus
 from ki_ds.data.tokenize import load_tokenizer, save_tokenizer
 from ki_ds.errors import UserError, ends_cleanly
 
-OURS = """
-import sys, time
-from ki_ds.data.prepare import build_store
-text, tokenizer, out, workers = sys.argv[1:]
-start = time.perf_counter()
-corpus = build_store([text], tokenizer, out, num_workers=int(workers), show_progress=False)
-counts = corpus.info["counts"].values()
-print(time.perf_counter() - start, sum(count["tokens"] - count["items"] for count in counts))
+CLOCK = """
+import resource, sys, time
+def clock():
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(part.ru_utime + part.ru_stime for part in usage)
+def report(start, num_tokens):
+    print(*(after - before for before, after in zip(start, clock())), num_tokens)
 """
 
-Run = tuple[float, float, float, float, float, int]  # work, whole and CPU seconds, peak PSS and RSS in MiB, tokens
+OURS = """
+from ki_ds.data.prepare import build_store
+from ki_ds.data.tokenize import load_tokenizer
+text, tokenizer, out, workers = sys.argv[1:]
+load_tokenizer(tokenizer)
+start = clock()
+corpus = build_store([text], tokenizer, out, num_workers=int(workers), show_progress=False)
+report(start, sum(count["tokens"] - count["items"] for count in corpus.info["counts"].values()))
+"""
 
 PEER = """
-import sys, time
 from datasets import disable_progress_bars, load_dataset
 from transformers import AutoTokenizer
 text, folder, out, workers, rows = sys.argv[1:]
@@ -53,11 +58,13 @@ disable_progress_bars()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 def encode(batch):
     return tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False)
-start = time.perf_counter()
+start = clock()
 data = load_dataset("text", data_files=text, sample_by=rows, split="train", cache_dir=out)
 data = data.map(encode, batched=True, num_proc=int(workers), remove_columns=["text"])
-print(time.perf_counter() - start, sum(map(len, data.with_format("numpy")["input_ids"])))
+report(start, len(data.data.column("input_ids").combine_chunks().values))
 """
+
+Run = tuple[float, float, float, float, float, int]  # work, CPU and whole seconds, peak PSS and RSS in MiB, tokens
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def prepare_rows(
             for number, (title, command) in enumerate(commands.items()):
                 rest = [] if title == "ours" else [("line", "paragraph")[number - 1]]
                 arguments = [*command, str(folder / f"out{number}_{repeat}"), str(num_workers), *rest]
-                runs[title].append(_measured([sys.executable, "-c", *arguments]))
+                runs[title].append(_measured([sys.executable, "-c", CLOCK + arguments[0], *arguments[1:]]))
     return [_row(title, measured) for title, measured in runs.items()]
 
 
@@ -107,8 +114,8 @@ def _write_text(source: Path, target: Path, num_characters: int) -> None:
 
 
 def _measured(command: list[str]) -> Run:
-    """The measures of a command that prints its seconds of work and its number of tokens."""
-    start, cpu_before = time.perf_counter(), _cpu_seconds()
+    """The measures of a command that prints seconds and CPU seconds of its work and its number of tokens."""
+    start = time.perf_counter()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     pss = rss = 0
@@ -120,14 +127,8 @@ def _measured(command: list[str]) -> Run:
     out, err = process.communicate()
     if process.returncode:
         raise UserError(f"a benchmark's process failed ({err.strip().splitlines()[-1]}); run it alone")
-    work, num_tokens = out.split()[-2:]
-    return float(work), whole, _cpu_seconds() - cpu_before, pss / 1024, rss / 1024, int(num_tokens)
-
-
-def _cpu_seconds() -> float:
-    """CPU time of all processes that have ended below this one."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    work, cpu, num_tokens = out.split()[-3:]
+    return float(work), float(cpu), whole, pss / 1024, rss / 1024, int(num_tokens)
 
 
 def _memory(process: psutil.Process) -> tuple[int, int]:
@@ -148,23 +149,22 @@ def _memory(process: psutil.Process) -> tuple[int, int]:
 
 
 def _row(title: str, runs: list[Run]) -> Row:
-    work, whole, cpu, pss, rss, num_tokens = zip(*runs, strict=True)
+    work, cpu, whole, pss, rss, num_tokens = zip(*runs, strict=True)
     seconds = (statistics.median(work), min(work), max(work))
     return Row(title, seconds, statistics.median(whole), statistics.median(cpu), min(pss), min(rss), num_tokens[0])
 
 
 def table(rows: list[Row]) -> str:
     """The rows in Markdown, with ratios to the first."""
-    lines = [
-        "| | work, s (fastest-slowest) | ratio | whole, s | CPU, s | PSS, MiB | ratio | RSS, MiB | ratio | tokens |"
-    ]
-    lines.append("|" + "---|" * 10)
+    columns = ("", "work, s (fastest-slowest)", "ratio", "CPU, s", "ratio", "whole, s")
+    columns += ("PSS, MiB", "ratio", "RSS, MiB", "ratio", "tokens")
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in rows:
         first = rows[0]
         median, fastest, slowest = row.work_seconds
         lines.append(
             f"| {row.name} | {median:.2f} ({fastest:.2f}-{slowest:.2f}) | {median / first.work_seconds[0]:.2f} "
-            f"| {row.whole_seconds:.2f} | {row.cpu_seconds:.2f} "
+            f"| {row.cpu_seconds:.2f} | {row.cpu_seconds / first.cpu_seconds:.2f} | {row.whole_seconds:.2f} "
             f"| {row.pss:.0f} | {row.pss / first.pss:.1f} | {row.rss:.0f} | {row.rss / first.rss:.1f} "
             f"| {row.num_tokens:,} |"
         )
