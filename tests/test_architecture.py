@@ -13,6 +13,7 @@ ORDER = [
     "config",
     "schedules",
     "distributed",
+    "bridge",
     "data.token_index",
     "data.store",
     "data.sources",
@@ -51,13 +52,19 @@ ORDER = [
     "models",
     "engine",
     "lineage",
+    "teachers.questions",
+    "teachers.cache_files",
+    "teachers.cache",
     "teachers.online",
     "teachers.factory",
+    "teachers.ranks",
     "checkpoint",
     "metrics",
     "savings",
     "figures",
     "report",
+    "teachers.cache_build",
+    "teachers.answers",
     "evaluation.perplexity",
     "convert.safe_pickle",
     "convert.fairseq",
@@ -77,7 +84,15 @@ ORDER = [
 ]
 
 # Heavy or optional packages, and the only modules that may name them.
-OWNERS = {"deepspeed": ["engine"], "triton": ["kernels.triton_"], "mwxml": ["data.corpora"], "matplotlib": ["figures"]}
+OWNERS = {
+    "deepspeed": ["engine"],
+    "triton": ["kernels.triton_"],
+    "mwxml": ["data.corpora"],
+    "pyarrow": ["data.corpora"],
+    "mwparserfromhell": ["data.wikitext"],
+    "sentencepiece": ["data.sentencepieces"],
+    "matplotlib": ["figures"],
+}
 
 MAX_FUNCTION_LINES = 80
 MAX_MODULE_LINES = 600

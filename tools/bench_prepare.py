@@ -156,8 +156,8 @@ def _row(title: str, runs: list[Run]) -> Row:
 
 def table(rows: list[Row]) -> str:
     """The rows in Markdown, with ratios to the first."""
-    columns = ("", "work, s (fastest-slowest)", "ratio", "CPU, s", "ratio", "whole, s")
-    columns += ("PSS, MiB", "ratio", "RSS, MiB", "ratio", "tokens")
+    columns = ["", "work, s (fastest-slowest)", "ratio", "CPU, s", "ratio", "whole, s"]
+    columns += ["PSS, MiB", "ratio", "RSS, MiB", "ratio", "tokens"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in rows:
         first = rows[0]

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--train_tokenizer", action="store_true", help="train one on the corpus instead")
     parser.add_argument("--tokenizer_kind", choices=get_args(TokenizerKind), help="what to train (default bytebpe)")
     parser.add_argument("--vocab_size", type=int, help="ids of the tokenizer to train (default 50,265)")
-    parser.add_argument("--num_workers", type=int, help="processes (default: one a core)")
+    parser.add_argument("--num_workers", type=int, help="workers (default: one a core)")
     parser.add_argument("--valid_fraction", type=float, default=1 / 200, help="share of documents for validation")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of validation documents")
     parser.add_argument("--text_key", default="text", help="key or column of the text in JSON lines, tables")

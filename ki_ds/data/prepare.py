@@ -150,9 +150,10 @@ def build_store(
         raise UserError(f"pad_vocab_to={pad_vocab_to} is below 1; take e.g. 64")
     corpus = Corpus(sources, domain=domain, text_key=text_key)
     wanted = _wanted_tokenizer(tokenizer, fairseq_dict)
+    sha = None if isinstance(wanted, TokenizerSpec) else tokenizer_hash(wanted)
     request = {
         "files": corpus.fingerprint(),
-        "tokenizer": asdict(wanted) if isinstance(wanted, TokenizerSpec) else tokenizer_hash(wanted),
+        "tokenizer": asdict(wanted) if isinstance(wanted, TokenizerSpec) else sha,
         "valid_fraction": valid_fraction,
         "seed": seed,
         "text_key": text_key,
@@ -167,7 +168,7 @@ def build_store(
     workers = num_workers if num_workers is not None else len(os.sched_getaffinity(0))
     with _work_folder(folder, request, tell=show_progress) as work, _progress_bar(show_progress) as progress:
         run = _Run(corpus, workers, progress)
-        encoder = _provide_tokenizer(run, wanted, work / "corpus" / "tokenizer")
+        encoder = _provide_tokenizer(run, wanted, sha, work / "corpus" / "tokenizer")
         del wanted  # its memory is needed no longer
         pieces = _tokenize_all(run, PieceFolder(work / "pieces"), encoder, request)
         chosen = destinations(pieces, valid_fraction=valid_fraction, drop_duplicates=drop_duplicates)
@@ -364,8 +365,10 @@ def _wanted_tokenizer(
     return given
 
 
-def _provide_tokenizer(run: _Run, wanted: "PreTrainedTokenizerBase | TokenizerSpec", folder: Path) -> _Encoder:
-    """Save the tokenizer given, or train and save one, unless an earlier call did so."""
+def _provide_tokenizer(
+    run: _Run, wanted: "PreTrainedTokenizerBase | TokenizerSpec", sha: str | None, folder: Path
+) -> _Encoder:
+    """Save the tokenizer given (its hash is `sha`), or train and save one, unless an earlier call did so."""
     if not isinstance(wanted, TokenizerSpec):
         tokenizer = wanted
         if not folder.exists():
@@ -377,8 +380,8 @@ def _provide_tokenizer(run: _Run, wanted: "PreTrainedTokenizerBase | TokenizerSp
         with contextlib.closing(chunks):  # when the text is cut short, its workers end here
             documents = _first_characters((doc for chunk in chunks for doc in chunk), wanted.max_characters)
             tokenizer = train_tokenizer(documents, wanted.vocab_size, wanted.kind, out_dir=folder)
-    ids, vocab_size, sha = special_ids(tokenizer), len(tokenizer), tokenizer_hash(tokenizer)
-    return _Encoder(tokenizer.backend_tokenizer, folder / "tokenizer.json", ids, vocab_size, sha)
+    ids, path = special_ids(tokenizer), folder / "tokenizer.json"
+    return _Encoder(tokenizer.backend_tokenizer, path, ids, len(tokenizer), sha or tokenizer_hash(tokenizer))
 
 
 def _clean(chunk: list[RawDocument]) -> list[Document]:

@@ -6,6 +6,8 @@ import json
 import lzma
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,6 +175,11 @@ class TestLoading:
         (tmp_path / "a.model").write_bytes(model.getvalue()[:-7])
         with pytest.raises(UserError, match=r"a\.model is no whole SentencePiece model"):
             load_tokenizer(tmp_path / "a.model")
+
+    def test_a_plain_folder_is_loaded_without_torch(self, trained):
+        command = "import sys; from ki_ds.data.tokenize import load_tokenizer; load_tokenizer(sys.argv[1]); "
+        command += "assert 'torch' not in sys.modules"
+        subprocess.run([sys.executable, "-c", command, trained[0]], cwd=Path(__file__).parents[2], check=True)
 
     def test_bert_names_stand_for_bos_and_eos(self, tmp_path):
         from transformers import BertTokenizer
