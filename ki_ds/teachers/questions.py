@@ -1,0 +1,173 @@
+"""What a run asks its teacher: which masked samples, in which order, and everything that they depend on.
+
+A masked sample is a pair (mask, sample id): the mask is the epoch, or the epoch's variant with `data.mask_variants`,
+and 0 for causal. Its input hash is 64 bits of exactly what the teacher is asked: ids, positions and labels.
+
+Shape suffixes: B samples of a micro-batch, L padded length, P places of the stream, S samples of an epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ki_ds.config import RunConfig
+from ki_ds.data.batches import Batch, collate
+from ki_ds.data.datasets import Datasets
+from ki_ds.data.mixture import Mixture
+from ki_ds.data.samples import DEFAULT_BREAK_MODE
+from ki_ds.errors import UserError
+
+_BLOCK = 1 << 20  # places of the stream that are looked at together
+_MASK_FIELDS = ("mask_probability", "keep_probability", "random_probability", "whole_words", "mask_variants")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """The masked samples at some places of a run's stream.
+
+    `key` (JSON) holds what they depend on; two runs of equal keys mask every sample alike. `tau` is the temperature
+    that is asked for. `steps` are the updates whose samples are meant, each `global_batch_size` places of the stream.
+    """
+
+    train: Mixture
+    seed: int
+    key: dict[str, Any]
+    tau: float
+    steps: range
+    global_batch_size: int
+    micro_batch_size: int
+
+    @classmethod
+    def of_run(cls, config: RunConfig, data: Datasets, *, steps: range) -> Questions:
+        """The questions of some of a run's updates."""
+        return cls(
+            train=data.train,
+            seed=config.seed,
+            key=sample_key(config, data),
+            tau=config.inherit.tau,
+            steps=steps,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+        )
+
+    def of_steps(self, num_steps: int) -> Questions:
+        """Those of the first `num_steps` updates."""
+        return replace(self, steps=range(num_steps))
+
+    def of_epochs(self, num_epochs: int) -> Questions:
+        """Those of the first epochs, rounded up to whole updates. UserError for weighted sources."""
+        if self.train.shares is not None:
+            raise UserError(
+                f"--epochs {num_epochs}: weighted sources have epochs of different lengths; give --steps instead"
+            )
+        return self.of_steps(-(-num_epochs * len(self.train) // self.global_batch_size))
+
+    @property
+    def places(self) -> range:
+        """Places of the stream."""
+        return range(self.steps.start * self.global_batch_size, self.steps.stop * self.global_batch_size)
+
+    def masks(self, epochs: np.ndarray) -> np.ndarray:
+        """The masks of some epochs, int64."""
+        if self.train.task == "causal":
+            return np.zeros_like(epochs)
+        variants = self.train.datasets[0].masking.num_variants
+        return epochs % variants if variants else epochs
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(places, masks, sample ids), int64 [P] each, block by block in the stream's order."""
+        for first in range(self.places.start, self.places.stop, _BLOCK):
+            last = min(first + _BLOCK, self.places.stop)
+            epochs, ids = self.train.stream(first, last, seed=self.seed)
+            yield np.arange(first, last), self.masks(epochs), ids
+
+    def micro_batch(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Batch]:
+        """(places, masks, sample ids, batch) of the stream's micro-batch of that number.
+
+        Whatever the ranks, these are the run's own micro-batches, so that a teacher computes on equal shapes.
+        """
+        places = np.arange(number * self.micro_batch_size, (number + 1) * self.micro_batch_size)
+        epochs, ids = self.train.stream(int(places[0]), int(places[-1]) + 1, seed=self.seed)
+        masks = self.masks(epochs)
+        samples = [
+            self.train.sample(int(i), seed=self.seed, epoch=int(mask)) for mask, i in zip(masks, ids, strict=True)
+        ]
+        return places, masks, ids, collate(samples, pad_id=self.train.pad_id, seq_len=self.train.seq_len)
+
+    def one(self, mask: int, sample_id: int) -> Batch:
+        """A batch of one masked sample."""
+        sample = self.train.sample(sample_id, seed=self.seed, epoch=mask)
+        return collate([sample], pad_id=self.train.pad_id, seq_len=self.train.seq_len)
+
+
+def sample_key(config: RunConfig, data: Datasets) -> dict[str, Any]:
+    """Everything that a run's masked samples depend on, by the names of its configuration.
+
+    The weights of sources are not among it: they choose which samples are asked about, and alter none.
+    """
+    settings = config.data
+    auto = DEFAULT_BREAK_MODE[config.task] if settings.break_mode == "auto" else settings.break_mode
+    parts = [
+        {k: v for k, v in asdict(s).items() if k in ("half", "fraction", "max_tokens")} for s in settings.all_sources
+    ]
+    key = {
+        "task": config.task,
+        "data.seq_len": settings.seq_len,
+        "data.break_mode": auto,
+        "data.long_lines": settings.long_lines,
+        "data.packing": settings.packing,
+        "data.sources": parts,
+        "data.valid_fraction": settings.valid_fraction,
+        "data.subset_seed": settings.subset_seed,
+    }
+    if config.task == "mlm":
+        key |= {f"data.{name}": getattr(settings, name) for name in _MASK_FIELDS} | {"seed": config.seed}
+    return key | {
+        "vocabulary_sha256": data.vocabulary.sha256,
+        "num_classes": data.vocabulary.size,
+        "train_sha256": data.hashes["train_sha256"],
+        "num_samples": len(data.train),
+    }
+
+
+def input_hashes(batch: Batch) -> list[int]:
+    """For each sample of a batch 64 bits of its ids, positions and labels; padding and neighbours do not count.
+
+    Waits for the device.
+    """
+    ids_BL, rows_N, labels_N = (t.cpu().numpy() for t in (batch.input_ids_BL, batch.rows_N, batch.row_labels_N))
+    position_ids_BL = None if batch.position_ids_BL is None else batch.position_ids_BL.cpu().numpy()
+    width = ids_BL.shape[1]
+    bounds = row_bounds(batch)
+    hashes = []
+    for number, length in enumerate(_lengths(batch, bounds)):
+        rows = slice(bounds[number], bounds[number + 1])
+        digest = hashlib.blake2b(np.array([length, rows.stop - rows.start]).data, digest_size=8)
+        digest.update(ids_BL[number, :length].data)
+        digest.update((rows_N[rows] - number * width).data)
+        digest.update(np.ascontiguousarray(labels_N[rows]).data)
+        if position_ids_BL is not None:
+            digest.update(position_ids_BL[number, :length].data)
+        hashes.append(int.from_bytes(digest.digest(), "little"))
+    return hashes
+
+
+def row_bounds(batch: Batch) -> list[int]:
+    """B + 1 numbers: where the labelled rows of each sample begin in `rows_N`, and their end."""
+    width = batch.input_ids_BL.shape[1]
+    starts = np.arange(batch.input_ids_BL.shape[0] + 1) * width
+    return np.searchsorted(batch.rows_N.cpu().numpy(), starts).tolist()
+
+
+def _lengths(batch: Batch, bounds: list[int]) -> list[int]:
+    """Tokens of each sample, padding not counted."""
+    if batch.attention_mask_BL is not None:
+        return batch.attention_mask_BL.sum(1).tolist()
+    if batch.position_ids_BL is not None:  # packed rows are causal: every token is labelled
+        return np.diff(bounds).tolist()
+    return [batch.input_ids_BL.shape[1]] * batch.input_ids_BL.shape[0]

@@ -1,0 +1,171 @@
+#!/usr/bin/env python3
+"""Write down what a teacher says about the samples of a run, for `--teacher.placement cache --teacher.path OUT`.
+
+Give the run's own arguments after the tool's: samples, masks and temperature are the run's. Called again it goes on.
+
+  python tools/cache_teacher.py --out CACHE --topk 10 --config RUN.yaml [--inherit.steps 40000]
+  torchrun --nproc_per_node 2 tools/cache_teacher.py --out CACHE --kind hidden --dtype fp16 --config RUN.yaml
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ki_ds import config as configuration
+from ki_ds.config import RunConfig
+from ki_ds.errors import UserError, common_to_all_ranks, ends_cleanly
+
+if TYPE_CHECKING:
+    import torch
+
+    from ki_ds.data.datasets import Datasets
+    from ki_ds.signals import Teacher
+    from ki_ds.teachers.factory import TeacherFacts
+
+TOPK = 10  # as many as the paper caches
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
+    """The tool's own arguments, and the run that the others describe."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, help="folder of the cache")
+    parser.add_argument("--kind", choices=("topk", "hidden"), default="topk", help="K entries a row, or hidden states")
+    parser.add_argument("--topk", type=int, help="K (10)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "int8"), help="of stored hidden states (fp16)")
+    parser.add_argument("--teacher", help="run or Hugging Face folder; teacher.path where that names one")
+    parser.add_argument("--steps", type=int, help="cache the samples of so many updates (those with alpha above 0)")
+    parser.add_argument("--epochs", type=int, help="cache the samples of so many epochs instead")
+    parser.add_argument("--chunk_mb", type=int, default=64, help="size of a chunk: what a crash can cost a rank")
+    parser.add_argument("--export_requests", type=Path, metavar="FILE", help="write what is to be asked, as JSON lines")
+    parser.add_argument("--import_answers", type=Path, metavar="FILE", help="read the answers, as JSON lines")
+    parser.add_argument("--answers_tau", type=float, help="temperature of the answers' probabilities (1)")
+    parser.add_argument("--teacher_parameters", type=int, help="parameters behind the answers, for FLOPs (0: unknown)")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    args, rest = parser.parse_known_args(argv)
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", args.local_rank)
+    _check(args)
+    return args, configuration.parse(rest)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """UserError for arguments that cannot go together."""
+    if (args.out is None) == (args.export_requests is None):
+        raise UserError("give --out CACHE to write a cache, or --export_requests FILE to write what is to be asked")
+    foreign = {
+        "--topk": args.topk is not None and (args.kind == "hidden" or args.export_requests is not None),
+        "--dtype": args.dtype is not None and args.kind == "topk",
+        "--kind hidden": args.kind == "hidden" and (args.import_answers or args.export_requests),
+        "--teacher": args.teacher is not None and (args.import_answers or args.export_requests),
+        "--answers_tau": args.answers_tau is not None and not args.import_answers,
+        "--teacher_parameters": args.teacher_parameters is not None and not args.import_answers,
+        "--import_answers": args.import_answers is not None and args.export_requests is not None,
+        "--epochs": args.epochs is not None and args.steps is not None,
+    }
+    for name, refused in foreign.items():
+        if refused:
+            raise UserError(f"{name} has no meaning with the other arguments; leave it out (see --help)")
+    for name in ("topk", "steps", "epochs", "chunk_mb", "answers_tau"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} {value} is not positive; change it")
+
+
+@ends_cleanly
+def run(argv: list[str]) -> None:
+    """Command line; see --help."""
+    with common_to_all_ranks():
+        args, config = parse(argv)
+    from ki_ds.engine import start
+
+    with common_to_all_ranks():
+        _work(args, config, start(config.engine))
+
+
+def _work(args: argparse.Namespace, config: RunConfig, device: "torch.device") -> None:
+    from ki_ds.data.datasets import open_datasets
+    from ki_ds.distributed import on_main, say
+    from ki_ds.run import inheriting_steps
+    from ki_ds.teachers import answers, cache_build
+    from ki_ds.teachers.questions import Questions
+
+    if not inheriting_steps(config):
+        raise UserError("inherit.schedule=none asks no teacher; give the run's own --config with its schedule")
+    elsewhere = (args.out or args.export_requests.parent) / "index"
+    on_main(lambda: open_datasets(config.data, config.task, other_index_dir=elsewhere))
+    data = open_datasets(config.data, config.task, other_index_dir=elsewhere)
+    steps = inheriting_steps(config)
+    questions = Questions.of_run(config, data, steps=range(args.steps or steps))
+    if args.epochs is not None:
+        questions = questions.of_epochs(args.epochs)
+    elif args.steps is None and steps < config.train.num_steps:
+        say(f"of {config.train.num_steps:,} steps the first {steps:,} have alpha above 0: only these are cached")
+    if args.export_requests is not None:
+        on_main(lambda: answers.export_requests(args.export_requests, questions, data.vocabulary.tokenizer))
+        say(f"{args.export_requests}: what to ask, one masked sample a line; its answers go into --import_answers")
+        return
+    if args.import_answers is not None:
+        recording = answers.record_answers(
+            args.import_answers,
+            questions,
+            topk=args.topk or TOPK,
+            answers_tau=args.answers_tau or 1.0,
+            num_parameters=args.teacher_parameters or 0,
+            tokenizer=data.vocabulary.tokenizer,
+        )
+    else:
+        teacher, facts = _teacher(args, config, data, device)
+        recording = cache_build.record_teacher(
+            teacher,
+            facts,
+            questions,
+            kind=args.kind,
+            topk=args.topk or TOPK,
+            dtype=args.dtype or "fp16",
+            device=device,
+        )
+    manifest = cache_build.build_cache(args.out, questions, recording, chunk_bytes=args.chunk_mb << 20)
+    num_bytes, num_records, num_rows, _ = map(sum, zip(*manifest.chunks.values(), strict=True))
+    say(
+        f"{args.out}: {num_records:,} records, {num_rows:,} rows, {num_bytes / 1e6:,.1f} MB "
+        f"({num_bytes / num_rows:.1f} bytes a row); train with --teacher.placement cache --teacher.path {args.out}"
+    )
+
+
+def _teacher(
+    args: argparse.Namespace, config: RunConfig, data: "Datasets", device: "torch.device"
+) -> "tuple[Teacher, TeacherFacts]":
+    """The running teacher, from --teacher or from the run's configuration."""
+    from ki_ds.teachers.factory import make_teacher
+
+    if args.teacher is None and config.teacher.placement == "cache":
+        raise UserError("teacher.placement=cache names no teacher that could run; give --teacher FOLDER")
+    path = args.teacher or config.teacher.path
+    return make_teacher(
+        dataclasses.replace(config.teacher, placement="online", path=path),
+        config.task,
+        tokenizer_sha256=data.vocabulary.sha256,
+        num_classes=data.vocabulary.size,
+        seq_len=config.data.seq_len,
+        packing=config.data.packing,
+        device=device,
+    )
+
+
+def main() -> None:
+    """End the process with the command's exit code."""
+    code = run(sys.argv[1:])
+    if "ki_ds.distributed" in sys.modules:
+        from ki_ds.distributed import leave
+
+        leave(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
