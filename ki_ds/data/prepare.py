@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 CORPUS_VERSION = 1
 CHUNK_CHARACTERS = 1 << 17  # of raw text in one message to a worker
-PIECE_CHUNKS = 64  # in one file of tokens: what an interruption costs at most
+PIECE_CHUNKS = 32  # in one file of tokens: what an interruption costs at most
 # Encoding plain text runs outside Python's lock, so that threads do, in a third of the memory of processes.
 MAX_THREADS = 8
 

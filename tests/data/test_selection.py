@@ -1,5 +1,7 @@
 """Duplicates and the split, against plain Python."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -69,3 +71,15 @@ def test_too_few_documents(tmp_path, fraction):
     folder.append(piece(3))
     with pytest.raises(UserError, match="too few documents"):
         destinations(folder, valid_fraction=fraction, drop_duplicates=False)
+
+
+def test_memory_is_a_byte_a_document_and_one_bucket(monkeypatch):
+    monkeypatch.setattr(selection, "_BUCKET_DOCUMENTS", 10_000)
+    rng = np.random.default_rng(0)
+    blocks = [rng.integers(0, 2**63, (1000, 2)).astype(np.uint64) for _ in range(200)]
+    tracemalloc.start()
+    kept = first_occurrences(lambda: iter(blocks), 200_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert kept.all()
+    assert peak < 200_000 + 10_000 * 100
