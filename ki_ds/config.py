@@ -140,14 +140,20 @@ class TeacherConfig:
     """Who teaches, and where it runs.
 
     Args:
-        path: a run or checkpoint folder of ours, a Hugging Face folder or hub name; null trains without a teacher.
-        placement: online runs the teacher in the student's process.
-        dtype: the teacher's weights; auto takes fp16 on a GPU (as the paper does) and fp32 on a CPU.
+        path: a run or checkpoint folder of ours, a Hugging Face folder or hub name, or a cache's folder; null trains
+            without a teacher.
+        placement: online runs the teacher in the student's process; cache reads what tools/cache_teacher.py has
+            written.
+        dtype: the teacher's weights; auto takes fp16 on a GPU (as the paper does) and fp32 on a CPU, or what a cache
+            was written with.
+        topk_semantics: a cache's K entries are renormalised (as in the paper), or what they leave over is one more
+            class (tail).
     """
 
     path: str | None = None
-    placement: Literal["online"] = "online"
+    placement: Literal["online", "cache"] = "online"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    topk_semantics: Literal["renormalise", "tail"] = "renormalise"
 
 
 @dataclass(frozen=True)
@@ -407,6 +413,7 @@ def validate(config: RunConfig) -> None:
     """Return silently, or raise UserError for the first rule that the values break."""
     _check_ranges(flatten(config))
     _check_inheritance(config)
+    _check_teacher(config.teacher)
     if not config.run_dir:
         raise UserError("run_dir is empty; give the run a folder, e.g. --run_dir runs/base")
     _check_data(config.data)
@@ -493,6 +500,16 @@ def _check_inheritance(config: RunConfig) -> None:
         raise UserError(f"inherit.{given[0]} has no meaning with inherit.schedule={inherit.schedule}; leave it out")
     if inherit.schedule != "constant" and inherit.constant_alpha != InheritConfig.constant_alpha:
         raise UserError(f"inherit.constant_alpha has no meaning with inherit.schedule={inherit.schedule}; leave it out")
+
+
+def _check_teacher(teacher: TeacherConfig) -> None:
+    if teacher.placement != "cache" and teacher.topk_semantics != TeacherConfig.topk_semantics:
+        raise UserError(
+            f"teacher.topk_semantics={teacher.topk_semantics} has no meaning with "
+            f"teacher.placement={teacher.placement}; leave it out"
+        )
+    if teacher.placement == "cache" and teacher.path is None:
+        raise UserError("teacher.placement=cache needs the cache's folder; give teacher.path")
 
 
 def _check_data(data: DataConfig) -> None:

@@ -31,6 +31,7 @@ from ki_ds.models import (
 )
 from ki_ds.signals import Teacher
 from ki_ds.teachers.factory import TeacherFacts, make_teacher
+from ki_ds.teachers.questions import Questions
 
 
 @dataclass
@@ -120,6 +121,7 @@ def prepare(config: RunConfig, device: torch.device) -> Run:
             seq_len=config.data.seq_len,
             packing=config.data.packing,
             device=device,
+            questions=Questions.of_run(config, data, steps=range(done["step"], inheriting_steps(config))),
         )
         if not facts.tokenizer_checked:
             say(f"{facts.path} has no tokenizer: of the teacher's vocabulary only the size could be checked")
@@ -184,10 +186,22 @@ def _check_lineage(run_dir: Path, manifest: dict[str, Any]) -> None:
             f"run_dir={run_dir} inherited from {old['path']}, teacher.path={new['path']} has other weights; "
             "give the same teacher, or --train.changed_config allow"
         )
+    if old and new and not allowed and old.get("cache") and new["cache"]:
+        _check_cache(run_dir, old["cache"], new["cache"])
     if old and not new:
         manifest["teacher"] = old  # alpha is 0 by now: the lineage stays
     if old and new and old["weights_sha256"] != new["weights_sha256"]:
         manifest["former_teachers"] = [*manifest["former_teachers"], old]
+
+
+def _check_cache(run_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """UserError when the cache of a teacher's signals was made otherwise than the one that the run began with."""
+    if old["key_sha256"] != new["key_sha256"]:
+        raise UserError(
+            f"run_dir={run_dir} inherited from the cache {old['path']} ({old['kind']}, key {old['key_sha256'][:12]}), "
+            f"teacher.path={new['path']} is another ({new['kind']}, key {new['key_sha256'][:12]}); "
+            "give the same cache, or --train.changed_config allow"
+        )
 
 
 def _started_from(config: RunConfig, parameters: dict[str, int]) -> dict[str, Any] | None:

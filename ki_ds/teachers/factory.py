@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -26,7 +27,10 @@ from ki_ds.models import (
     weights_sha256,
 )
 from ki_ds.signals import Teacher
+from ki_ds.teachers.cache import CachedTeacher, check_coverage, fitting_semantics
+from ki_ds.teachers.cache_files import CacheFiles, Manifest
 from ki_ds.teachers.online import OnlineTeacher
+from ki_ds.teachers.questions import Questions
 
 _LARGEST_PADDING = 1024  # output classes beyond the tokenizer's ids that can still be padding
 
@@ -42,6 +46,7 @@ class TeacherFacts:
     tokenizer_checked: bool
     valid_ppl: float | None  # of a run of ours, on its own validation set
     lineage: Lineage | None  # of a model of ours
+    cache: dict[str, Any] | None = None  # where its signals are read from: path, key_sha256, kind, forward_flops
 
 
 def make_teacher(
@@ -53,6 +58,7 @@ def make_teacher(
     seq_len: int,
     device: torch.device,
     packing: bool = False,
+    questions: Questions | None = None,
 ) -> tuple[Teacher, TeacherFacts]:
     """The teacher that the configuration asks for, and its facts.
 
@@ -61,10 +67,15 @@ def make_teacher(
         num_classes: its ids.
         seq_len: the longest row that it will be asked about, in tokens.
         packing: whether several blocks may share a row.
+        questions: the masked samples that it will be asked about; a cache wants to know.
 
     Raises:
-        UserError: it cannot be read, has another tokenizer or vocabulary, or too few positions.
+        UserError: it cannot be read, has another tokenizer or vocabulary, or too few positions; or the cache was made
+            for other samples, or lacks some.
     """
+    if config.placement == "cache":
+        assert questions is not None
+        return _cached(config, questions, device)
     assert config.path is not None
     folder = model_folder(config.path)
     name = "fp16" if device.type == "cuda" else "fp32"
@@ -74,15 +85,42 @@ def make_teacher(
     lm = load_lm(folder, task, dtype, what="teacher.path")
     _check_shape(lm, config.path, num_classes=num_classes, seq_len=seq_len)
     digest = weights_sha256(folder) if Path(folder).is_dir() else None
+    parameters = count_parameters(lm)
     facts = TeacherFacts(
         config.path,
         digest,
-        **count_parameters(lm),
+        parameters["num_parameters"],
+        parameters["dense_parameters"],
         tokenizer_checked=checked,
         valid_ppl=_valid_ppl(folder),
         lineage=lineage.read(Path(folder), digest),
     )
     return OnlineTeacher(lm, device=device, packing=packing), facts
+
+
+def _cached(config: TeacherConfig, questions: Questions, device: torch.device) -> tuple[Teacher, TeacherFacts]:
+    """The teacher that a cache stands for, whose facts are in its manifest."""
+    assert config.path is not None
+    folder = Path(config.path)
+    manifest = Manifest.read(folder)
+    expected = dict(questions.key)
+    if manifest.key["kind"] == "topk":
+        expected["inherit.tau"] = questions.tau
+    if config.dtype != "auto":
+        expected["teacher.dtype"] = config.dtype
+    fix = "give the run the cache's value, or make a cache with this run's configuration (tools/cache_teacher.py)"
+    manifest.check(expected, folder=folder, fix=fix)
+    semantics = fitting_semantics(config, manifest.key)
+    files = CacheFiles.open(folder, manifest)
+    check_coverage(files, questions, folder=folder)
+    cache = {
+        "path": config.path,
+        "key_sha256": manifest.key_sha256,
+        "kind": manifest.key["kind"],
+        "forward_flops": manifest.forward_flops,
+    }
+    teacher = CachedTeacher(files, manifest, folder=folder, semantics=semantics, device=device)
+    return teacher, replace(TeacherFacts(**manifest.teacher), cache=cache)
 
 
 def _valid_ppl(folder: str) -> float | None:
