@@ -143,17 +143,23 @@ class TeacherConfig:
         path: a run or checkpoint folder of ours, a Hugging Face folder or hub name, or a cache's folder; null trains
             without a teacher.
         placement: online runs the teacher in the student's process; cache reads what tools/cache_teacher.py has
-            written.
+            written; ranks gives it the last `num_ranks` of the launcher's ranks for itself, which run ahead.
         dtype: the teacher's weights; auto takes fp16 on a GPU (as the paper does) and fp32 on a CPU, or what a cache
             was written with.
         topk_semantics: a cache's K entries are renormalised (as in the paper), or what they leave over is one more
             class (tail).
+        num_ranks: ranks of the job that run the teacher (placement ranks).
+        ahead: micro-batches that a teacher rank may be ahead of a student.
+        patience: seconds without a word from a teacher rank after which the job ends; 0 waits for ever, and says so.
     """
 
     path: str | None = None
-    placement: Literal["online", "cache"] = "online"
+    placement: Literal["online", "cache", "ranks"] = "online"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     topk_semantics: Literal["renormalise", "tail"] = "renormalise"
+    num_ranks: int = 1
+    ahead: int = 2
+    patience: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -315,6 +321,10 @@ OPERATIONAL_FIELDS = frozenset(
         "data.num_workers",
         "data.index_dir",
         "teacher.path",  # likewise
+        "teacher.placement",
+        "teacher.num_ranks",
+        "teacher.ahead",
+        "teacher.patience",
         "loss.backend",
         "loss.chunk_rows",
         "engine.ds_config",
@@ -447,6 +457,9 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "model.dropout": (0, 1, False),
     "model.attention_dropout": (0, 1, False),
     "model.init_std": (1e-9, 10, True),
+    "teacher.num_ranks": (1, 2**20, True),
+    "teacher.ahead": (1, 1024, True),
+    "teacher.patience": (0, 1e9, True),
     "inherit.steps": (1, 2**62, True),
     "inherit.slope": (1e-9, 1e9, True),
     "inherit.constant_alpha": (0, 1, True),
@@ -483,6 +496,12 @@ def _check_ranges(flat: dict[str, Any]) -> None:
 
 
 def _check_inheritance(config: RunConfig) -> None:
+    for name in ("num_ranks", "ahead", "patience"):
+        value = getattr(config.teacher, name)
+        if config.teacher.placement != "ranks" and value != getattr(TeacherConfig, name):
+            raise UserError(
+                f"teacher.{name}={value} has no meaning with teacher.placement={config.teacher.placement}; leave it out"
+            )
     inherit, path = config.inherit, config.teacher.path
     if inherit.schedule != "none" and path is None:
         raise UserError(

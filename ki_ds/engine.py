@@ -22,6 +22,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ki_ds.bridge import Bridge, split_world
 from ki_ds.config import EngineConfig, MonitorConfig, OptimConfig, RunConfig
 from ki_ds.data.batches import Batch
 from ki_ds.distributed import (
@@ -68,6 +69,14 @@ def start(config: EngineConfig) -> torch.device:
     Raises:
         UserError: the launcher's environment makes no sense.
     """
+    return connect(config)[0]
+
+
+def connect(config: EngineConfig, *, num_teacher_ranks: int = 0) -> tuple[torch.device, Bridge | None]:
+    """As `start`; of the launcher's ranks the last `num_teacher_ranks` are kept out of the student's world.
+
+    The bridge between the two is None without teacher ranks. A teacher rank is in no world of its own.
+    """
     _deepspeed_logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's old calls
     transformers.logging.set_verbosity_error()
@@ -82,6 +91,9 @@ def start(config: EngineConfig) -> torch.device:
     pick_gloo_interface(os.environ)
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.num_threads or max(1, cores // local_world_size()))
+    bridge = split_world(os.environ, num_teacher_ranks) if num_teacher_ranks else None
+    if bridge is not None and bridge.is_teacher:
+        return _own_device(), bridge
     try:
         deepspeed.init_distributed(verbose=False)
     except torch.distributed.DistNetworkError as error:
@@ -90,6 +102,10 @@ def start(config: EngineConfig) -> torch.device:
             f"({str(error).splitlines()[0]}); give a free port, e.g. deepspeed --master_port 29501"
         ) from None
     _check_world(int(os.environ["WORLD_SIZE"]))
+    return _own_device(), bridge
+
+
+def _own_device() -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())

@@ -13,6 +13,7 @@ import torch
 import ki_ds
 from ki_ds import checkpoint, lineage, schedules
 from ki_ds import config as configuration
+from ki_ds.bridge import Bridge
 from ki_ds.config import RunConfig
 from ki_ds.data.batches import VALID_SEED, ValidBatches
 from ki_ds.data.datasets import Datasets, open_datasets
@@ -32,6 +33,7 @@ from ki_ds.models import (
 from ki_ds.signals import Teacher
 from ki_ds.teachers.factory import TeacherFacts, make_teacher
 from ki_ds.teachers.questions import Questions
+from ki_ds.teachers.ranks import connect_teacher
 
 
 @dataclass
@@ -84,7 +86,7 @@ def load_data(config: RunConfig) -> Datasets:
     return open_datasets(config.data, config.task, other_index_dir=elsewhere)
 
 
-def prepare(config: RunConfig, device: torch.device) -> Run:
+def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = None) -> Run:
     """The run, ready for its next step: everything that can be refused has been. Called by every rank.
 
     Raises:
@@ -111,8 +113,11 @@ def prepare(config: RunConfig, device: torch.device) -> Run:
     model.check()
     if config.data.packing:
         model.check_packing()
-    teacher, facts = None, None
-    if done["step"] < inheriting_steps(config):
+    teacher: Teacher | None = None
+    facts = None
+    if bridge is not None:
+        teacher, facts = connect_teacher(config, bridge, device, step=done["step"])
+    elif done["step"] < inheriting_steps(config):
         teacher, facts = make_teacher(
             config.teacher,
             config.task,
@@ -123,8 +128,8 @@ def prepare(config: RunConfig, device: torch.device) -> Run:
             device=device,
             questions=Questions.of_run(config, data, steps=range(done["step"], inheriting_steps(config))),
         )
-        if not facts.tokenizer_checked:
-            say(f"{facts.path} has no tokenizer: of the teacher's vocabulary only the size could be checked")
+    if facts is not None and not facts.tokenizer_checked:
+        say(f"{facts.path} has no tokenizer: of the teacher's vocabulary only the size could be checked")
     started_from = _started_from(config, parameters) if not resume_from else None  # then the manifest knows it
     manifest = _manifest(config, data, parameters, facts, started_from, device)
     on_main(lambda: _check_lineage(run_dir, manifest))

@@ -50,6 +50,10 @@ class Teacher(Protocol):
         """What the teacher says about the labelled rows of exactly this (masked) batch."""
         ...
 
+    def figures(self) -> dict[str, float]:
+        """What the metrics say of its work, by name; nothing where the student's own figures say it all."""
+        ...
+
     def free(self) -> None:
         """Give all of the teacher's memory back; `signal` must not be called again."""
         ...

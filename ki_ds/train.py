@@ -18,12 +18,13 @@ from ki_ds import config as configuration
 from ki_ds.config import RunConfig
 from ki_ds.data.batches import Batch, TrainBatches
 from ki_ds.distributed import is_main, on_main, rank, say, world_size
-from ki_ds.engine import start
+from ki_ds.engine import connect
 from ki_ds.errors import UserError, common_to_all_ranks
 from ki_ds.evaluation.perplexity import Perplexity, validate
 from ki_ds.metrics import Display, MetricsLog, Stopwatch, Window, global_rows
 from ki_ds.models import weights_sha256
 from ki_ds.run import Run, prepare
+from ki_ds.teachers.ranks import teach
 
 
 def train(config: RunConfig, *, started: float | None = None) -> None:
@@ -33,11 +34,15 @@ def train(config: RunConfig, *, started: float | None = None) -> None:
         UserError: the configuration, the data, the teacher or the run folder cannot be used.
     """
     with common_to_all_ranks():
-        device = start(config.engine)
+        ranks = config.teacher.num_ranks if config.teacher.placement == "ranks" else 0
+        device, bridge = connect(config.engine, num_teacher_ranks=ranks)
+    if bridge is not None and bridge.is_teacher:
+        teach(config, bridge, device)
+        return
     run_dir = Path(config.run_dir)
     with _claimed(run_dir):
         with common_to_all_ranks():
-            run = prepare(config, device)
+            run = prepare(config, device, bridge)
         if run.totals.step >= config.train.num_steps:
             say(f"{run_dir} is finished: step {run.totals.step}, best valid ppl {math.exp(run.best_ce):.2f}")
             return
@@ -160,6 +165,8 @@ def _report(
     if taught:
         totals.teacher_flops += 2.0 * run.manifest["teacher"]["dense_parameters"] * taught
     figures |= rate | {"tokens_per_second": tokens / max(totals.seconds - before, 1e-9)}
+    if run.teacher is not None:
+        figures |= run.teacher.figures()
     if (norm := run.engine.grad_norm) is not None:
         figures["grad_norm"] = norm
     log.write("train", totals, **figures, skipped_steps=run.engine.skipped_steps)

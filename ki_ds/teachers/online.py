@@ -28,6 +28,10 @@ class OnlineTeacher:
         assert self._model is not None, "a freed teacher was asked"
         return self._model.signal(batch)
 
+    def figures(self) -> dict[str, float]:
+        """Nothing: its time is part of the student's step."""
+        return {}
+
     def free(self) -> None:
         """Give the weights' memory back to the device, whoever else still holds the module."""
         assert self._model is not None

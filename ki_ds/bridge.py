@@ -1,0 +1,135 @@
+"""Two worlds in one job: the ranks that train a student, and behind them the ranks that run its teacher.
+
+The launcher starts W ranks. The first W - T of them become the student's world, which alone DeepSpeed sees; the last T
+run the teacher. One TCP store on the launcher's port serves both worlds and the bridge between them: small notes go
+through the store, tensors from a teacher rank to a student rank through a gloo group of all W.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ki_ds.errors import UserError
+
+_CONNECT = timedelta(minutes=5)
+_FOREVER = timedelta(days=365)
+_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """One rank's end. Ranks are counted through the job: students 0..S-1, teachers S..S+T-1."""
+
+    rank: int
+    num_students: int
+    num_teachers: int
+    store: dist.Store
+    group: dist.ProcessGroupGloo
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether this rank runs the teacher."""
+        return self.rank >= self.num_students
+
+    @property
+    def teacher(self) -> int:
+        """The rank that answers this student: teachers take students in turn."""
+        return self.num_students + self.rank % self.num_teachers
+
+    @property
+    def students(self) -> list[int]:
+        """The students that this teacher answers."""
+        mine = self.rank - self.num_students
+        return list(range(mine, self.num_students, self.num_teachers))
+
+    def put(self, name: str, value: Any) -> None:
+        """Leave a note (JSON) for whoever gets it."""
+        self.store.set(name, json.dumps(value))
+
+    def get(self, name: str, *, seconds: float = math.inf) -> Any:
+        """A note that another rank has left or will leave; TimeoutError after `seconds`."""
+        until = time.monotonic() + seconds
+        while not self.store.check([name]):
+            if time.monotonic() > until:
+                raise TimeoutError(name)
+            time.sleep(0.05)
+        return json.loads(self.store.get(name))
+
+    def send(self, tensors: list[Tensor], to: int) -> None:
+        """Send tensors to a student; returns when they are there, raises RuntimeError when it is gone."""
+        shapes = [[_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape] for tensor in tensors]
+        flat = [number for shape in shapes for number in shape]
+        self._send(torch.tensor([len(flat)]), to)
+        self._send(torch.tensor(flat), to)
+        for tensor in tensors:
+            self._send(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8), to)
+
+    def receive(self, source: int) -> list[Tensor]:
+        """The next tensors from a teacher, on the CPU; waits for them, raises RuntimeError when it is gone."""
+        flat = self._receive(int(self._receive(1, source)[0]), source).tolist()
+        tensors = []
+        while flat:
+            dtype, shape = _DTYPES[flat[0]], flat[2 : 2 + flat[1]]
+            tensor = torch.empty(shape, dtype=dtype)
+            if tensor.numel():
+                self.group.recv([tensor.view(-1).view(torch.uint8)], source, 0).wait(_FOREVER)
+            tensors.append(tensor)
+            flat = flat[2 + len(shape) :]
+        return tensors
+
+    def _send(self, tensor: Tensor, to: int) -> None:
+        if tensor.numel():
+            self.group.send([tensor], to, 0).wait(_FOREVER)
+
+    def _receive(self, count: int, source: int) -> Tensor:
+        tensor = torch.empty(count, dtype=torch.int64)
+        self.group.recv([tensor], source, 0).wait(_FOREVER)
+        return tensor
+
+
+def split_world(env: MutableMapping[str, str], num_teachers: int) -> Bridge:
+    """Part the launcher's ranks into two worlds and connect the student's; RANK and WORLD_SIZE become this world's.
+
+    Raises:
+        UserError: no rank is left for the student, or the master's port cannot be used.
+    """
+    rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+    students = world - num_teachers
+    if students < 1:
+        raise UserError(
+            f"teacher.num_ranks={num_teachers} of {world} ranks leave none for the student; start more ranks, e.g. "
+            f"deepspeed --num_gpus {num_teachers + 1}"
+        )
+    # torchrun holds a store of its own on this port
+    hosts = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world, hosts, _CONNECT)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise UserError(
+            f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']} cannot be used "
+            f"({str(error).splitlines()[0]}); give a free port, e.g. deepspeed --master_port 29501"
+        ) from None
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    notes = dist.PrefixStore(f"ki_ds_{attempt}_notes", store)
+    group = dist.ProcessGroupGloo(dist.PrefixStore(f"ki_ds_{attempt}_bridge", store), rank, world, _FOREVER)
+    bridge = Bridge(rank, students, num_teachers, notes, group)
+    if bridge.is_teacher:
+        bridge.put(f"teacher_{rank}", f"{socket.gethostname()} pid {os.getpid()}")
+        return bridge
+    env["WORLD_SIZE"] = str(students)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    world_store = dist.PrefixStore(f"ki_ds_{attempt}_students", store)
+    dist.init_process_group(backend, store=world_store, rank=rank, world_size=students)
+    return bridge
