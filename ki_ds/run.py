@@ -191,21 +191,26 @@ def _check_lineage(run_dir: Path, manifest: dict[str, Any]) -> None:
             f"run_dir={run_dir} inherited from {old['path']}, teacher.path={new['path']} has other weights; "
             "give the same teacher, or --train.changed_config allow"
         )
-    if old and new and not allowed and old.get("cache") and new["cache"]:
-        _check_cache(run_dir, old["cache"], new["cache"])
+    if old and new and not allowed:
+        _check_signals(run_dir, old, new)
     if old and not new:
         manifest["teacher"] = old  # alpha is 0 by now: the lineage stays
     if old and new and old["weights_sha256"] != new["weights_sha256"]:
         manifest["former_teachers"] = [*manifest["former_teachers"], old]
 
 
-def _check_cache(run_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """UserError when the cache of a teacher's signals was made otherwise than the one that the run began with."""
-    if old["key_sha256"] != new["key_sha256"]:
+def _check_signals(run_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """UserError when the same teacher would now say something else: another cache, or all where it said its top K."""
+    before, after = old.get("cache"), new["cache"]
+    entries = [cache is not None and cache["kind"] == "topk" for cache in (before, after)]
+    if (before and after and before["key_sha256"] != after["key_sha256"]) or entries[0] != entries[1]:
+        told = [
+            f"the cache {cache['path']} ({cache['kind']}, key {cache['key_sha256'][:12]})" if cache else "the teacher"
+            for cache in (before, after)
+        ]
         raise UserError(
-            f"run_dir={run_dir} inherited from the cache {old['path']} ({old['kind']}, key {old['key_sha256'][:12]}), "
-            f"teacher.path={new['path']} is another ({new['kind']}, key {new['key_sha256'][:12]}); "
-            "give the same cache, or --train.changed_config allow"
+            f"run_dir={run_dir} inherited from {told[0]}, now it is {told[1]}; give the same, or "
+            "--train.changed_config allow"
         )
 
 
