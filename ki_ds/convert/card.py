@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
 from transformers import PreTrainedModel
 
 import ki_ds
+from ki_ds import lineage
 from ki_ds.convert.sources import Source
 from ki_ds.models import count_parameters, max_positions
 
@@ -50,12 +53,11 @@ def model_card(
     pipeline = "fill-mask" if source.task == "mlm" else "text-generation"
     head = f"---\nlicense: {license_name}\nlibrary_name: transformers\npipeline_tag: {pipeline}\n---\n# {name}\n"
     files = [f"- `{file}` SHA-256 `{digest}`" for file, digest in source.sha256().items()]
-    teachers = [f"{i}. {_line(teacher)}" for i, teacher in enumerate(source.lineage, 1)]
     sections = {
         f"Made by ki_ds {ki_ds.__version__} (`tools/convert_to_hf.py`) from {source.what}": files,
         "Model": _bullets(sizes(model) | {"weights": dtype}),
         "Training": _bullets(source.facts) or ["- nothing is known"],
-        "Teachers, nearest first": teachers,
+        "Lineage": _tree(source.lineage) if source.lineage is not None else [],
         "Vocabulary": [f"- {line}" for line in vocabulary],
         "Agreement with the source": [f"- {line}" for line in (*source.notes, *checks)],
     }
@@ -67,7 +69,8 @@ def _bullets(facts: Mapping[str, Any]) -> list[str]:
     return [f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items()]
 
 
-def _line(teacher: Mapping[str, Any]) -> str:
-    known = {key: teacher.get(key) for key in ("num_parameters", "valid_ppl", "weights_sha256")}
-    said = [f"{key.replace('_', ' ')} {value}" for key, value in known.items() if value is not None]
-    return f"`{teacher['path']}`" + (f" ({', '.join(said)})" if said else "")
+def _tree(record: lineage.Lineage) -> list[str]:
+    console = Console(file=io.StringIO(), width=200)
+    with console.capture() as captured:
+        console.print(lineage.tree(record))
+    return ["```", *captured.get().rstrip().splitlines(), "```"]

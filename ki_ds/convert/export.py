@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ki_ds import lineage
+from ki_ds.checkpoint import write_json
 from ki_ds.convert.card import model_card
 from ki_ds.convert.sources import Source, open_source
 from ki_ds.convert.vocabulary import write_vocabulary
 from ki_ds.data.store import check_space, is_fairseq_folder, open_store, sync_folder, write_errors_are_one_line
 from ki_ds.errors import UserError
-from ki_ds.models import DTYPES, load_lm, max_positions
+from ki_ds.models import DTYPES, load_lm, max_positions, weights_sha256
 
 # Largest difference of logits, of those up to 10; in proportion beyond.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -110,7 +112,7 @@ def _write(
     for row in real_rows or []:
         if int(row.max()) >= vocab_size:
             raise UserError(f"the token file has id {int(row.max())}, the model {vocab_size}; give its own with --data")
-        rows.append(row[:, : max_positions(model) or _LONGEST_ROW])
+        rows.append(row[row != model.config.pad_token_id][None, : max_positions(model) or _LONGEST_ROW])
     checks = [*_check_weights(source, folder), *_check_logits(source, folder, rows, num_real=len(real_rows or []))]
     if options.dtype != "fp32":
         checks.append(_cast(source, folder, model, rows, options.dtype))
@@ -126,6 +128,8 @@ def _write(
         checks=checks,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+    if source.lineage is not None:
+        write_json(folder / lineage.FILE_NAME, source.lineage | {"weights_sha256": weights_sha256(str(folder))})
 
 
 # --- the rows it is compared on ---------------------------------------------------------------------------------
@@ -144,7 +148,7 @@ def made_up_rows(vocab_size: int, limit: int | None, pad: int | None) -> list[Te
 
 
 def _real_rows(path: Path, options: Options) -> list[Tensor] | None:
-    """Rows [1, L] of the token file that was named, or lies beside a fairseq file; None without one."""
+    """Rows [L] of the token file that was named, or lies beside a fairseq file; None without one."""
     beside = [path.parent / name for name in ("valid", "train")] if path.is_file() else []
     place = options.data or next((prefix for prefix in beside if Path(f"{prefix}.idx").is_file()), None)
     if place is None:
@@ -156,7 +160,7 @@ def _real_rows(path: Path, options: Options) -> list[Tensor] | None:
     if length < 2:
         raise UserError(f"{place} has {store.num_tokens} tokens, too few to compare on; give another with --data")
     ids = torch.from_numpy(store.tokens[: _NUM_REAL_ROWS * length].astype("int64"))
-    return list(ids.view(_NUM_REAL_ROWS, 1, length))
+    return list(ids.view(_NUM_REAL_ROWS, length))
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------

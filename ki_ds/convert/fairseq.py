@@ -115,9 +115,11 @@ class Fairseq:
 
     @property
     def num_layers(self) -> int:
-        """Layers, counted in the tensors."""
+        """Layers, as the options say; counted in the tensors where they do not."""
         pattern = re.compile(rf"{re.escape(self.body)}\.layers\.(\d+)\.")
-        return 1 + max((int(m[1]) for name in self.weights if (m := pattern.match(name))), default=-1)
+        counted = 1 + max((int(m[1]) for name in self.weights if (m := pattern.match(name))), default=-1)
+        said = self.flags.get("decoder_layers" if self.kind == "gpt" else "encoder_layers")
+        return min(said, counted + 1) if isinstance(said, int) else counted  # one that is lacking is enough to say
 
     @property
     def hidden_size(self) -> int:
@@ -272,7 +274,6 @@ def _check_heads_and_sizes(model: Fairseq) -> None:
         raise UserError(f"{model.path}: {model.body}.embed_tokens.weight is {list(embedding.shape)}, no vocabulary")
     side = "decoder" if model.kind == "gpt" else "encoder"
     for flag, found in (
-        (f"{side}_layers", model.num_layers),
         (f"{side}_embed_dim", model.hidden_size),
         (f"{side}_ffn_embed_dim", model.ffn_size),
     ):

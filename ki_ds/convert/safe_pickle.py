@@ -6,6 +6,7 @@ weights, becomes an `Inert` that keeps its data and does nothing; any other name
 
 import contextlib
 import pickletools
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +72,7 @@ def read_checkpoint(path: Path) -> Any:
                 f"{path} pickles {name}, which weights do not need; nothing of it was run: take a file that you trust"
             )
         stand_ins.append((Inert, name))
-    with torch.serialization.safe_globals(stand_ins):
+    with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # of a damaged file: anything, from IndexError to UnicodeDecodeError

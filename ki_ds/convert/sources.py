@@ -19,14 +19,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ki_ds import checkpoint
+from ki_ds import checkpoint, lineage
 from ki_ds import config as configuration
 from ki_ds.config import Task
 from ki_ds.convert import direct, zero
 from ki_ds.convert.fairseq import Fairseq, read_fairseq
 from ki_ds.convert.fairseq_to_hf import to_hf
 from ki_ds.errors import UserError
-from ki_ds.models import load_lm, model_folder, read_config
+from ki_ds.models import load_lm, model_folder, read_config, weights_sha256
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -46,7 +46,7 @@ class Source:
         weights: those that the written file must hold bit for bit (float32); None where the names differ.
         pads_vocabulary: whether the embedding may have rows beyond the tokenizer's ids.
         facts: of the training, for the model card.
-        lineage: the teachers, nearest first.
+        lineage: the record of its teachers that a run of ours keeps beside its weights.
         tokenizer_dir: folder with a tokenizer of the model's own.
         dictionary: fairseq's dict.txt.
     """
@@ -59,7 +59,7 @@ class Source:
     weights: dict[str, Tensor] | None = None
     pads_vocabulary: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
-    lineage: tuple[dict[str, Any], ...] = ()
+    lineage: lineage.Lineage | None = None
     notes: tuple[str, ...] = ()
     tokenizer_dir: Path | None = None
     dictionary: Path | None = None
@@ -181,10 +181,9 @@ def _of_hf(folder: Path, run_dir: Path, what: str, facts: dict[str, Any]) -> Sou
     """A Hugging Face folder that a run has written; `run_dir` may lack what a run has beside it."""
     task = task_of(read_config(str(folder), what="INPUT"))
     files = tuple(sorted(folder.glob("*.safetensors")))
-    lineage: tuple[dict[str, Any], ...] = ()
     if (run_dir / "run.json").exists():
         manifest = checkpoint.read_json(run_dir / "run.json")
-        task, lineage = manifest["task"], _lineage(manifest)
+        task = manifest["task"]
         facts |= _run_facts(run_dir, manifest)
     weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
     return Source(
@@ -194,7 +193,7 @@ def _of_hf(folder: Path, run_dir: Path, what: str, facts: dict[str, Any]) -> Sou
         model=lambda dtype: load_lm(str(folder), task, dtype, what="INPUT").eval(),
         weights={name: tensor.float() for name, tensor in weights.items()},
         facts={name: value for name, value in facts.items() if value is not None},
-        lineage=lineage,
+        lineage=lineage.read(folder, weights_sha256(str(folder))),
         tokenizer_dir=folder if any((folder / name).exists() for name in TOKENIZER_FILES) else None,
         dictionary=folder / "dict.txt" if (folder / "dict.txt").is_file() else None,
     )
@@ -216,16 +215,6 @@ def _run_facts(run_dir: Path, manifest: dict[str, Any]) -> dict[str, Any]:
             steps = configuration.inherit_steps(config)
             facts["inherited"] = f"{config.inherit.schedule}, {steps or 'all'} steps, tau {config.inherit.tau:g}"
     return facts | {f"{name}": digest for name, digest in manifest["data"].items()}
-
-
-def _lineage(manifest: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The teacher, its teacher, ..., as far as their runs are still there."""
-    teachers: list[dict[str, Any]] = []
-    while (teacher := manifest.get("teacher")) and len(teachers) < 100:
-        teachers.append(teacher)
-        path = Path(teacher["path"]) / "run.json"
-        manifest = checkpoint.read_json(path) if path.exists() else {}
-    return tuple(teachers)
 
 
 # --- DeepSpeed folders of others --------------------------------------------------------------------------------

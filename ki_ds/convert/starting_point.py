@@ -31,7 +31,9 @@ def describe(path: Path) -> list[str]:
     lines = [f"{name}: {value}" for name, value in sizes(lm).items()]
     if any(Path(folder, name).exists() for name in TOKENIZER_FILES):
         tokenizer = load_tokenizer(folder)
-        check_vocabulary(lm, len(tokenizer), what=f"--from_hf={path}")
+        has_dictionary = Path(folder, "dict.txt").is_file()  # then a GPT's tokenizer has a <mask> beyond its ids
+        num_ids = len(tokenizer) - (has_dictionary and task == "causal")
+        check_vocabulary(lm, num_ids, what=f"--from_hf={path}")
         lines.append(f"tokenizer: {len(tokenizer):,} ids, SHA-256 {tokenizer_hash(tokenizer)[:12]}")
     elif Path(folder, "dict.txt").is_file():
         lines.append("tokenizer: none, but fairseq's dict.txt")

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from ki_ds.convert.sources import TOKENIZER_FILES, Source
-from ki_ds.data import tokenize
-from ki_ds.data.tokenize import load_tokenizer, read_fairseq_dict, save_tokenizer
+from ki_ds.data.tokenize import load_tokenizer, read_fairseq_dict, save_tokenizer, tokenizer_from_fairseq
 from ki_ds.errors import UserError
 from ki_ds.models import max_positions
 
@@ -40,8 +39,10 @@ def write_vocabulary(source: Source, folder: Path, model: PreTrainedModel, *, to
     if tokenizer is not None:
         if source.tokenizer_dir is not None:
             raise UserError(f"--tokenizer={tokenizer}: {source.tokenizer_dir} has the model's own; leave it out")
-        made = _combined(source.dictionary, tokenizer) if source.dictionary else load_tokenizer(tokenizer)
-        if source.dictionary is None:
+        if source.dictionary is not None:  # whose size is right; with <mask>, of which a GPT knows nothing
+            made = tokenizer_from_fairseq(source.dictionary, tokenizer)
+        else:
+            made = load_tokenizer(tokenizer)
             _check_size(source, f"--tokenizer={tokenizer}", len(made), size)
         made.model_max_length = max_positions(model) or made.model_max_length
         _save(made, folder)
@@ -54,6 +55,13 @@ def write_vocabulary(source: Source, folder: Path, model: PreTrainedModel, *, to
     else:
         return [*lines, f"no tokenizer: ids mean what {'dict.txt' if lines else 'the training data'} says"]
     lines.append(f"tokenizer of {len(made):,} ids")
+    if (beyond := made.backend_tokenizer.get_vocab_size() - len(made)) > 0:
+        lines.append(
+            f"the dictionary lacks {beyond:,} pieces of the vocabulary, for which AutoTokenizer gives ids that the "
+            "model has not; ki_ds.data.tokenize.load_tokenizer gives <unk>"
+        )
+    if len(made) > size:
+        lines.append("<mask>, the tokenizer's last id, is no id of the model")
     if size > len(made):
         lines.append(f"the embedding has {size:,} rows, padded beyond the tokenizer's {len(made):,} ids; kept as it is")
     return lines
@@ -64,13 +72,6 @@ def _check_size(source: Source, what: str, num_ids: int, size: int) -> None:
     if not 0 <= size - num_ids <= most:
         hint = "give its own dict.txt with --dict" if not source.pads_vocabulary else "take the model's own"
         raise UserError(f"{what} has {num_ids:,} ids, the model's embedding {size:,}; {hint}")
-
-
-def _combined(dictionary: Path, gpt2_folder: Path) -> PreTrainedTokenizerBase:
-    make = getattr(tokenize, "tokenizer_from_fairseq", None)
-    if make is None:
-        raise UserError(f"--tokenizer={gpt2_folder}: dict.txt cannot be combined with a vocabulary yet; leave it out")
-    return make(dictionary, gpt2_folder)
 
 
 def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
