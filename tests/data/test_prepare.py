@@ -519,6 +519,7 @@ class TestGoingOn:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=listen_to_ctrl_c,
         )
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".c.partial/pieces")):
@@ -535,6 +536,11 @@ class TestGoingOn:
         while running_in_group(process.pid):  # the standard library's own helper may take a moment
             assert time.monotonic() - started < 10
             time.sleep(0.02)
+
+
+def listen_to_ctrl_c():
+    """A shell's background jobs, and so their tests, start with Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def running_in_group(group):
