@@ -132,7 +132,7 @@ def _work(args: argparse.Namespace, config: RunConfig, device: "torch.device") -
     manifest = cache_build.build_cache(args.out, questions, recording, chunk_bytes=args.chunk_mb << 20)
     num_bytes, num_records, num_rows, _ = map(sum, zip(*manifest.chunks.values(), strict=True))
     say(
-        f"{args.out}: {num_records:,} records, {num_rows:,} rows, {num_bytes / 1e6:,.1f} MB "
+        f"{args.out}: {num_records:,} records, {num_rows:,} rows, {num_bytes / 1e6:,.2f} MB "
         f"({num_bytes / num_rows:.1f} bytes a row); train with --teacher.placement cache --teacher.path {args.out}"
     )
 

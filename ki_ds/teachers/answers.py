@@ -56,6 +56,8 @@ def export_requests(path: Path, questions: Questions, tokenizer: PreTrainedToken
     """Write what a teacher is to be asked, whole or not at all; the number of requests. UserError on a full disk."""
     temporary = path.with_name(path.name + ".tmp")
     questions_asked = list(_asked(questions))
+    with write_errors_are_one_line(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with write_errors_are_one_line(path), temporary.open("w", encoding="utf-8") as file:
             for mask, sample_id in questions_asked:

@@ -234,7 +234,7 @@ def _forecast(
     num_bytes = int(rows * bytes_per_row(key) + len(places) * _INDEX_BYTES)
     say(
         f"{out}: {len(places):,} records for {steps} ({present:,} are there), about {rows:,.0f} rows of "
-        f"{bytes_per_row(key)} bytes, {num_bytes / 1e6:,.1f} MB in {len(plan):,} chunks, {world_size()} ranks"
+        f"{bytes_per_row(key)} bytes, {num_bytes / 1e6:,.2f} MB in {len(plan):,} chunks, {world_size()} ranks"
     )
     return num_bytes
 

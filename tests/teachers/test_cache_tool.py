@@ -1,0 +1,153 @@
+"""The commands: a cache from a run's own arguments, requests and answers, the benchmark; and every wrong argument."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+
+from ki_ds.errors import UserError
+from ki_ds.teachers.cache_files import Manifest
+from tests.teachers.cache_cases import config_of, reading, teacher_of
+from tests.tiny import ROOT
+
+
+def tool_of(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def command(base, capsys):
+    """The tool on the tiny run: (exit code, stdout, stderr)."""
+
+    def call(*arguments, **groups):
+        config_of(base, **groups)  # writes the configuration
+        code = tool_of("cache_teacher").run([*map(str, arguments), "--config", str(base / "cached.yaml")])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def test_a_cache_from_the_runs_own_arguments(base, command, tmp_path):
+    out = tmp_path / "cache"
+    code, said, _ = command("--out", out, "--topk", "4", "--inherit.tau", "3", "--local_rank", "0")
+    assert code == 0
+    assert "of 6 steps the first 4 have alpha above 0: only these are cached" in said
+    assert f"train with --teacher.placement cache --teacher.path {out}" in said
+    assert "bytes a row" in said
+    key = Manifest.read(out).key
+    assert (key["topk"], key["inherit.tau"], key["teacher.dtype"]) == (4, 3.0, "fp32")
+    run = config_of(base, inherit={"schedule": "linear", "steps": 4, "tau": 3.0})
+    teacher_of(reading(run, out))
+    # the same configuration that will train may name the cache already: then the tool wants to know the teacher
+    later = {"teacher": {"placement": "cache", "path": str(out)}}
+    code, _, err = command("--out", out, "--topk", "4", "--inherit.tau", "3", **later)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "names no teacher that could run; give --teacher FOLDER" in err
+    again = ["--out", out, "--topk", "4", "--inherit.tau", "3", "--teacher", base / "mlm_teacher", "--steps", "2"]
+    code, said, _ = command(*again, **later)
+    assert (code, "all records for steps 1 to 2 are there" in said) == (0, True)
+
+
+def test_hidden_states_of_an_epoch(base, command, tmp_path):
+    out = tmp_path / "cache"
+    code, _, _ = command("--out", out, "--kind", "hidden", "--dtype", "int8", "--epochs", "1", "--chunk_mb", "1")
+    manifest = Manifest.read(out)
+    assert (code, manifest.key["dtype"]) == (0, "int8")
+    assert sum(chunk[1] for chunk in manifest.chunks.values()) == -(-manifest.key["num_samples"] // 8) * 8
+
+
+def test_requests_and_answers(base, command, tmp_path):
+    asked, answers, out = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl", tmp_path / "cache"
+    assert command("--export_requests", asked)[0] == 0
+    with answers.open("w") as file:
+        for line in asked.read_text(encoding="utf-8").splitlines():
+            request = json.loads(line)
+            rows = [{"ids": [5, 6, 7], "log_probs": [-0.7, -1.2, -3.0]} for _ in request["positions"]]
+            file.write(json.dumps({"sample_id": request["sample_id"], "mask": request["mask"], "rows": rows}) + "\n")
+    code, said, _ = command("--import_answers", answers, "--out", out, "--topk", "3", "--teacher_parameters", "7000")
+    assert (code, "bytes a row" in said) == (0, True)
+    _, facts = teacher_of(reading(config_of(base), out))
+    assert (facts.dense_parameters, facts.path) == (7000, str(answers))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --out CACHE to write a cache, or --export_requests FILE"),
+        (["--out", "{tmp}/c", "--export_requests", "{tmp}/r"], "give --out CACHE to write a cache, or"),
+        (["--out", "{tmp}/c", "--kind", "hidden", "--topk", "4"], "--topk has no meaning with the other arguments"),
+        (["--out", "{tmp}/c", "--dtype", "fp16"], "--dtype has no meaning with the other arguments"),
+        (["--out", "{tmp}/c", "--answers_tau", "1"], "--answers_tau has no meaning"),
+        (["--out", "{tmp}/c", "--teacher_parameters", "1"], "--teacher_parameters has no meaning"),
+        (["--out", "{tmp}/c", "--import_answers", "a", "--teacher", "b"], "--teacher has no meaning"),
+        (["--out", "{tmp}/c", "--import_answers", "a", "--kind", "hidden"], "--kind hidden has no meaning"),
+        (["--out", "{tmp}/c", "--steps", "1", "--epochs", "1"], "--epochs has no meaning with the other arguments"),
+        (["--out", "{tmp}/c", "--topk", "0"], "--topk 0 is not positive; change it"),
+        (["--out", "{tmp}/c", "--chunk_mb", "-1"], "--chunk_mb -1 is not positive; change it"),
+        (["--out", "{tmp}/c", "--topk", "400"], "--topk 400 is outside [1, 320]"),
+        (["--out", "{tmp}/c", "--teacher", "{tmp}/nobody"], "nobody cannot be read as a model"),
+        (["--out", "{tmp}/c", "--inherit.stepz", "4"], "inherit.stepz"),
+        (["--out", "{tmp}/c", "--import_answers", "{tmp}/nothing"], "nothing cannot be read"),
+        (["--export_requests", "/dev/null/asked"], "/dev/null/asked cannot be written (File exists)"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, arguments, message):
+    code, _, err = command(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert (code, err.count("\n")) == (2, 1), err
+    assert message in err
+    assert not list(tmp_path.glob("c/*.safetensors"))
+
+
+def test_a_run_without_a_teacher_asks_nothing(command, tmp_path):
+    code, _, err = command("--out", tmp_path / "c", inherit={"schedule": "none"}, teacher={"path": None})
+    assert (code, "inherit.schedule=none asks no teacher" in err) == (2, True)
+
+
+def test_top_k_semantics_belong_to_a_cache(base):
+    with pytest.raises(
+        UserError, match=r"topk_semantics=tail has no meaning with teacher.placement=online; leave it out"
+    ):
+        config_of(base, teacher={"topk_semantics": "tail"})
+    with pytest.raises(UserError, match=r"inherit.schedule=linear needs a teacher"):
+        config_of(base, teacher={"placement": "cache", "path": None})
+    with pytest.raises(UserError, match=r"teacher.placement=cache needs the cache's folder"):
+        config_of(base, teacher={"placement": "cache", "path": None}, inherit={"schedule": "none"})
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path, capsys):
+    """The benchmark at its smallest: (exit code, stdout, stderr, what it wrote)."""
+    module = tool_of("bench_cache")
+
+    def call(*arguments):
+        out = tmp_path / "bench.json"
+        small = ["--size", "tiny", "--num_batches", "2", "--repeats", "1", "--micro_batch_size", "2"]
+        monkeypatch.setattr(sys, "argv", ["bench_cache.py", *small, "--out", str(out), *arguments])
+        code = module.main()
+        said = capsys.readouterr()
+        return code, said.out, said.err, json.loads(out.read_text()) if out.exists() else None
+
+    return call
+
+
+def test_the_benchmark_prints_a_table_last(bench):
+    code, said, _, written = bench()
+    rows = {row["name"]: row for row in written["rows"]}
+    assert code == 0
+    assert len(rows) == 5
+    assert said.rstrip().splitlines()[-5].startswith("| the teacher, online |  |")
+    assert rows["cache, top-10"]["bytes_per_row"] > 40
+    assert all(len(row["seconds"]) == 2 for row in rows.values())
+    fastest = min(rows["the teacher, online"]["seconds"])
+    assert min(rows["cache, top-10"]["seconds"]) < fastest
+
+
+def test_the_benchmark_refuses_what_it_cannot_measure(bench):
+    code, _, err, _ = bench("--repeats", "0")
+    assert (code, err) == (2, "error: --repeats 0 must be at least 1\n")
