@@ -56,6 +56,8 @@ _MUST_BE_NEW_ROBERTA = {
     "encoder_learned_pos": (True,),
     "no_token_positional_embeddings": (False,),
 }
+_MOST_POSITIONS = 2**20
+_TYPES: dict[type, tuple[type, ...]] = {bool: (bool, int), int: (int,), float: (int, float), str: (str,)}
 _BUFFERS = re.compile(r"(version|embed_positions\._float_tensor)$")
 _HEADS = re.compile(r"(?:decoder\.|encoder\.)?classification_heads\.([^.]+)\.")
 
@@ -75,9 +77,13 @@ class Fairseq:
     notes: tuple[str, ...] = ()
 
     def flag(self, name: str, default: Any) -> Any:
-        """An option's value; fairseq's default where the file has none."""
+        """An option's value; fairseq's default where the file has none. UserError when it is of another type."""
         value = self.flags.get(name)
-        return default if value is None else value
+        if value is None:
+            return default
+        if default is not None and type(value) not in _TYPES[type(default)]:
+            raise UserError(f"{self.path}: {name}={value!r} makes no sense; get the file again")
+        return value
 
     @property
     def arch(self) -> str:
@@ -92,7 +98,7 @@ class Fairseq:
     @cached_property
     def top(self) -> str:
         """Prefix of the whole model, RoBERTa's head included."""
-        return "encoder" if any(name.startswith("encoder.") for name in self.weights) else "decoder"
+        return "encoder" if "encoder.sentence_encoder.embed_tokens.weight" in self.weights else "decoder"
 
     @cached_property
     def embedding_norm(self) -> str:
@@ -118,8 +124,8 @@ class Fairseq:
         """Layers, as the options say; counted in the tensors where they do not."""
         pattern = re.compile(rf"{re.escape(self.body)}\.layers\.(\d+)\.")
         counted = 1 + max((int(m[1]) for name in self.weights if (m := pattern.match(name))), default=-1)
-        said = self.flags.get("decoder_layers" if self.kind == "gpt" else "encoder_layers")
-        return min(said, counted + 1) if isinstance(said, int) else counted  # one that is lacking is enough to say
+        said = self.flag("decoder_layers" if self.kind == "gpt" else "encoder_layers", counted)
+        return min(said, counted + 1)  # one that is lacking is enough to say
 
     @property
     def hidden_size(self) -> int:
@@ -151,7 +157,7 @@ class Fairseq:
     def said_positions(self) -> int:
         """The same, as the options say; 0 where they do not."""
         names = ("max_target_positions",) if self.kind == "gpt" else ("max_positions",)
-        return int(next((v for n in (*names, "tokens_per_sample") if (v := self.flags.get(n))), 0))
+        return next((said for name in (*names, "tokens_per_sample") if (said := self.flag(name, 0))), 0)
 
     @property
     def scaled(self) -> bool:
@@ -234,10 +240,9 @@ def _weights(path: Path, state: dict[str, Any]) -> tuple[dict[str, Tensor], list
 
 
 def _kind(path: Path, flags: dict[str, Any], weights: dict[str, Tensor]) -> Literal["roberta", "gpt"]:
-    tops = {name.split(".")[0] for name in weights}
-    if len(tops) == 1 and any(".sentence_encoder.embed_tokens." in name for name in weights):
+    if any(name.endswith("coder.sentence_encoder.embed_tokens.weight") for name in weights):
         return "roberta"
-    if tops == {"decoder"} and "decoder.embed_tokens.weight" in weights:
+    if "decoder.embed_tokens.weight" in weights and not any(name.startswith("encoder.") for name in weights):
         return "gpt"
     for flag in ("adaptive_input", "character_embeddings"):  # these replace embed_tokens.weight
         if flags.get(flag):
@@ -298,8 +303,11 @@ def _check_flags(model: Fairseq) -> None:
         )
     if model.kind == "gpt":
         _check_positions_and_output(model)
-    if model.num_positions < 1:
-        raise UserError(f"{model.path} does not say how many positions it has (max_target_positions); get a whole file")
+    if not 0 < model.num_positions <= _MOST_POSITIONS:
+        raise UserError(f"{model.path} has {model.num_positions} positions (max_target_positions); get a whole file")
+    for name in ("dropout", "attention_dropout"):
+        if not 0 <= model.flag(name, 0.0) <= 1:
+            raise UserError(f"{model.path}: {name}={model.flags[name]} is no probability; get the file again")
     if model.kind == "gpt" and model.hidden_size < 4:
         raise UserError(
             f"{model.path} has a hidden size of {model.hidden_size}, too small for sinusoids; cannot convert"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -20,7 +21,6 @@ from transformers import (
 )
 
 from ki_ds import checkpoint, lineage
-from ki_ds import config as configuration
 from ki_ds.config import Task
 from ki_ds.convert import direct, zero
 from ki_ds.convert.fairseq import Fairseq, read_fairseq
@@ -200,21 +200,25 @@ def _of_hf(folder: Path, run_dir: Path, what: str, facts: dict[str, Any]) -> Sou
 
 
 def _run_facts(run_dir: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What run.json and config.yaml say; the latter as plain YAML, since it may be of an older version."""
     facts: dict[str, Any] = {"run": manifest["name"], "status": manifest["status"], "written by": manifest["version"]}
     if (run_dir / "config.yaml").exists():
-        config = configuration.load(run_dir / "config.yaml")
+        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        data, train, inherit = (config.get(name, {}) for name in ("data", "train", "inherit"))
+        corpora = [entry.get("path") for entry in data.get("sources") or [{"path": data.get("corpus")}]]
         facts |= {
-            "data": ", ".join(source.domain or Path(source.path).name for source in config.data.all_sources),
-            "steps of the run": config.train.num_steps,
-            "global batch": f"{config.train.global_batch_size} x {config.data.seq_len} tokens",
-            "peak learning rate": config.optim.lr,
-            "precision": config.engine.precision,
-            "seed": config.seed,
+            "data": ", ".join(Path(path).name for path in corpora if path),
+            "steps of the run": train.get("num_steps"),
+            "global batch size": train.get("global_batch_size"),
+            "sequence length": data.get("seq_len"),
+            "peak learning rate": config.get("optim", {}).get("lr"),
+            "precision": config.get("engine", {}).get("precision"),
+            "seed": config.get("seed"),
         }
-        if config.inherit.schedule != "none":
-            steps = configuration.inherit_steps(config)
-            facts["inherited"] = f"{config.inherit.schedule}, {steps or 'all'} steps, tau {config.inherit.tau:g}"
-    return facts | {f"{name}": digest for name, digest in manifest["data"].items()}
+        if inherit.get("schedule", "none") != "none":
+            names = ("schedule", "steps", "slope", "constant_alpha", "tau")
+            facts |= {f"inherit.{name}": inherit.get(name) for name in names}
+    return facts | manifest["data"]
 
 
 # --- DeepSpeed folders of others --------------------------------------------------------------------------------

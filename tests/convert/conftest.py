@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -9,3 +10,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quiet():
+    """No progress bars between the dots."""
+    transformers.logging.disable_progress_bar()

@@ -1,9 +1,12 @@
 """fairseq's files: what varies is understood or named in one line, and so is what is missing or too much."""
 
+import contextlib
+
 import pytest
 import torch
 
 from ki_ds.convert.fairseq import expected_shapes, read_fairseq
+from ki_ds.convert.fairseq_to_hf import to_hf
 from ki_ds.errors import UserError
 from tests.convert.fairseq_files import Gpt, Roberta, save
 
@@ -172,6 +175,17 @@ def test_tied_output_that_is_not(tmp_path):
 def test_other_files_of_torch(tmp_path, content, words):
     torch.save(content, tmp_path / "x.pt")
     refused(tmp_path / "x.pt", words)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_senseless_flags_are_one_line_or_without_effect(tmp_path, kind):
+    model = MODELS[kind](layers=1)
+    content = {"args": None, "model": model.state(), "cfg": {"model": model.flags()}}
+    for name in model.flags():
+        for value in (None, "x", "", [], {}, -1, 0, 1, True, False, 1e30, float("nan"), 10**12, (1, 2)):
+            torch.save(content | {"cfg": {"model": model.flags() | {name: value}}}, tmp_path / "x.pt")
+            with contextlib.suppress(UserError):
+                to_hf(read_fairseq(tmp_path / "x.pt"), torch.float32)
 
 
 def test_what_is_known_of_the_training(tmp_path):
