@@ -133,7 +133,8 @@ def _work(args: argparse.Namespace, config: RunConfig, device: "torch.device") -
     num_bytes, num_records, num_rows, _ = map(sum, zip(*manifest.chunks.values(), strict=True))
     say(
         f"{args.out}: {num_records:,} records, {num_rows:,} rows, {num_bytes / 1e6:,.2f} MB "
-        f"({num_bytes / num_rows:.1f} bytes a row); train with --teacher.placement cache --teacher.path {args.out}"
+        f"({num_bytes / max(num_rows, 1):.1f} bytes a row); "
+        f"train with --teacher.placement cache --teacher.path {args.out}"
     )
 
 

@@ -29,9 +29,15 @@ def config_of(base: Path, task: str = "mlm", **groups) -> RunConfig:
     return configuration.load(write_config(base / "cached.yaml", config))
 
 
+_OPENED: dict[str, Datasets] = {}
+
+
 def data_of(config: RunConfig) -> Datasets:
-    """Its samples."""
-    return open_datasets(config.data, config.task, other_index_dir=Path(config.run_dir) / "index")
+    """Its samples, opened once: no test changes a corpus under its path."""
+    name = repr((config.data, config.task))
+    if name not in _OPENED:
+        _OPENED[name] = open_datasets(config.data, config.task, other_index_dir=Path(config.run_dir) / "index")
+    return _OPENED[name]
 
 
 def questions_of(config: RunConfig, data: Datasets | None = None, *, steps: range | None = None) -> Questions:
