@@ -112,7 +112,8 @@ def _write(
     for row in real_rows or []:
         if int(row.max()) >= vocab_size:
             raise UserError(f"the token file has id {int(row.max())}, the model {vocab_size}; give its own with --data")
-        rows.append(row[row != model.config.pad_token_id][None, : max_positions(model) or _LONGEST_ROW])
+        row = row[row != model.config.pad_token_id]
+        rows += [row[None, : max_positions(model) or _LONGEST_ROW]] if len(row) else []
     checks = [*_check_weights(source, folder), *_check_logits(source, folder, rows, num_real=len(real_rows or []))]
     if options.dtype != "fp32":
         checks.append(_cast(source, folder, model, rows, options.dtype))
@@ -171,10 +172,11 @@ def _check_weights(source: Source, folder: Path) -> list[str]:
     if source.weights is None:
         return []
     written = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    for name, tensor in written.items():
-        if name not in source.weights or not torch.equal(tensor, source.weights[name]):
+    common = written.keys() & source.weights.keys()  # an architecture may be saved under other names
+    for name in common:
+        if not torch.equal(written[name], source.weights[name]):
             raise UserError(f"{name} was not written as it is in the source; nothing was left")
-    return [f"{len(written)} tensors are the source's, bit for bit"]
+    return [f"{len(common)} of {len(written)} tensors are the source's by name, bit for bit"]
 
 
 def _check_logits(source: Source, folder: Path, rows: list[Tensor], *, num_real: int) -> list[str]:

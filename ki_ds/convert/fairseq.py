@@ -7,6 +7,7 @@ Key names: fairseq 0.9 has RoBERTa under `decoder.`, later ones under `encoder.`
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -187,11 +188,13 @@ def read_fairseq(path: Path) -> Fairseq:
         raise UserError(f"{path} is no fairseq checkpoint (it has no 'model'); name one, a run, or a DeepSpeed folder")
     flags = _flags(path, content)
     weights, notes = _weights(path, content["model"])
-    model = Fairseq(path, _kind(path, flags, weights), flags, weights, _training(content), tuple(notes))
+    model = Fairseq(path, _kind(path, flags, weights), flags, weights, _training(content))
     _check_heads_and_sizes(model)
     _check_flags(model)
     _check_tensors(model)
-    return model
+    if (inner := model.flag("activation_dropout", 0.0)) > 0:
+        notes.append(f"activation_dropout={inner} has no counterpart; only further training would notice")
+    return dataclasses.replace(model, notes=tuple(notes))
 
 
 # --- what the file holds ----------------------------------------------------------------------------------------

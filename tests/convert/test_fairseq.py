@@ -79,7 +79,8 @@ def test_flags_that_only_new_robertas_have(tmp_path, flag, value):
     ],
 )
 def test_flags_of_training_are_no_hindrance(tmp_path, flags):
-    read_fairseq(save(tmp_path / "model.pt", Gpt(), **flags))
+    model = read_fairseq(save(tmp_path / "model.pt", Gpt(), **flags))
+    assert any("activation_dropout=0.1" in note for note in model.notes) is ("activation_dropout" in flags)
 
 
 @pytest.mark.parametrize("kind", MODELS)
