@@ -110,6 +110,8 @@ def _work(args: argparse.Namespace, config: RunConfig, device: "torch.device") -
         say(f"{args.export_requests}: what to ask, one masked sample a line; its answers go into --import_answers")
         return
     if args.import_answers is not None:
+        if args.teacher_parameters is None:
+            say("the teacher's size is not known: its FLOPs count as 0 (--teacher_parameters)")
         recording = answers.record_answers(
             args.import_answers,
             questions,

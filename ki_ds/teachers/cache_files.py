@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import torch
 
 from ki_ds.data.store import sync_folder, token_dtype, write_atomically, write_errors_are_one_line
 from ki_ds.errors import UserError
@@ -223,7 +224,7 @@ class Chunk:
         try:
             if facts is not None and self.num_bytes != facts[0]:
                 raise ValueError(f"{self.num_bytes:,} bytes instead of {facts[0]:,}")
-            raw = np.memmap(path, np.uint8, "r").view(np.ndarray)
+            raw = _mapped(path)
             head_size = int(raw[:8].view("<u8")[0])
             head = json.loads(raw[8 : 8 + head_size].tobytes())
             metadata = json.loads(head.pop("__metadata__")["cache"])
@@ -283,6 +284,15 @@ class Chunk:
                 f"{int(self._crcs[record]):08x}); remove that file, and {_again(self.path.parent)}"
             )
         return rows
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """A file as uint8, mapped and read-only. NumPy's own map would keep a file descriptor for every chunk."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+    raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy() if size else np.empty(0, "u1")
+    raw.flags.writeable = False
+    return raw
 
 
 def _column(raw: np.ndarray, entry: dict[str, Any]) -> np.ndarray:

@@ -290,6 +290,28 @@ def test_static_variants_serve_any_number_of_epochs(base, tmp_path):
         torch.testing.assert_close(signal.probs_NK, probs_NV.gather(1, signal.ids_NK), rtol=4e-3, atol=0)
 
 
+def test_sources_are_numbered_behind_one_another_and_weights_only_choose(base, tmp_path):
+    other = tiny_corpus(tmp_path / "other", num_documents=30, seed=4, tokenizer=base / "corpus" / "tokenizer")
+
+    def weighted(*weights):
+        paths = (str(base / "corpus"), str(other))
+        return config_of(
+            base, data={"sources": [{"path": p, "weight": w} for p, w in zip(paths, weights, strict=True)]}
+        )
+
+    config = weighted(1, 1)
+    cache_of(config, tmp_path / "cache", kind="hidden", dtype="fp32")
+    online, _ = teacher_of(config)
+    cached, _ = teacher_of(reading(config, tmp_path / "cache"))
+    for batch in batches_of(config):
+        assert torch.equal(cached.signal(batch).hidden_ND, online.signal(batch).hidden_ND)
+    assert max(int(batch.sample_ids_B.max()) for batch in batches_of(config)) >= 615  # of the second source
+    refused(weighted(1, 4), tmp_path / "cache", r"lacks \d+ of the 32 records that steps 1 to 4 need")
+    cache_of(weighted(1, 4), tmp_path / "cache", kind="hidden", dtype="fp32")  # makes it larger
+    for both in (weighted(1, 1), weighted(1, 4)):
+        teacher_of(reading(both, tmp_path / "cache"))
+
+
 def test_a_damaged_record_ends_the_run_at_once(base, caches, tmp_path):
     cache = shutil.copytree(caches(kind="topk", topk=10), tmp_path / "cache")
     path = next(cache.glob("chunk_*"))

@@ -1,6 +1,7 @@
 """The files of a cache: what is written is read, what was changed is noticed, and what it costs."""
 
 import json
+import os
 import resource
 import shutil
 from dataclasses import replace
@@ -112,6 +113,22 @@ def test_masks_of_a_sample_lie_side_by_side(tmp_path):
     write(tmp_path, KEYS["topk"], columns)
     found = read_all(tmp_path, columns)
     assert np.array_equal(np.concatenate([rows["ids"] for rows in found]), columns["ids"])
+
+
+def test_chunks_hold_no_file_descriptor(tmp_path):
+    """A cache of terabytes has more chunks than a process may have files open."""
+    parts = [columns_of(KEYS["topk"], 2, seed=i, first_id=2 * i) for i in range(100)]
+    write(tmp_path, KEYS["topk"], *parts)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+    try:
+        files = CacheFiles.open(tmp_path, Manifest.read(tmp_path))
+        assert len(files.chunks) == 100
+        rows = files.read(int(parts[99]["sample_ids"][0]), int(parts[99]["input_hashes"][0]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with pytest.raises(ValueError, match="read-only"):
+        rows["ids"][:] = 0
 
 
 # ------------------------------------------------------------------------------------------------- damage
