@@ -244,7 +244,7 @@ def _of_deepspeed(path: Path, config: Path | None) -> Source:
         return cached[dtype]
 
     return Source(
-        what=f"DeepSpeed checkpoint {folder.resolve().name}, read with {found.loader}",
+        what=f"DeepSpeed checkpoint {folder.resolve().name}",
         task=task,
         files=found.files,
         model=model,

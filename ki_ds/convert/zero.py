@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ki_ds.convert.safe_pickle import Inert, plain, read_checkpoint
+from ki_ds.data.store import check_space
 from ki_ds.errors import UserError
 
 _MOMENTS = ("optimizer", "base_optimizer_state", "param_slice_mappings")  # large, and of no use here
@@ -91,17 +92,18 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _merge(folder: Path, files: Iterable[Path]) -> dict[str, Tensor]:
+def _merge(folder: Path, files: Sequence[Path]) -> dict[str, Tensor]:
     """zero_to_fp32's state dict of clean copies of the files."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"{folder} has weights in shards of ZeRO, which DeepSpeed merges; pip install deepspeed")
     with tempfile.TemporaryDirectory(prefix="ki_ds_zero_") as place:
         copies, merged = Path(place, "in", "clean"), Path(place, "out")
         copies.mkdir(parents=True)
+        check_space(copies, 2 * sum(file.stat().st_size for file in files))  # TMPDIR moves it elsewhere
         for file in files:
             torch.save(_clean(read_checkpoint(file)), copies / file.name)
         done = subprocess.run(
-            [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", copies.parent, merged, "--tag", copies.name],
+            [sys.executable, "-P", "-m", "deepspeed.utils.zero_to_fp32", copies.parent, merged, "--tag", copies.name],
             env={**os.environ, "DS_ACCELERATOR": "cpu"},
             capture_output=True,
             text=True,

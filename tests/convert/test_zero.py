@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,13 @@ def test_float32_shards_of_a_half_precision_training(engine, tmp_path):
     state["module"]["lm.transformer.ln_f.weight"] += 1
     torch.save(state, folder / "mp_rank_00_model_states.pt")
     with pytest.raises(UserError, match=r"transformer\.ln_f\.weight of the shards is not that of the model states"):
+        consolidate(folder)
+
+
+def test_no_room_for_the_copies_is_one_line(engine, tmp_path, monkeypatch):
+    folder = in_bfloat16(engine[0], tmp_path / "global_step8")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"0\.0 MB free, .* MB are needed"):
         consolidate(folder)
 
 
