@@ -66,6 +66,7 @@ ORDER = [
     "teachers.cache_build",
     "teachers.answers",
     "evaluation.perplexity",
+    "evaluation.measure",
     "convert.safe_pickle",
     "convert.fairseq",
     "convert.fairseq_to_hf",

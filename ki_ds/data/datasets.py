@@ -76,6 +76,28 @@ def dictionary_hash(path: Path) -> str:
     return hashlib.sha256(json.dumps(symbols).encode()).hexdigest()
 
 
+def check_tokenizer(folder: str, expected: str, *, what: str) -> bool:
+    """True when the tokenizer or dictionary beside a model is the corpus's, False when there is none; else UserError.
+
+    Args:
+        folder: a Hugging Face folder or hub name.
+        expected: `Vocabulary.sha256` of the corpus.
+        what: what named the folder, for the error line.
+    """
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    found = []
+    if Path(folder, "dict.txt").is_file():
+        found.append(dictionary_hash(Path(folder, "dict.txt")))
+    if not Path(folder).is_dir() or any(Path(folder, file).exists() for file in files):
+        found.append(tokenizer_hash(load_tokenizer(folder)))
+    if found and expected not in found:
+        raise UserError(
+            f"{what}={folder} has another tokenizer ({found[-1][:12]}) than data.corpus ({expected[:12]}); take a "
+            "model of the same tokenizer, or prepare the corpus with the model's"
+        )
+    return bool(found)
+
+
 def _of_tokenizer(folder: Path) -> Vocabulary:
     tokenizer = load_tokenizer(folder)
     return Vocabulary(tokenizer_hash(tokenizer), len(tokenizer), special_ids(tokenizer), tokenizer_dir=folder)
@@ -174,6 +196,18 @@ def open_datasets(data: DataConfig, task: Task, *, other_index_dir: Path) -> Dat
     return _Opener(data, task, other_index_dir).open()
 
 
+def open_validation(
+    data: DataConfig, task: Task, *, other_index_dir: Path
+) -> tuple[dict[str, Mixture], Vocabulary, tuple[str, ...]]:
+    """Only what a run is measured on: samples by domain, their vocabulary, and lines for the user.
+
+    Arguments and errors as in `open_datasets`.
+    """
+    opener = _Opener(data, task, other_index_dir)
+    valid = opener.validation(opener.valid_parts())
+    return valid, opener.vocabulary, tuple(opener.notes)
+
+
 class _Opener:
     """Opens each corpus once and remembers what all of them share."""
 
@@ -183,12 +217,9 @@ class _Opener:
         self.notes: list[str] = []
 
     def open(self) -> Datasets:
-        data = self.data
-        sources = [(source.domain or Path(source.path).name, source) for source in data.all_sources]
-        trained = tuple(dict.fromkeys(name for name, _ in sources))
-        domains = tuple(dict.fromkeys([*trained, *(data.valid or {})]))
+        sources, domains = self.sources, self.domains
         train_parts = [(self._corpus(s.path).train, _interval(s, held_out=self._held_out(s.path))) for _, s in sources]
-        valid_parts = self._valid_parts(sources)
+        valid_parts = self.valid_parts()
         weights = [source.weight for _, source in sources if source.weight is not None]
         train = Mixture(
             [
@@ -197,16 +228,30 @@ class _Opener:
             ],
             weights or None,
         )
-        valid = {
-            name: Mixture([self._dataset(*part, domain_id=domains.index(name), valid=True) for part in parts])
-            for name, parts in valid_parts.items()
-        }
+        valid = self.validation(valid_parts)
         hashes = {
             "tokenizer_sha256": self.vocabulary.sha256,
             "train_sha256": self._joint_hash(train_parts),
             "valid_sha256": self._joint_hash([part for parts in valid_parts.values() for part in parts]),
         }
+        trained = tuple(dict.fromkeys(name for name, _ in sources))
         return Datasets(train, valid, domains, trained, self.vocabulary, hashes, tuple(self.notes))
+
+    @property
+    def sources(self) -> list[tuple[str, SourceConfig]]:
+        """The sources with the names of their domains."""
+        return [(source.domain or Path(source.path).name, source) for source in self.data.all_sources]
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*(name for name, _ in self.sources), *(self.data.valid or {})]))
+
+    def validation(self, parts_of: dict[str, list[_Part]]) -> dict[str, Mixture]:
+        """The samples of each domain that is measured."""
+        return {
+            name: Mixture([self._dataset(*part, domain_id=self.domains.index(name), valid=True) for part in parts])
+            for name, parts in parts_of.items()
+        }
 
     def _corpus(self, path: str) -> _Corpus:
         if path not in self.corpora:
@@ -235,7 +280,7 @@ class _Opener:
         """Share of a training part that is kept for validation."""
         return self.data.valid_fraction if self.data.valid is None and self._corpus(path).valid is None else 0.0
 
-    def _valid_parts(self, sources: list[tuple[str, SourceConfig]]) -> dict[str, list[_Part]]:
+    def valid_parts(self) -> dict[str, list[_Part]]:
         """By domain, what it is measured on."""
         parts: dict[str, list[_Part]] = {}
         if self.data.valid is not None:
@@ -243,7 +288,7 @@ class _Opener:
                 corpus = self._corpus(path)
                 parts[name] = [(corpus.valid if corpus.valid is not None else corpus.train, Interval())]
             return parts
-        for name, path in dict.fromkeys((name, source.path) for name, source in sources):
+        for name, path in dict.fromkeys((name, source.path) for name, source in self.sources):
             corpus, held_out = self._corpus(path), self._held_out(path)
             if corpus.valid is None and not held_out:
                 raise UserError(

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from ki_ds import lineage
 from ki_ds.config import Task, TeacherConfig
-from ki_ds.data.datasets import dictionary_hash
-from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash
+from ki_ds.data.datasets import check_tokenizer
 from ki_ds.errors import UserError
 from ki_ds.lineage import Lineage
 from ki_ds.models import (
@@ -81,7 +80,7 @@ def make_teacher(
     name = "fp16" if device.type == "cuda" else "fp32"
     dtype = DTYPES[name if config.dtype == "auto" else config.dtype]
     read_config(folder, what="teacher.path")  # the cheapest way to find that it is no model at all
-    checked = _check_tokenizer(folder, tokenizer_sha256)
+    checked = check_tokenizer(folder, tokenizer_sha256, what="teacher.path")
     lm = load_lm(folder, task, dtype, what="teacher.path")
     _check_shape(lm, config.path, num_classes=num_classes, seq_len=seq_len)
     digest = weights_sha256(folder) if Path(folder).is_dir() else None
@@ -126,22 +125,6 @@ def _cached(config: TeacherConfig, questions: Questions, device: torch.device) -
 def _valid_ppl(folder: str) -> float | None:
     path = Path(folder) / "valid.json"
     return json.loads(path.read_text(encoding="utf-8"))["ppl"] if path.exists() else None
-
-
-def _check_tokenizer(folder: str, expected: str) -> bool:
-    """True when the teacher's tokenizer or dictionary is the corpus's, False when it has none; else UserError."""
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-    found = []
-    if Path(folder, "dict.txt").is_file():
-        found.append(dictionary_hash(Path(folder, "dict.txt")))
-    if not Path(folder).is_dir() or any(Path(folder, file).exists() for file in files):
-        found.append(tokenizer_hash(load_tokenizer(folder)))
-    if found and expected not in found:
-        raise UserError(
-            f"teacher.path={folder} has another tokenizer ({found[-1][:12]}) than data.corpus ({expected[:12]}); "
-            "take a teacher of the same tokenizer, or prepare the corpus with the teacher's"
-        )
-    return bool(found)
 
 
 def _check_shape(lm: PreTrainedModel, path: str, *, num_classes: int, seq_len: int) -> None:

@@ -1,0 +1,119 @@
+"""The perplexity of models, ours or anyone's, on validation sets with fixed masks, domain by domain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from rich.progress import Progress
+from rich.table import Table
+
+from ki_ds.config import DataConfig, LossConfig, Task
+from ki_ds.data.batches import Batch, ValidBatches
+from ki_ds.data.datasets import Vocabulary, check_tokenizer, open_validation
+from ki_ds.errors import UserError
+from ki_ds.evaluation.perplexity import Perplexity, validate
+from ki_ds.loss import LossOutput
+from ki_ds.models import DTYPES, InheritanceModel, check_vocabulary, load_lm, max_positions, model_folder
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's perplexity in each domain; `tokenizer_checked` is False where its folder has none to compare."""
+
+    model: str
+    domains: dict[str, Perplexity]
+    tokenizer_checked: bool
+
+    @property
+    def together(self) -> Perplexity:
+        """That of all domains' rows."""
+        return Perplexity.together(self.domains.values())
+
+
+def measure(
+    models: Sequence[str],
+    data: DataConfig,
+    task: Task,
+    *,
+    index_dir: Path,
+    micro_batch_size: int = 16,
+    dtype: str = "fp32",
+    device: torch.device | None = None,
+    show_progress: bool = True,
+) -> list[Measured]:
+    """The perplexities of models on the validation sets of `data`, one model in memory at a time.
+
+    Args:
+        models: run or checkpoint folders of ours, Hugging Face folders or hub names.
+        data: sources or `valid` with the blocks, masks and limits of validation (`valid_mask_variants`,
+            `max_valid_samples`); training parts are not read.
+        index_dir: where the index goes when it cannot be written beside the token files.
+        micro_batch_size: sequences of a forward pass; the figures do not depend on it.
+
+    Raises:
+        UserError: the data or a model cannot be used, or a model has another tokenizer or too few positions.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    valid, vocabulary, _ = open_validation(data, task, other_index_dir=index_dir)
+    batches = {
+        domain: ValidBatches(
+            samples,
+            micro_batch_size=micro_batch_size,
+            max_samples=data.max_valid_samples,
+            num_variants=data.valid_mask_variants,
+        )
+        for domain, samples in valid.items()
+    }
+    found = []
+    with Progress(disable=not show_progress, transient=True) as progress:
+        for name in models:
+            bar = progress.add_task(name, total=sum(map(len, batches.values())))
+            model, checked = _load(name, data, task, vocabulary, DTYPES[dtype], device)
+
+            @torch.no_grad()
+            def evaluate(batch: Batch, model: InheritanceModel = model, bar: object = bar) -> LossOutput:
+                progress.advance(bar)  # type: ignore[arg-type]
+                return LossOutput(*model(batch))
+
+            domains = {domain: validate(part, evaluate, device=device) for domain, part in batches.items()}
+            found.append(Measured(name, domains, checked))
+    return found
+
+
+def _load(
+    name: str, data: DataConfig, task: Task, vocabulary: Vocabulary, dtype: torch.dtype, device: torch.device
+) -> tuple[InheritanceModel, bool]:
+    folder = model_folder(name)
+    checked = check_tokenizer(folder, vocabulary.sha256, what="model")
+    lm = load_lm(folder, task, dtype, what="model")
+    check_vocabulary(lm, vocabulary.size, what=f"model {name}")
+    limit = max_positions(lm)
+    if limit is not None and data.seq_len > limit:
+        raise UserError(f"data.seq_len={data.seq_len} exceeds the {limit} positions of {name}; lower it")
+    model = InheritanceModel(lm, num_classes=vocabulary.size, loss=LossConfig(), tau=1.0).to(device).eval()
+    model.check()
+    if data.packing:
+        model.check_packing()
+    return model, checked
+
+
+def table(measured: Sequence[Measured]) -> Table:
+    """A row a model; with several, each domain's change against the first (Table 4: what adaptation forgets)."""
+    shown = Table("model", *measured[0].domains, *(["together"] if len(measured[0].domains) > 1 else []), box=None)
+    for row in measured:
+        parts = {**row.domains, **({"together": row.together} if len(row.domains) > 1 else {})}
+        cells = [f"{part.ppl:.2f}" for part in parts.values()]
+        if row is not measured[0]:
+            first = {**measured[0].domains, "together": measured[0].together}
+            cells = [
+                f"{cell} ({part.ppl / first[domain].ppl - 1:+.1%})"
+                for cell, (domain, part) in zip(cells, parts.items(), strict=True)
+            ]
+        shown.add_row(row.model, *cells)
+    return shown
