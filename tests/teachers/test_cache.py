@@ -162,6 +162,15 @@ def test_20_steps_from_hidden_states_are_bitwise_those_of_the_online_teacher(bas
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(found).items())
 
 
+def test_a_run_that_began_online_goes_on_from_a_cache(base, caches, online_runs):
+    train = {"num_steps": 20, "eval_every": 20, "save_every": 10}
+    inherit(base, "began_online", inherit=LONG["inherit"], train=train | {"stop_at_step": 10})
+    found = train_from(base, "began_online", caches(kind="hidden", dtype="fp32"))
+    assert losses(found) == losses(online_runs["mlm"])
+    expected = weights(online_runs["mlm"])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(found).items())
+
+
 def test_float16_states_and_the_whole_vocabulary_train_nearly_the_same(base, caches, online_runs):
     expected = losses(online_runs["mlm"])
     for name, spec in {"fp16": {"kind": "hidden", "dtype": "fp16"}, "k320": {"kind": "topk", "topk": 320}}.items():

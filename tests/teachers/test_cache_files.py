@@ -289,6 +289,21 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, limit):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_chunk_has_its_name_only_when_it_is_whole_and_on_the_disk(tmp_path, monkeypatch):
+    path = tmp_path / "chunk_0.safetensors"
+    seen = []
+    synced = os.fsync
+
+    def fsync(handle):
+        seen.append((path.exists(), os.fstat(handle).st_size))
+        synced(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_chunk(path, columns_of(KEYS["topk"], 100), key_sha256="", tokens=0)
+    assert seen[0] == (False, path.stat().st_size)  # the file, before its name
+    assert seen[1][0]  # the folder, with the name
+
+
 def test_two_keys_are_compared_by_field(cache):
     manifest = Manifest.read(cache[0])
     manifest.check(KEY, folder=cache[0], fix="do it")
