@@ -75,7 +75,9 @@ def check_coverage(files: CacheFiles, questions: Questions, *, folder: Path) -> 
     again = "call tools/cache_teacher.py again with this run's configuration: what is finished stays"
     if train.task == "mlm" and train.shares is None and last_mask not in files.masks:
         variants = train.datasets[0].masking.num_variants
-        text += f" (masks of {last_mask + 1} {'variants' if variants else 'epochs'}, it has {len(files.masks)})"
+        text += (
+            f" (masks of {last_mask + 1} {'variants' if variants else 'epochs'} are needed, it has {len(files.masks)})"
+        )
         again += "" if variants else ", or give both data.mask_variants to reuse masks"
     raise UserError(f"{text}; {again}")
 

@@ -275,7 +275,11 @@ def test_a_run_that_needs_more_is_refused_before_its_first_step(base, caches, tm
     more = config_of(base, train={"num_steps": 400}, inherit={"schedule": "linear", "steps": 21})
     refused(more, cache, r"lacks 8 of the 168 records that steps 1 to 21 need; call tools/cache_teacher\.py again")
     epochs = config_of(base, train={"num_steps": 400}, inherit={"schedule": "linear", "steps": 200})
-    refused(epochs, cache, r"lacks 1,440 of the 1,600 records .* \(masks of 3 epochs, it has 1\); .*mask_variants")
+    refused(
+        epochs,
+        cache,
+        r"lacks 1,440 of the 1,600 records .* \(masks of 3 epochs are needed, it has 1\); .*mask_variants",
+    )
     teacher = {"path": str(cache), "placement": "cache"}
     with pytest.raises(UserError, match="lacks 8 of the 168"):
         inherit(base, "hungry", teacher=teacher, inherit={"schedule": "linear", "steps": 21}, train={"num_steps": 21})
