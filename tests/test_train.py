@@ -122,16 +122,16 @@ def test_a_finished_run_is_not_repeated(base, capsys):
 
 def test_a_damaged_checkpoint_is_passed_over(base, capsys):
     whole = weights_hash(inherit(base, "intact"))
-    inherit(base, "damaged", train={"stop_at_step": 4})
-    newest = base / "damaged" / "checkpoints" / "step_00000004" / "engine" / "mp_rank_00_model_states.pt"
+    inherit(base, "damaged_checkpoint", train={"stop_at_step": 4})
+    newest = base / "damaged_checkpoint" / "checkpoints" / "step_00000004" / "engine" / "mp_rank_00_model_states.pt"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
-    inherit(base, "damaged")
+    inherit(base, "damaged_checkpoint")
     out = capsys.readouterr().out
     assert "mp_rank_00_model_states.pt has changed" in out
     assert "step_00000002" in out
-    assert weights_hash(base / "damaged") == whole
+    assert weights_hash(base / "damaged_checkpoint") == whole
 
 
 def test_inheriting_can_go_on_as_self_learning(base):

@@ -42,6 +42,7 @@ class Batch:
     domain_ids_B: torch.Tensor  # int64
     num_tokens: int  # real tokens, padding not counted
     position_ids_BL: torch.Tensor | None = None  # int64; begins at 0 with each of several blocks of a row
+    host: "Batch | None" = None  # the same in the host's memory, where it was moved from: to look at without a wait
 
     @property
     def num_rows(self) -> int:
@@ -50,7 +51,8 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch on a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return replace(moved, host=self.host or self)
 
     def pin_memory(self) -> Self:
         """The same batch in page-locked memory; torch's loader calls this."""
@@ -115,7 +117,7 @@ class _Parcel:
 
     @classmethod
     def pack(cls, batch: Batch) -> Self:
-        tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "num_tokens"}
+        tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("num_tokens", "host")}
         shapes = {name: None if tensor is None else tensor.shape for name, tensor in tensors.items()}
         words = torch.cat([tensor.reshape(-1) for tensor in tensors.values() if tensor is not None])
         return cls(words, shapes, batch.num_tokens)

@@ -45,6 +45,7 @@ class CachedTeacher:
             UserError: a record is missing, damaged, or answers another input.
         """
         assert self._files is not None, "a freed teacher was asked"
+        batch = batch.host or batch
         ids, hashes = batch.sample_ids_B.tolist(), input_hashes(batch)
         records = [self._files.read(*question) for question in zip(ids, hashes, strict=True)]
         rows = {name: np.concatenate([record[name] for record in records]) for name in records[0]}

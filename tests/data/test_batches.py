@@ -278,3 +278,11 @@ def test_packed_rows_keep_their_positions_and_padding_is_a_block_of_its_own(stor
         assert ids[:length].tolist() == sample.input_ids_T.tolist()
         assert positions[:length].tolist() == sample.position_ids_T.tolist()
         assert positions[length:].tolist() == list(range(len(positions) - length))
+
+
+def test_a_moved_batch_keeps_what_the_host_may_look_at(mlm):
+    (batch,) = next(iter(TrainBatches(mlm, seed=1, micro_batch_size=4, global_batch_size=4)))
+    moved = batch.to("meta").to("meta")
+    assert moved.input_ids_BL.is_meta
+    assert moved.host is batch
+    assert batch.host is None
