@@ -170,6 +170,8 @@ class InheritConfig:
         schedule: alpha over time: linear decay to 0, heaviside (1, then 0), constant, or none (self-learning).
         steps: T_inherit, the steps of teacher-guided learning (Table 7).
         slope: the paper's alpha_T instead of `steps`: alpha_t = max(1 - slope * t / T, 0), so T_inherit = T / slope.
+        start_step: updates before the first that is taught, from which the schedule counts: for a run that goes on to
+            inherit from another teacher.
         constant_alpha: alpha of the constant schedule.
         tau: temperature of both softmaxes; the KL is scaled by tau squared (2 in the released code).
     """
@@ -177,6 +179,7 @@ class InheritConfig:
     schedule: Literal["linear", "heaviside", "constant", "none"] = "none"
     steps: int | None = None
     slope: float | None = None
+    start_step: int = 0
     constant_alpha: float = 0.5
     tau: float = 2.0
 
@@ -461,6 +464,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "teacher.ahead": (1, 1024, True),
     "teacher.patience": (0, 1e9, True),
     "inherit.steps": (1, 2**62, True),
+    "inherit.start_step": (0, 2**62, True),
     "inherit.slope": (1e-9, 1e9, True),
     "inherit.constant_alpha": (0, 1, True),
     "inherit.tau": (1e-3, 1e3, True),
@@ -517,6 +521,14 @@ def _check_inheritance(config: RunConfig) -> None:
         raise UserError(f"inherit.schedule={inherit.schedule} was given {what}; give exactly one of them")
     if inherit.schedule in ("constant", "none") and given:
         raise UserError(f"inherit.{given[0]} has no meaning with inherit.schedule={inherit.schedule}; leave it out")
+    if inherit.start_step and inherit.schedule == "none":
+        raise UserError(
+            f"inherit.start_step={inherit.start_step} has no meaning with inherit.schedule=none; leave it out"
+        )
+    if inherit.start_step >= config.train.num_steps:
+        raise UserError(
+            f"inherit.start_step={inherit.start_step} is not before train.num_steps={config.train.num_steps}; lower it"
+        )
     if inherit.schedule != "constant" and inherit.constant_alpha != InheritConfig.constant_alpha:
         raise UserError(f"inherit.constant_alpha has no meaning with inherit.schedule={inherit.schedule}; leave it out")
 

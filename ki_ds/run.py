@@ -69,14 +69,9 @@ class Run:
         return Path(self.config.run_dir)
 
     @property
-    def inheriting_steps(self) -> int:
-        return inheriting_steps(self.config)
-
-
-def inheriting_steps(config: RunConfig) -> int:
-    """Updates that use the teacher; from this step on alpha is 0 for good."""
-    steps = configuration.inherit_steps(config)
-    return schedules.last_inheriting_step(config.inherit.schedule, steps, config.train.num_steps)
+    def taught(self) -> range:
+        """Completed updates at which alpha is above 0."""
+        return schedules.taught_steps(self.config)
 
 
 def load_data(config: RunConfig) -> Datasets:
@@ -114,10 +109,10 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
     if config.data.packing:
         model.check_packing()
     teacher: Teacher | None = None
-    facts = None
+    facts, taught = None, schedules.taught_steps(config)
     if bridge is not None:
         teacher, facts = connect_teacher(config, bridge, device, step=done["step"])
-    elif done["step"] < inheriting_steps(config):
+    elif done["step"] < taught.stop:
         teacher, facts = make_teacher(
             config.teacher,
             config.task,
@@ -126,7 +121,7 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
             seq_len=config.data.seq_len,
             packing=config.data.packing,
             device=device,
-            questions=Questions.of_run(config, data, steps=range(done["step"], inheriting_steps(config))),
+            questions=Questions.of_run(config, data, steps=range(max(done["step"], taught.start), taught.stop)),
         )
     if facts is not None and not facts.tokenizer_checked:
         say(f"{facts.path} has no tokenizer: of the teacher's vocabulary only the size could be checked")
@@ -261,7 +256,7 @@ def _manifest(
             "steps": configuration.inherit_steps(config),
             "tau": config.inherit.tau,
         },
-        "inheriting_steps": inheriting_steps(config),
+        "inheriting_steps": len(schedules.taught_steps(config)),
         "data": data.hashes,
         "domains": list(data.domains),
         "valid_masks": valid,

@@ -1,5 +1,8 @@
 """Pure functions of t, the number of completed updates: alpha (how much is inherited) and the learning rate."""
 
+from ki_ds import config as configuration
+from ki_ds.config import RunConfig
+
 
 def linear_alpha(t: int, inherit_steps: int) -> float:
     """max(0, 1 - t / T_inherit): 1 at the first update, 0 from T_inherit on (section 2.2; released code)."""
@@ -11,15 +14,21 @@ def heaviside_alpha(t: int, inherit_steps: int) -> float:
     return 1.0 if t < inherit_steps else 0.0
 
 
-def alpha(t: int, *, schedule: str, inherit_steps: int | None = None, constant: float = 0.5) -> float:
+def alpha(
+    t: int, *, schedule: str, inherit_steps: int | None = None, constant: float = 0.5, start_step: int = 0
+) -> float:
     """The inheritance rate in [0, 1] before update t + 1.
 
     Args:
         t: completed updates.
+        start_step: completed updates from which the schedule counts; before them alpha is 0.
         schedule: linear, heaviside, constant or none.
         inherit_steps: T_inherit; needed by linear and heaviside.
         constant: the rate of the constant schedule.
     """
+    if t < start_step:
+        return 0.0
+    t -= start_step
     match schedule:
         case "linear":
             assert inherit_steps
@@ -34,15 +43,17 @@ def alpha(t: int, *, schedule: str, inherit_steps: int | None = None, constant: 
     raise AssertionError(schedule)
 
 
-def last_inheriting_step(schedule: str, inherit_steps: int | None, num_steps: int) -> int:
-    """The number of updates that use the teacher; from this t on alpha is 0 for good."""
-    match schedule:
+def taught_steps(config: RunConfig) -> range:
+    """The completed updates t at which alpha is above 0; from their end on it is 0 for good."""
+    inherit, num_steps = config.inherit, config.train.num_steps
+    match inherit.schedule:
         case "none":
-            return 0
+            return range(0)
         case "constant":
-            return num_steps
-    assert inherit_steps
-    return min(inherit_steps, num_steps)
+            return range(inherit.start_step, num_steps)
+    steps = configuration.inherit_steps(config)
+    assert steps
+    return range(inherit.start_step, min(inherit.start_step + steps, num_steps))
 
 
 def learning_rate(t: int, *, peak: float, num_steps: int, warmup_fraction: float) -> float:

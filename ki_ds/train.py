@@ -74,7 +74,7 @@ def _loop(run: Run) -> None:
             _validate(run, log, display)
         watch.run()
         for micro_batches in _batches(run, last):
-            if run.teacher is not None and totals.step >= run.inheriting_steps:
+            if run.teacher is not None and totals.step >= run.taught.stop:
                 _free_teacher(run, log)
             rates = train_step(run, micro_batches, window)
             totals.step += 1
@@ -116,9 +116,12 @@ def _batches(run: Run, last: int) -> TrainBatches:
 def train_step(run: Run, micro_batches: list[Batch], window: Window) -> dict[str, float]:
     """One update from one global batch; {alpha, lr} that it used. No host sync."""
     t, config = run.totals.step, run.config
-    inherit_steps = configuration.inherit_steps(config)
     alpha = schedules.alpha(
-        t, schedule=config.inherit.schedule, inherit_steps=inherit_steps, constant=config.inherit.constant_alpha
+        t,
+        schedule=config.inherit.schedule,
+        inherit_steps=configuration.inherit_steps(config),
+        constant=config.inherit.constant_alpha,
+        start_step=config.inherit.start_step,
     )
     lr = schedules.learning_rate(
         t, peak=config.optim.lr, num_steps=config.train.num_steps, warmup_fraction=config.optim.warmup_fraction

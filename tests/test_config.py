@@ -42,6 +42,8 @@ def test_saved_configuration_loads_as_itself(tmp_path):
         (["--teacher.path", "t", "--inherit.schedule", "linear"], ["neither"]),
         ([*INHERITING[4:], "--inherit.slope", "3"], ["both"]),
         (["--inherit.steps", "5"], ["inherit.steps", "no meaning"]),
+        (["--inherit.start_step", "5"], ["inherit.start_step=5", "no meaning"]),
+        ([*INHERITING[4:], "--inherit.start_step", "125000"], ["inherit.start_step=125000", "train.num_steps"]),
         (["--run_dir", ""], ["run_dir is empty"]),
         (["--data.corpus", ""], ["neither data.corpus nor data.sources"]),
         (["--data.sources", "[{path: a}]"], ["both data.corpus and data.sources"]),

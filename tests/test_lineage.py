@@ -81,6 +81,25 @@ def test_a_change_of_teachers_is_remembered(base, generations):
     assert record["step"] == 6
 
 
+def test_from_one_teacher_to_none_to_another_without_a_reset(base, generations):
+    """The optimizer, the data and the learning rate go on; only who teaches changes."""
+    other = inherit(base, "lineage_second_teacher", model={"hidden_size": 16})
+    name, allow = "lineage_in_turn", {"changed_config": "allow"}
+    train = {"num_steps": 10, "save_every": 10}
+    first = {"schedule": "linear", "steps": 2}
+    inherit(base, name, inherit=first, train={**train, "stop_at_step": 5})
+    second = {"schedule": "heaviside", "steps": 3, "start_step": 6}
+    folder = inherit(base, name, inherit=second, teacher={"path": str(other)}, train={**train, **allow})
+    steps = records(folder, "train")
+    assert [r["alpha"] for r in steps] == [1.0, 0.5, 0, 0, 0, 0, 1.0, 1.0, 1.0, 0]
+    assert [r["kl"] > 0 for r in steps] == [r["alpha"] > 0 for r in steps]
+    alone = run(base / "lineage_alone", base / "corpus", train=train)
+    rates = [[r["lr"], r["tokens"]] for r in steps]
+    assert rates == [[r["lr"], r["tokens"]] for r in records(alone, "train")]
+    record = json.loads((folder / "checkpoints/step_00000010/hf" / lineage.FILE_NAME).read_text())
+    assert [t["lineage"]["name"] for t in record["teachers"]] == ["mlm_teacher", "lineage_second_teacher"]
+
+
 def test_a_start_from_trained_weights_is_an_ancestor(base, generations):
     first = generations[0]
     model = {"name": str(first), "init": "pretrained"}

@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ki_ds import schedules
+from ki_ds.config import InheritConfig, RunConfig, TrainConfig
 
 STEPS = st.integers(1, 10**6)
 
@@ -22,16 +23,27 @@ def test_alpha_lies_in_0_1_never_rises_and_ends_at_0(t, inherit_steps):
         now, later = (schedules.alpha(s, schedule=schedule, inherit_steps=inherit_steps) for s in (t, t + 1))
         assert 1 >= now >= later >= 0
         assert schedules.alpha(0, schedule=schedule, inherit_steps=inherit_steps) == 1
-        end = schedules.last_inheriting_step(schedule, inherit_steps, 10**9)
-        assert schedules.alpha(end, schedule=schedule, inherit_steps=inherit_steps) == 0
-        assert schedules.alpha(end - 1, schedule=schedule, inherit_steps=inherit_steps) > 0
 
 
 def test_constant_and_none():
     assert schedules.alpha(7, schedule="constant", constant=0.3) == 0.3
     assert schedules.alpha(7, schedule="none") == 0
-    assert schedules.last_inheriting_step("constant", None, 90) == 90
-    assert schedules.last_inheriting_step("none", None, 90) == 0
+
+
+@given(
+    schedule=st.sampled_from(["linear", "heaviside", "constant", "none"]),
+    inherit_steps=st.integers(1, 120),
+    start=st.integers(0, 99),
+)
+def test_taught_steps_are_those_with_alpha(schedule, inherit_steps, start):
+    start = 0 if schedule == "none" else start
+    counted = {"inherit_steps": inherit_steps} if schedule in ("linear", "heaviside") else {}
+    inherit = InheritConfig(schedule=schedule, steps=counted.get("inherit_steps"), start_step=start)
+    config = RunConfig(inherit=inherit, train=TrainConfig(num_steps=100))
+    alphas = [schedules.alpha(t, schedule=schedule, start_step=start, **counted) for t in range(100)]
+    assert [t for t in range(100) if alphas[t] > 0] == list(schedules.taught_steps(config))
+    alone = [schedules.alpha(t, schedule=schedule, **counted) for t in range(100 - start)]
+    assert alphas == [0.0] * start + alone
 
 
 @given(STEPS, st.floats(0, 0.9))

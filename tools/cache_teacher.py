@@ -90,21 +90,23 @@ def run(argv: list[str]) -> None:
 def _work(args: argparse.Namespace, config: RunConfig, device: "torch.device") -> None:
     from ki_ds.data.datasets import open_datasets
     from ki_ds.distributed import on_main, say
-    from ki_ds.run import inheriting_steps
+    from ki_ds.schedules import taught_steps
     from ki_ds.teachers import answers, cache_build
     from ki_ds.teachers.questions import Questions
 
-    if not inheriting_steps(config):
+    taught = taught_steps(config)
+    if not taught:
         raise UserError("inherit.schedule=none asks no teacher; give the run's own --config with its schedule")
     elsewhere = (args.out or args.export_requests.parent) / "index"
     on_main(lambda: open_datasets(config.data, config.task, other_index_dir=elsewhere))
     data = open_datasets(config.data, config.task, other_index_dir=elsewhere)
-    steps = inheriting_steps(config)
-    questions = Questions.of_run(config, data, steps=range(args.steps or steps))
+    steps = range(taught.start, taught.start + args.steps) if args.steps else taught
+    questions = Questions.of_run(config, data, steps=steps)
     if args.epochs is not None:
         questions = questions.of_epochs(args.epochs)
-    elif args.steps is None and steps < config.train.num_steps:
-        say(f"of {config.train.num_steps:,} steps the first {steps:,} have alpha above 0: only these are cached")
+    elif args.steps is None and len(taught) < config.train.num_steps:
+        which = f"the first {len(taught):,}" if not taught.start else f"{taught.start + 1:,} to {taught.stop:,}"
+        say(f"of {config.train.num_steps:,} steps {which} have alpha above 0: only these are cached")
     if args.export_requests is not None:
         on_main(lambda: answers.export_requests(args.export_requests, questions, data.vocabulary.tokenizer))
         say(f"{args.export_requests}: what to ask, one masked sample a line; its answers go into --import_answers")

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from ki_ds import config as configuration
 from ki_ds import schedules
 from ki_ds.bridge import Bridge
 from ki_ds.config import RunConfig
@@ -56,7 +55,7 @@ def teach(config: RunConfig, bridge: Bridge, device: torch.device) -> None:
         error.said_by_main = True
         raise
     bridge.put(f"facts_{bridge.rank}", {"facts": asdict(facts)})
-    start, last = bridge.get("start"), last_taught_step(config)
+    steps = _steps(config, bridge.get("start"))
     streams = [
         TrainBatches(
             data.train,
@@ -66,16 +65,16 @@ def teach(config: RunConfig, bridge: Bridge, device: torch.device) -> None:
             rank=student,
             world_size=bridge.num_students,
             num_workers=config.data.num_workers,
-            start_step=start,
-            num_steps=last,
+            start_step=steps.start,
+            num_steps=steps.stop,
             pin_memory=device.type == "cuda",
         )
         for student in bridge.students
     ]
     busy = idle = 0.0
     number = 0
-    for steps in zip(*streams, strict=True):
-        for micro_batches in zip(*steps, strict=True):
+    for step in zip(*streams, strict=True):
+        for micro_batches in zip(*step, strict=True):
             for student, batch in zip(bridge.students, micro_batches, strict=True):
                 began = time.perf_counter()
                 signal = teacher.signal(batch.to(device, non_blocking=True))
@@ -99,11 +98,11 @@ def _send(bridge: Bridge, tensors: list[torch.Tensor], student: int) -> None:
         raise error from None
 
 
-def last_taught_step(config: RunConfig) -> int:
-    """The step before which alpha reaches 0, or the run stops."""
-    steps = configuration.inherit_steps(config)
-    taught = schedules.last_inheriting_step(config.inherit.schedule, steps, config.train.num_steps)
-    return min(taught, config.train.stop_at_step or config.train.num_steps)
+def _steps(config: RunConfig, start: int) -> range:
+    """The steps from `start` on that are taught before the run ends or stops."""
+    taught = schedules.taught_steps(config)
+    first = max(start, taught.start)
+    return range(first, max(min(taught.stop, config.train.stop_at_step or taught.stop), first))
 
 
 # --- the student's side -------------------------------------------------------------------------------------------
@@ -129,7 +128,7 @@ def connect_teacher(
     if "error" in note:
         raise UserError(note["error"])
     accumulation = config.train.global_batch_size // (config.train.micro_batch_size * bridge.num_students)
-    num_batches = max(last_taught_step(config) - step, 0) * accumulation
+    num_batches = len(_steps(config, step)) * accumulation
     teacher = RanksTeacher(
         bridge, device, num_batches=num_batches, ahead=config.teacher.ahead, patience=config.teacher.patience
     )

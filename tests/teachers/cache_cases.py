@@ -10,6 +10,7 @@ import torch
 from ki_ds import config as configuration
 from ki_ds.config import RunConfig
 from ki_ds.data.datasets import Datasets, open_datasets
+from ki_ds.schedules import taught_steps
 from ki_ds.teachers.cache_build import CHUNK_BYTES, Recording, build_cache, record_teacher
 from ki_ds.teachers.cache_files import Manifest
 from ki_ds.teachers.factory import make_teacher
@@ -43,9 +44,7 @@ def data_of(config: RunConfig) -> Datasets:
 def questions_of(config: RunConfig, data: Datasets | None = None, *, steps: range | None = None) -> Questions:
     """What it asks its teacher."""
     if steps is None:
-        from ki_ds.run import inheriting_steps  # brings deepspeed along
-
-        steps = range(inheriting_steps(config))
+        steps = taught_steps(config)
     return Questions.of_run(config, data or data_of(config), steps=steps)
 
 

@@ -106,6 +106,7 @@ from tests.teachers.cache_cases import questions_of, recording_of
 config, out, chunk_bytes = configuration.load(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 for chunks in (1, 4, 9):  # each time it is killed once that many chunks are there
     if not (child := os.fork()):
+        sys.stdout = open(os.devnull, "w")  # what it says must not mix with the lines below
         questions = questions_of(config, steps=range(1)).of_epochs(2)
         build_cache(out, questions, recording_of(config, questions), chunk_bytes=chunk_bytes)
         os._exit(0)
@@ -113,7 +114,7 @@ for chunks in (1, 4, 9):  # each time it is killed once that many chunks are the
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    print(*(f"{path.name}:{path.stat().st_ino}" for path in out.glob("chunk_*")))
+    print(*(f"{path.name}:{path.stat().st_ino}" for path in out.glob("chunk_*")), flush=True)
 """
 
 

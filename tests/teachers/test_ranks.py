@@ -83,6 +83,17 @@ def test_a_resume_in_the_middle_goes_on_bitwise_and_with_another_placement(confi
     assert weights(part_dir) == weights(whole_dir)
 
 
+@pytest.mark.slow
+def test_a_teacher_that_begins_later_is_not_ahead_of_its_time(configure):
+    inherit = {"schedule": "linear", "steps": 6, "start_step": 9}
+    online, online_dir = configure("later_online", inherit=inherit)
+    succeeded(train_ranks(online))
+    ranks, ranks_dir = configure("later_ranks", inherit=inherit, teacher={"placement": "ranks"})
+    succeeded(train_ranks(ranks, world=2))
+    assert figures(ranks_dir) == figures(online_dir)
+    assert [r["kl"] > 0 for r in records(ranks_dir, "train")] == [False] * 9 + [True] * 6 + [False] * 5
+
+
 def start(config, world):
     """The processes of a job, not waited for."""
     ranks = {
@@ -140,7 +151,9 @@ def test_a_teacher_that_dies_or_hangs_ends_the_run_by_name(configure, fault):
 @pytest.mark.slow
 def test_a_teacher_whose_student_is_gone_ends_too(configure):
     train = {"num_steps": 5000, "eval_every": 5000, "save_every": 5000}
-    config, run_dir = configure("orphan", teacher={"placement": "ranks"}, train=train, inherit={"schedule": "constant"})
+    config, run_dir = configure(
+        "left_alone", teacher={"placement": "ranks"}, train=train, inherit={"schedule": "constant"}
+    )
     student, teacher = processes = start(config, 2)
     try:
         wait_for_step(run_dir, 3, processes)
