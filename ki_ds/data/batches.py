@@ -109,9 +109,12 @@ def _positions(samples: list[Sample], width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Parcel:
-    """A batch as one tensor: handing one over from a loader process costs a fraction of handing over eight."""
+    """A batch as one array, on its way from a loader process.
 
-    words: torch.Tensor  # int64, the batch's tensors one behind the other
+    torch hands every tensor over by a file descriptor, which costs more than to copy an array of this size.
+    """
+
+    words: np.ndarray | torch.Tensor  # int64, the batch's tensors one behind the other
     shapes: dict[str, torch.Size | None]  # of the batch's tensors, None for what it lacks
     num_tokens: int
 
@@ -119,19 +122,20 @@ class _Parcel:
     def pack(cls, batch: Batch) -> Self:
         tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("num_tokens", "host")}
         shapes = {name: None if tensor is None else tensor.shape for name, tensor in tensors.items()}
-        words = torch.cat([tensor.reshape(-1) for tensor in tensors.values() if tensor is not None])
+        words = np.concatenate([tensor.numpy().reshape(-1) for tensor in tensors.values() if tensor is not None])
         return cls(words, shapes, batch.num_tokens)
 
     def unpack(self) -> Batch:
-        """The batch, its tensors views of the one."""
+        """The batch, its tensors views of the array."""
+        words = torch.as_tensor(self.words)
         sizes = [0 if shape is None else shape.numel() for shape in self.shapes.values()]
-        parts = dict(zip(self.shapes, self.words.split(sizes), strict=True))
+        parts = dict(zip(self.shapes, words.split(sizes), strict=True))
         tensors = {name: None if shape is None else parts[name].view(shape) for name, shape in self.shapes.items()}
         return Batch(num_tokens=self.num_tokens, **tensors)  # type: ignore[arg-type]
 
     def pin_memory(self) -> Self:
         """The same parcel in page-locked memory; torch's loader calls this."""
-        return replace(self, words=self.words.pin_memory())
+        return replace(self, words=torch.as_tensor(self.words).pin_memory())
 
 
 class _MicroBatches(Dataset[Batch | _Parcel | UserError]):
