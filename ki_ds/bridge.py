@@ -7,12 +7,13 @@ through the store, tensors from a teacher rank to a student rank through a gloo 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import socket
 import time
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -30,7 +31,10 @@ _DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
 
 @dataclass(frozen=True)
 class Bridge:
-    """One rank's end. Ranks are counted through the job: students 0..S-1, teachers S..S+T-1."""
+    """One rank's end. Ranks are counted through the job: students 0..S-1, teachers S..S+T-1.
+
+    Notes and tensors raise ConnectionError when the other side is gone.
+    """
 
     rank: int
     num_students: int
@@ -56,19 +60,21 @@ class Bridge:
 
     def put(self, name: str, value: Any) -> None:
         """Leave a note (JSON) for whoever gets it."""
-        self.store.set(name, json.dumps(value))
+        with _other_side():
+            self.store.set(name, json.dumps(value))
 
     def get(self, name: str, *, seconds: float = math.inf) -> Any:
         """A note that another rank has left or will leave; TimeoutError after `seconds`."""
         until = time.monotonic() + seconds
-        while not self.store.check([name]):
-            if time.monotonic() > until:
-                raise TimeoutError(name)
-            time.sleep(0.05)
-        return json.loads(self.store.get(name))
+        with _other_side():
+            while not self.store.check([name]):
+                if time.monotonic() > until:
+                    raise TimeoutError(name)
+                time.sleep(0.05)
+            return json.loads(self.store.get(name))
 
     def send(self, tensors: list[Tensor], to: int) -> None:
-        """Send tensors to a student; returns when they are there, raises RuntimeError when it is gone."""
+        """Send tensors to a student; returns when they are there."""
         shapes = [[_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape] for tensor in tensors]
         flat = [number for shape in shapes for number in shape]
         self._send(torch.tensor([len(flat)]), to)
@@ -77,26 +83,38 @@ class Bridge:
             self._send(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8), to)
 
     def receive(self, source: int) -> list[Tensor]:
-        """The next tensors from a teacher, on the CPU; waits for them, raises RuntimeError when it is gone."""
+        """The next tensors from a teacher, on the CPU; waits for them."""
         flat = self._receive(int(self._receive(1, source)[0]), source).tolist()
         tensors = []
         while flat:
             dtype, shape = _DTYPES[flat[0]], flat[2 : 2 + flat[1]]
             tensor = torch.empty(shape, dtype=dtype)
             if tensor.numel():
-                self.group.recv([tensor.view(-1).view(torch.uint8)], source, 0).wait(_FOREVER)
+                with _other_side():
+                    self.group.recv([tensor.view(-1).view(torch.uint8)], source, 0).wait(_FOREVER)
             tensors.append(tensor)
             flat = flat[2 + len(shape) :]
         return tensors
 
     def _send(self, tensor: Tensor, to: int) -> None:
         if tensor.numel():
-            self.group.send([tensor], to, 0).wait(_FOREVER)
+            with _other_side():
+                self.group.send([tensor], to, 0).wait(_FOREVER)
 
     def _receive(self, count: int, source: int) -> Tensor:
         tensor = torch.empty(count, dtype=torch.int64)
-        self.group.recv([tensor], source, 0).wait(_FOREVER)
+        with _other_side():
+            self.group.recv([tensor], source, 0).wait(_FOREVER)
         return tensor
+
+
+@contextlib.contextmanager
+def _other_side() -> Iterator[None]:
+    """gloo and the store say a lost connection by RuntimeErrors of their own."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(str(error).splitlines()[0]) from None
 
 
 def split_world(env: MutableMapping[str, str], num_teachers: int) -> Bridge:

@@ -73,7 +73,7 @@ class DataConfig:
         mask_variants: different masks of a sample, taken in turn over the epochs; 0 makes new ones every epoch.
         num_workers: loader processes per rank; the order never depends on it. 0 loads in the training process.
         index_dir: folder for hashes of token files and the places of blocks, which make later starts quick; null
-            takes .ki_ds_index beside the files, or none where that cannot be written.
+            takes .ki_ds_index beside the files, or RUN_DIR/index where that is read-only.
         valid_mask_variants: times the mlm validation set is masked, each time with other fixed masks.
         max_valid_samples: validation blocks of a domain used at most; null takes all.
     """
@@ -539,8 +539,8 @@ def _check_teacher(teacher: TeacherConfig) -> None:
             f"teacher.topk_semantics={teacher.topk_semantics} has no meaning with "
             f"teacher.placement={teacher.placement}; leave it out"
         )
-    if teacher.placement == "cache" and teacher.path is None:
-        raise UserError("teacher.placement=cache needs the cache's folder; give teacher.path")
+    if teacher.placement != "online" and teacher.path is None:
+        raise UserError(f"teacher.placement={teacher.placement} needs a folder; give teacher.path")
 
 
 def _check_data(data: DataConfig) -> None:
@@ -559,6 +559,10 @@ def _check_data(data: DataConfig) -> None:
                 raise UserError(f"{name}.{field_name}={value} is not positive; change it")
         if not 0 < source.fraction <= 1:
             raise UserError(f"{name}.fraction={source.fraction} is outside (0, 1]; change it")
+    if data.long_lines == "drop" and data.break_mode in ("none", "none_doc"):
+        raise UserError(f"data.long_lines=drop has no meaning with data.break_mode={data.break_mode}; leave it out")
+    if data.valid is not None and data.valid_fraction:
+        raise UserError(f"data.valid_fraction={data.valid_fraction} has no meaning with data.valid; leave it out")
     if data.valid == {}:
         raise UserError("data.valid is empty; give {domain: corpus}, or null for the sources' own validation parts")
 

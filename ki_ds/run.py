@@ -76,9 +76,15 @@ class Run:
 
 def load_data(config: RunConfig) -> Datasets:
     """The run's samples; rank 0 goes first, and leaves what takes long where the others find it."""
-    elsewhere = Path(config.run_dir) / "index"
-    on_main(lambda: open_datasets(config.data, config.task, other_index_dir=elsewhere))
-    return open_datasets(config.data, config.task, other_index_dir=elsewhere)
+    opened: list[Datasets] = []
+
+    def open_here() -> None:
+        opened.append(open_datasets(config.data, config.task, other_index_dir=Path(config.run_dir) / "index"))
+
+    on_main(open_here)
+    if not opened:
+        open_here()
+    return opened[0]
 
 
 def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = None) -> Run:

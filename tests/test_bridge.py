@@ -34,7 +34,7 @@ except TimeoutError as error:
     print("timeout", error)
 try:
     bridge.receive(bridge.teacher)
-except RuntimeError:
+except ConnectionError:
     print("gone", flush=True)
 dist.barrier()  # rank 0 holds the store
 os._exit(0)

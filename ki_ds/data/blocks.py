@@ -5,7 +5,7 @@ Shape suffixes: T tokens of one sample, U units of it (tokens or words), N label
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from ki_ds.errors import UserError
 
 BreakMode = Literal["complete", "complete_doc", "eos", "none", "none_doc"]
 LongLines = Literal["split", "drop"]
+Epochs = TypeVar("Epochs", int, np.ndarray)
 
 # ------------------------------------------------------------------------------------------------- blocks
 
@@ -173,8 +174,8 @@ class MaskConfig:
         if self.num_variants < 0:
             raise UserError(f"num_variants={self.num_variants} is negative; 0 makes new masks every epoch")
 
-    def variant(self, epoch: int) -> int:
-        """Which of a sample's masks an epoch uses."""
+    def variant(self, epoch: Epochs) -> Epochs:
+        """Which of a sample's masks an epoch (or each of an array of them) uses."""
         return epoch % self.num_variants if self.num_variants else epoch
 
 

@@ -214,12 +214,14 @@ class _Opener:
     def __init__(self, data: DataConfig, task: Task, other_index_dir: Path) -> None:
         self.data, self.task, self.other_index_dir = data, task, other_index_dir
         self.corpora: dict[str, _Corpus] = {}
+        self.digests: dict[Path, str] = {}
         self.notes: list[str] = []
 
     def open(self) -> Datasets:
         sources, domains = self.sources, self.domains
         train_parts = [(self._corpus(s.path).train, _interval(s, held_out=self._held_out(s.path))) for _, s in sources]
         valid_parts = self.valid_parts()
+        self._check_options()
         weights = [source.weight for _, source in sources if source.weight is not None]
         train = Mixture(
             [
@@ -275,6 +277,24 @@ class _Opener:
         if self.vocabulary.tokenizer is None:
             raise UserError("data.whole_words=true needs the text of the ids; name GPT-2's folder with data.tokenizer")
         return words.word_beginnings(self.vocabulary.tokenizer)
+
+    def _check_options(self) -> None:
+        """UserError for an option that no corpus has a use for, and for text that is trained on and measured."""
+        data, corpora = self.data, self.corpora.values()
+        given = None if data.tokenizer is None else Path(data.tokenizer)
+        if given is not None and all(corpus.vocabulary.tokenizer_dir != given for corpus in corpora):
+            raise UserError(f"data.tokenizer={given} has no meaning: every corpus has its own; leave it out")
+        if data.valid_fraction and all(corpus.valid is not None for corpus in corpora):
+            raise UserError(
+                f"data.valid_fraction={data.valid_fraction} has no meaning: every corpus has a validation part; "
+                "leave it out"
+            )
+        for name, path in (data.valid or {}).items():
+            if self._corpus(path).valid is None and path in [source.path for source in data.all_sources]:
+                raise UserError(
+                    f"data.valid.{name}={path} is trained on and has no validation part; give other text, or "
+                    "data.valid_fraction instead"
+                )
 
     def _held_out(self, path: str) -> float:
         """Share of a training part that is kept for validation."""
@@ -350,7 +370,7 @@ class _Opener:
         cache, (bin_path, idx_path) = self._cache(store), store.paths
         if not cache.knows(idx_path):
             open_store(store.prefix)  # with every check
-        found = (cache.sha256(bin_path), cache.sha256(idx_path))
+        found = self.digests[bin_path], self.digests[idx_path] = cache.sha256(bin_path), cache.sha256(idx_path)
         if store.manifest is None:
             return
         for path, digest, said in zip(
@@ -363,7 +383,7 @@ class _Opener:
                 )
 
     def _hashes(self, stores: list[TokenStore]) -> list[str]:
-        return [self._cache(store).sha256(path) for store in stores for path in store.paths]
+        return [self.digests[path] for store in stores for path in store.paths]
 
     def _joint_hash(self, parts: Sequence[_Part]) -> str:
         """One hash of some parts; that of the `.bin` where they are just one whole store."""

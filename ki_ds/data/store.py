@@ -361,12 +361,12 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Put `text` under `path`: whole or not at all."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Put `content` under `path`, text as UTF-8: whole or not at all, and durable."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with write_errors_are_one_line(path), temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with write_errors_are_one_line(path), temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

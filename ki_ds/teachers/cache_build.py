@@ -161,7 +161,7 @@ def _claimed(out: Path) -> Iterator[None]:
 
 def _begin(out: Path, recording: Recording) -> None:
     """Leave a manifest of the recording's key in the folder, and no half-written file."""
-    for half in out.glob(".*.tmp"):
+    for half in out.glob("*.tmp"):
         half.unlink()
     if (out / MANIFEST).exists():
         Manifest.read(out).check(recording.key, folder=out, fix="give another --out, or remove the cache")

@@ -36,7 +36,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-from ki_ds.data.store import sync_folder, token_dtype, write_atomically, write_errors_are_one_line
+from ki_ds.data.store import token_dtype, write_atomically
 from ki_ds.errors import UserError
 
 FORMAT = 1
@@ -167,7 +167,7 @@ def write_chunk(path: Path, columns: Columns, *, key_sha256: str, tokens: int) -
     ]
     metadata = {"cache": json.dumps({"key": key_sha256, "tokens": tokens})}
     content = safetensors.numpy.save({**index, "crcs": np.array(crcs, np.uint32), **rows}, metadata)
-    _write_bytes(path, content)
+    write_atomically(path, content)
 
 
 def _narrow(values: np.ndarray) -> np.ndarray:
@@ -182,23 +182,9 @@ def _crc(index: list[int], rows: Columns) -> int:
     return crc
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with write_errors_are_one_line(path), temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
 def write_head(folder: Path, content: bytes) -> str:
     """Store the teacher's head (safetensors bytes); its SHA-256."""
-    _write_bytes(folder / HEAD, content)
+    write_atomically(folder / HEAD, content)
     return hashlib.sha256(content).hexdigest()
 
 

@@ -19,7 +19,6 @@ from ki_ds.config import RunConfig
 from ki_ds.data.batches import Batch, collate
 from ki_ds.data.datasets import Datasets
 from ki_ds.data.mixture import Mixture
-from ki_ds.data.samples import DEFAULT_BREAK_MODE
 from ki_ds.errors import UserError
 
 _BLOCK = 1 << 20  # places of the stream that are looked at together
@@ -74,10 +73,7 @@ class Questions:
 
     def masks(self, epochs: np.ndarray) -> np.ndarray:
         """The masks of some epochs, int64."""
-        if self.train.task == "causal":
-            return np.zeros_like(epochs)
-        variants = self.train.datasets[0].masking.num_variants
-        return epochs % variants if variants else epochs
+        return np.zeros_like(epochs) if self.train.task == "causal" else self.train.datasets[0].masking.variant(epochs)
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(places, masks, sample ids), int64 [P] each, block by block in the stream's order."""
@@ -111,14 +107,13 @@ def sample_key(config: RunConfig, data: Datasets) -> dict[str, Any]:
     The weights of sources are not among it: they choose which samples are asked about, and alter none.
     """
     settings = config.data
-    auto = DEFAULT_BREAK_MODE[config.task] if settings.break_mode == "auto" else settings.break_mode
     parts = [
         {k: v for k, v in asdict(s).items() if k in ("half", "fraction", "max_tokens")} for s in settings.all_sources
     ]
     key = {
         "task": config.task,
         "data.seq_len": settings.seq_len,
-        "data.break_mode": auto,
+        "data.break_mode": data.train.datasets[0].blocks.break_mode,
         "data.long_lines": settings.long_lines,
         "data.packing": settings.packing,
         "data.sources": parts,

@@ -37,8 +37,17 @@ def teach(config: RunConfig, bridge: Bridge, device: torch.device) -> None:
     """Answer this rank's students until alpha is 0 or the run ends.
 
     Raises:
-        UserError: the data or the teacher cannot be used; the students say it, as they end with it.
+        UserError: the data or the teacher cannot be used, or a student is gone; the students say why, as they end.
     """
+    try:
+        _teach(config, bridge, device)
+    except ConnectionError:
+        error = UserError("a student rank is gone; start the job again to go on from its last checkpoint")
+        error.said_by_main = True
+        raise error from None
+
+
+def _teach(config: RunConfig, bridge: Bridge, device: torch.device) -> None:
     try:
         data = open_datasets(config.data, config.task, other_index_dir=Path(config.run_dir) / "index")
         teacher, facts = make_teacher(
@@ -82,20 +91,11 @@ def teach(config: RunConfig, bridge: Bridge, device: torch.device) -> None:
                 hidden_ND = signal.hidden_ND.cpu()
                 busy, began = busy + time.perf_counter() - began, time.perf_counter()
                 if number == 0:
-                    _send(bridge, [signal.weight_VD, *([] if signal.bias_V is None else [signal.bias_V])], student)
+                    bridge.send([signal.weight_VD, *([] if signal.bias_V is None else [signal.bias_V])], student)
                 header = torch.tensor([number, batch.num_tokens, round(busy * 1e6), round(idle * 1e6)])
-                _send(bridge, [header, hidden_ND], student)
+                bridge.send([header, hidden_ND], student)
                 idle += time.perf_counter() - began
             number += 1
-
-
-def _send(bridge: Bridge, tensors: list[torch.Tensor], student: int) -> None:
-    try:
-        bridge.send(tensors, student)
-    except RuntimeError:
-        error = UserError(f"student rank {student} is gone; start the job again to go on from its last checkpoint")
-        error.said_by_main = True  # whoever is gone has said why
-        raise error from None
 
 
 def _steps(config: RunConfig, start: int) -> range:
@@ -143,14 +143,14 @@ class RanksTeacher:
         self._head: list[torch.Tensor] | None = None
         self._number = 0
         self._waited, self._busy, self._idle = 0.0, 0, 0
-        self._received: queue.Queue[list[torch.Tensor] | RuntimeError] = queue.Queue(maxsize=ahead)
+        self._received: queue.Queue[list[torch.Tensor] | ConnectionError] = queue.Queue(maxsize=ahead)
         threading.Thread(target=self._receive, args=(num_batches,), daemon=True).start()
 
     def _receive(self, num_batches: int) -> None:
         try:
             for _ in range(num_batches + (num_batches > 0)):  # the head comes first
                 self._received.put(self._bridge.receive(self._bridge.teacher))
-        except RuntimeError as error:
+        except ConnectionError as error:
             self._received.put(error)
 
     def signal(self, batch: Batch) -> HiddenSignal:
@@ -193,7 +193,7 @@ class RanksTeacher:
             except queue.Empty:
                 self._remind(time.monotonic() - began)
         self._waited += time.monotonic() - began
-        if isinstance(found, RuntimeError):
+        if isinstance(found, ConnectionError):
             raise UserError(f"{self._name} is gone; start the job again to go on from the last checkpoint") from None
         return found
 

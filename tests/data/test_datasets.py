@@ -14,6 +14,7 @@ from ki_ds.data.datasets import dictionary_hash, open_datasets
 from ki_ds.data.index_cache import FOLDER_NAME
 from ki_ds.data.prepare import open_corpus
 from ki_ds.data.tokenize import load_tokenizer
+from ki_ds.data.words import word_beginnings
 from ki_ds.errors import UserError
 from tests.tiny import tiny_corpus
 
@@ -184,10 +185,17 @@ class TestIndex:
 
     def test_whole_words_follow_the_tokenizer(self, base):
         data = opened(base, corpus=str(base / "wb"), whole_words=True)
-        tokenizer = load_tokenizer(base / "wb/tokenizer")
-        sample = data.train.sample(0, seed=0, epoch=0)
-        masked = tokenizer.decode(sample.input_ids_T)
-        assert tokenizer.mask_token in masked
+        begins = word_beginnings(load_tokenizer(base / "wb/tokenizer"))
+        going_on = 0
+        for number in range(20):
+            sample = data.train.sample(number, seed=0, epoch=0)
+            text = sample.input_ids_T.copy()
+            text[sample.positions_N] = sample.labels_N
+            labelled = set(sample.positions_N.tolist())
+            inside = [t for t in range(1, len(text)) if not begins[text[t]]]
+            going_on += len(inside)
+            assert all((t in labelled) == (t - 1 in labelled) for t in inside)
+        assert going_on > 50
 
 
 class TestRefused:
@@ -215,6 +223,25 @@ class TestRefused:
         shutil.copytree(base / "other/tokenizer", tmp_path / "wb/tokenizer")
         with pytest.raises(UserError, match="was made with another tokenizer"):
             opened(base, corpus=str(tmp_path / "wb"))
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ({"tokenizer": "other/tokenizer"}, "every corpus has its own"),
+            ({"valid_fraction": 0.1}, "every corpus has a validation part"),
+        ],
+    )
+    def test_options_that_no_corpus_has_a_use_for(self, base, option, message):
+        option = {name: str(base / value) if name == "tokenizer" else value for name, value in option.items()}
+        with pytest.raises(UserError, match=f"has no meaning: {message}"):
+            opened(base, corpus=str(base / "wb"), **option)
+
+    def test_text_that_is_trained_on_is_not_measured(self, base, tmp_path):
+        for suffix in (".bin", ".idx"):
+            shutil.copy(base / f"wb/train{suffix}", tmp_path / f"part{suffix}")
+        path = str(tmp_path / "part")
+        with pytest.raises(UserError, match=r"data\.valid\.x=.* is trained on and has no validation part"):
+            opened(base, corpus=path, tokenizer=str(base / "wb/tokenizer"), valid={"x": path})
 
     @released
     def test_whole_words_of_a_dictionary_without_a_tokenizer(self, tmp_path):

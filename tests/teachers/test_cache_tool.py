@@ -116,7 +116,7 @@ def test_top_k_semantics_belong_to_a_cache(base):
         config_of(base, teacher={"topk_semantics": "tail"})
     with pytest.raises(UserError, match=r"inherit.schedule=linear needs a teacher"):
         config_of(base, teacher={"placement": "cache", "path": None})
-    with pytest.raises(UserError, match=r"teacher.placement=cache needs the cache's folder"):
+    with pytest.raises(UserError, match=r"teacher.placement=cache needs a folder"):
         config_of(base, teacher={"placement": "cache", "path": None}, inherit={"schedule": "none"})
 
 

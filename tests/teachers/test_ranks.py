@@ -176,6 +176,17 @@ def test_what_a_teacher_rank_cannot_use_is_said_once(configure, base):
     assert "teacher.path" in lines[0]
 
 
+def test_a_teacher_whose_student_is_refused_ends_too(configure):
+    """Before the student has said where to begin; nobody but the teacher itself can end it here."""
+    config, run_dir = configure("refused", teacher={"placement": "ranks"})
+    run_dir.mkdir()
+    (run_dir / "stranger").touch()
+    student, teacher = train_ranks(config, world=2)
+    assert (student.returncode, teacher.returncode) == (2, 2)
+    assert "holds stranger but no run" in student.stderr
+    assert "Traceback" not in teacher.stderr
+
+
 def test_options_without_meaning(configure):
     config, _ = configure("no_meaning", teacher={"num_ranks": 2})
     with pytest.raises(UserError, match=r"teacher\.num_ranks=2 has no meaning with teacher\.placement=online"):
