@@ -221,7 +221,6 @@ OTHER_RUNS = {
     "data.seq_len=32, the run has data.seq_len=24": {"data": {"seq_len": 24}},
     "data.break_mode=complete, the run has data.break_mode=eos": {"data": {"break_mode": "eos"}},
     "data.long_lines=split, the run has data.long_lines=drop": {"data": {"long_lines": "drop"}},
-    "data.valid_fraction=0.0, the run has data.valid_fraction=0.1": {"data": {"valid_fraction": 0.1}},
     "data.subset_seed=0, the run has data.subset_seed=4": {"data": {"subset_seed": 4}},
     "data.mask_probability=0.15, the run has data.mask_probability=0.2": {"data": {"mask_probability": 0.2}},
     "data.keep_probability=0.1, the run has data.keep_probability=0.0": {"data": {"keep_probability": 0.0}},
@@ -237,6 +236,14 @@ OTHER_RUNS = {
 @pytest.mark.parametrize("words", OTHER_RUNS)
 def test_a_cache_of_another_run_is_refused_by_the_field(base, caches, words):
     refused(config_of(base, **OTHER_RUNS[words]), caches(kind="topk", topk=10), f"was made with {words}; give the run")
+
+
+def test_a_cache_of_another_held_out_part_is_refused(base, tmp_path):
+    """What is held out of a corpus without a validation part is not trained on."""
+    tokens = {"corpus": str(base / "corpus" / "train"), "tokenizer": str(base / "corpus" / "tokenizer")}
+    cache_of(config_of(base, data={**tokens, "valid_fraction": 0.2}), tmp_path / "cache", topk=10)
+    words = "was made with data.valid_fraction=0.2, the run has data.valid_fraction=0.1; give the run"
+    refused(config_of(base, data={**tokens, "valid_fraction": 0.1}), tmp_path / "cache", words)
 
 
 def test_a_cache_of_other_data_is_refused(base, caches):
