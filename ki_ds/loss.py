@@ -57,12 +57,18 @@ class LossOutput(NamedTuple):
     `loss_sum` (float32, 0-d) alone carries gradient. `ce_sum` and `kl_sum` (float32, 0-d) are the sums of CE_r and
     KL_r as they are: without alpha, tau^2, row weights or label smoothing; `kl_sum` is 0 where alpha is 0.0.
     `num_rows` (int64, 0-d) stays on the device.
+
+    `teachers` (float32, [T, 3]) says for each teacher, in order, over the rows that it taught: the sum of KL_r, the sum
+    of the teacher's own cross-entropy against the labels (its softmax at 1; the first pass over its logits has it), and
+    their number. T is 1 for one teacher, for entries and for an average, 0 where none was asked. Of K entries the
+    cross-entropy is not known: NaN. Where alpha, given as a tensor, is 0, no teacher is read and it is the student's.
     """
 
     loss_sum: Tensor
     ce_sum: Tensor
     kl_sum: Tensor
     num_rows: Tensor
+    teachers: Tensor
 
 
 class TeacherLogits(NamedTuple):
@@ -226,7 +232,9 @@ def multi_teacher_loss(
     untaught = call.untaught(routes)
     if untaught.shape[0]:
         parts.append(call.only(untaught, label_only=True).from_logits(logits_NV[untaught], classes))
-    return LossOutput(*(sum(column[1:], start=column[0]) for column in zip(*parts, strict=True)))
+    *sums, told = zip(*parts, strict=True)
+    loss, ce, kl, num_rows = (sum(column[1:], start=column[0]) for column in sums)
+    return LossOutput(loss, ce, kl, num_rows, torch.cat(told[: len(given)]))
 
 
 def _check_teacher_logits(name: str, logits: Tensor, student_logits: Tensor) -> None:

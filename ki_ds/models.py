@@ -389,7 +389,7 @@ class InheritanceModel(RowLM):
         self.num_classes, self.loss, self.tau = num_classes, loss, tau
 
     def forward(self, batch: Batch, signal: Signal | None = None, alpha: float | Tensor = 0.0) -> tuple:
-        """(loss_sum, ce_sum, kl_sum, num_rows) over the labelled rows of the batch (equation 2).
+        """(loss_sum, ce_sum, kl_sum, num_rows, teachers) over the labelled rows of the batch (equation 2).
 
         Args:
             batch: on the model's device.
@@ -411,7 +411,7 @@ class InheritanceModel(RowLM):
                 label_smoothing=self.loss.label_smoothing if self.training else 0.0,
                 backend=self.loss.backend,
             )
-            sums = (out.ce_sum, out.kl_sum, out.num_rows)
+            sums = (out.ce_sum, out.kl_sum, out.num_rows, out.teachers)
             return out.loss_sum
 
         # the loss must leave through the model's own outputs: ZeRO-3 hooks its backward onto them

@@ -1,5 +1,6 @@
 """Inputs for every entry of the loss, each next to the oracle's answer; the CPU's and the GPU's tests share them."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -141,6 +142,36 @@ class Case:
             case semantics:
                 return oracle.topk(student, self.labels, *self.topk(), semantics)
 
+    def told(self):
+        """What is expected of `teachers`: (KL, the teacher's own CE or None, rows) for each of them."""
+        everyone = torch.arange(self.num_rows, device=self.device)
+        if self.alpha == 0.0 and not self.alpha_as_tensor:
+            return []
+        match self.kind:
+            case "label":
+                return []
+            case "dense":
+                return [self._told(everyone, self.teacher_logits(0))]
+            case "averaged":
+                both = (
+                    torch.softmax(self.teacher_logits(i)[:, : self.num_classes].double() / self.tau, -1) for i in (0, 1)
+                )
+                mixed = sum(share * probs for share, probs in zip(self.shares, both, strict=True))
+                return [self._told(everyone, mixed.log() * self.tau)]
+            case "routed":
+                return [self._told(rows, self.teacher_logits(number)) for number, rows in enumerate(self.split())]
+            case _:
+                _, _, kl_sum, count = self.expected()
+                return [(kl_sum, None, count)]
+
+    def _told(self, rows, teacher):
+        kept = rows[self.labels[rows] != -100]
+        q = torch.softmax(teacher[kept, : self.num_classes].double() / self.tau, -1)
+        p = torch.softmax(self.student_logits()[kept, : self.num_classes] / self.tau, -1)
+        own = torch.log_softmax(teacher[kept, : self.num_classes].double(), -1)
+        ce = -own[torch.arange(len(kept), device=self.device), self.labels[kept]].sum()
+        return (q * (q.log() - p.log())).sum(), ce, len(kept)
+
     # -- what the package says
 
     def options(self):
@@ -202,6 +233,18 @@ def relative(value, expected):
     return float((value - expected.to(value.device)).norm() / expected.norm().clamp(min=1e-9))
 
 
+def check_told(case, teachers, value):
+    """`teachers` of the loss against what float64 says of each."""
+    wants = case.told()
+    assert teachers.shape == (len(wants), 3)
+    assert teachers.dtype == torch.float32
+    assert not teachers.requires_grad
+    for (kl, ce, rows), (want_kl, want_ce, want_rows) in zip(teachers.tolist(), wants, strict=True):
+        assert rows == want_rows
+        assert abs(kl - float(want_kl)) <= value * abs(float(want_kl)) + 2.0**-22 * max(rows, 1)
+        assert math.isnan(ce) if want_ce is None else abs(ce - float(want_ce)) <= value * abs(float(want_ce))
+
+
 def check(case, *, value=2e-5, gradient=5e-5, factor=0.7):
     """The case's sums and gradients against the oracle's, with `factor` coming into backward."""
     out, expected = case.run(), case.expected()
@@ -213,6 +256,7 @@ def check(case, *, value=2e-5, gradient=5e-5, factor=0.7):
         assert abs(float(got) - float(want)) <= value * abs(float(want)) + rounding, (case, name, got, want)
     assert out.num_rows.dtype == torch.int64
     assert int(out.num_rows) == expected[3]
+    check_told(case, out.teachers, value)
     assert not out.ce_sum.requires_grad
     assert not out.kl_sum.requires_grad
     grads = torch.autograd.grad(out.loss_sum * factor, case.leaves())

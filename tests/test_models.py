@@ -134,10 +134,12 @@ def test_inheritance_model_is_equation_2(task, padded):
     with torch.no_grad():
         signal = RowLM(teacher).signal(batch)
     model = InheritanceModel(student, num_classes=99, loss=LossConfig(chunk_rows=2), tau=tau)
-    loss_sum, ce_sum, kl_sum, num_rows = model(batch, signal, alpha)
+    loss_sum, ce_sum, kl_sum, num_rows, teachers = model(batch, signal, alpha)
     loss_sum.backward()
     for found, wanted in ((loss_sum, expected), (ce_sum, ce), (kl_sum, kl), (num_rows, torch.tensor(5))):
         torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-5, atol=1e-6)
+    own = torch.nn.functional.cross_entropy(z_t, batch.row_labels_N, reduction="sum")
+    assert teachers[0].tolist() == pytest.approx([float(kl), float(own), 5.0], rel=1e-5)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
 
@@ -247,7 +249,7 @@ def test_a_top_k_signal_gives_the_top_k_loss(semantics):
     student = InheritanceModel(lm, num_classes=99, loss=LossConfig(), tau=2.0).eval()
     ids = torch.stack([torch.randperm(99)[:7] for _ in range(4)])
     probs = torch.rand(4, 7).softmax(-1) * 0.9
-    loss, ce, kl, num_rows = student(batch, TopKSignal(ids, probs, semantics), 0.3)
+    loss, ce, kl, num_rows, _ = student(batch, TopKSignal(ids, probs, semantics), 0.3)
     hidden = student.signal(batch)
     logits = torch.nn.functional.linear(hidden.hidden_ND, hidden.weight_VD, hidden.bias_V)
     expected = topk_inheritance_loss(

@@ -18,7 +18,7 @@ from ki_ds.kernels.linear import default_chunk_rows
 from ki_ds.kernels.rows import TOPK_SEMANTICS
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Sums = tuple[Tensor, Tensor, Tensor, Tensor]
+Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class HeadArguments(NamedTuple):
@@ -179,7 +179,7 @@ class Call:
         topk: Sequence[Tensor] = (),
         semantics: str = "renormalise",
     ) -> Sums:
-        """loss_sum, ce_sum, kl_sum and num_rows of logits [N, V]."""
+        """loss_sum, ce_sum, kl_sum, num_rows and teachers of logits [N, V]."""
         self.check_labels(num_classes)
         sums = ops.logits_loss(
             logits.contiguous(),
@@ -198,7 +198,7 @@ class Call:
             self.backend,
             _wants_grad(logits),
         )
-        return sums[0], sums[1], sums[2], sums[3]
+        return sums[0], sums[1], sums[2], sums[3], sums[4]
 
     def from_hidden(
         self,
@@ -213,7 +213,7 @@ class Call:
         topk: Sequence[Tensor] = (),
         semantics: str = "renormalise",
     ) -> Sums:
-        """loss_sum, ce_sum, kl_sum and num_rows of hidden states [..., D] and a head."""
+        """loss_sum, ce_sum, kl_sum, num_rows and teachers of hidden states [..., D] and a head."""
         hidden_ND, weight, bias = (
             _autocast(flat(hidden)),
             _autocast(weight),
@@ -248,7 +248,7 @@ class Call:
             _wants_grad(weight),
             _wants_grad(bias),
         )
-        return sums[0], sums[1], sums[2], sums[3]
+        return sums[0], sums[1], sums[2], sums[3], sums[4]
 
 
 def _backend(backend: str, inputs: Tensor) -> str:

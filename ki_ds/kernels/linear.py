@@ -6,7 +6,7 @@ together with the loss, because every chunk's logits are gone afterwards; the we
 Shape suffixes: N rows, R rows of a chunk, M rows of one teacher, V rows of a head's weight (logits), D hidden.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ki_ds.kernels import reference
-from ki_ds.kernels.rows import LossSums, RowTask, RowTerms, compute_dtype, mix_teachers, sum_rows
+from ki_ds.kernels.rows import LossSums, RowTask, RowTerms, compute_dtype, mix_teachers, sum_rows, teacher_row
 
 CHUNK_BYTES_CPU = 1 << 27
 CHUNK_BYTES_GPU = 1 << 28
@@ -71,21 +71,39 @@ def default_chunk_rows(num_rows: int, num_logits: int, logits: Tensor) -> int:
     return max(1, min(num_rows, -(-even // 128) * 128))
 
 
-def linear_rows(problem: Problem, wanted: Wanted) -> tuple[LossSums, Tensor, Gradients]:
-    """The sums over rows, the number of rows (int64, on the device) and the wanted gradients."""
-    labels_N, task = problem.labels_N, problem.task
-    num_rows = (labels_N != task.ignore_index).sum()
+class LinearSums(NamedTuple):
+    """Sums over rows in the compute dtype, the number of rows (int64); for each teacher its `teacher_row`."""
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+    num_rows: Tensor
+    teachers_T3: Tensor
+
+
+def linear_rows(problem: Problem, wanted: Wanted) -> tuple[LinearSums, Gradients]:
+    """The sums over rows, on the device, and the wanted gradients."""
+    labels_N, ignore_index = problem.labels_N, problem.task.ignore_index
+    num_rows = (labels_N != ignore_index).sum()
     worker = _Worker(problem, wanted)
-    totals: LossSums | None = None
+    totals, teachers = [], []
     for all_rows in _groups(problem):
-        group = _without_ignored(all_rows, labels_N, task.ignore_index)
-        for start in range(0, group.num_rows, problem.chunk_rows):
-            sums = worker.chunk(group, slice(start, min(start + problem.chunk_rows, group.num_rows)))
-            totals = sums if totals is None else LossSums(*(a + b for a, b in zip(totals, sums, strict=True)))
-    if totals is None:
-        zero = problem.hidden_ND.new_zeros((), dtype=compute_dtype(problem.hidden_ND))
-        totals = LossSums(zero, zero.clone(), zero.clone())
-    return totals, num_rows, worker.gradients()
+        group = _without_ignored(all_rows, labels_N, ignore_index)
+        sums = _add_up(worker.chunks(group), like=problem.hidden_ND)
+        totals.append(sums)
+        if group.heads or group.topk is not None:
+            taught = num_rows if all_rows.rows is None else (labels_N[all_rows.rows] != ignore_index).sum()
+            teachers.append(teacher_row(sums, taught))
+    total = _add_up(totals, like=problem.hidden_ND)
+    teachers_T3 = torch.stack(teachers) if teachers else total.kl.new_empty(0, 3)
+    return LinearSums(total.loss, total.ce, total.kl, num_rows, teachers_T3), worker.gradients()
+
+
+def _add_up(parts: Iterable[LossSums], *, like: Tensor) -> LossSums:
+    total: LossSums | None = None
+    for part in parts:
+        total = part if total is None else LossSums(*(a + b for a, b in zip(total, part, strict=True)))
+    return total or LossSums(*(like.new_zeros((), dtype=compute_dtype(like)) for _ in range(4)))
 
 
 @dataclass(frozen=True)
@@ -160,6 +178,11 @@ class _Worker:
         self.grad_hidden_ND = torch.zeros_like(hidden_ND) if wanted.hidden else hidden_ND.new_empty(0)
         self.grad_weight_VD = weight_VD.new_empty(weight_VD.shape if wanted.weight else 0, dtype=dtype)
         self.grad_bias_V = weight_VD.new_zeros(weight_VD.shape[0] if wanted.bias else 0, dtype=dtype)
+
+    def chunks(self, group: _Group) -> Iterator[LossSums]:
+        """Work off the group's rows; the sums of one chunk after another."""
+        for start in range(0, group.num_rows, self.problem.chunk_rows):
+            yield self.chunk(group, slice(start, min(start + self.problem.chunk_rows, group.num_rows)))
 
     def chunk(self, group: _Group, chunk: slice) -> LossSums:
         """Add one chunk's gradients; its sums are returned."""

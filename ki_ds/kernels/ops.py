@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ki_ds.kernels.linear import Gradients, Head, Problem, Wanted, linear_rows, row_functions
-from ki_ds.kernels.rows import LossSums, RowTask, compute_dtype, grad_scale_for, mix_teachers, sum_rows
+from ki_ds.kernels.rows import RowTask, compute_dtype, grad_scale_for, mix_teachers, sum_rows, teacher_row
 
 SCALE_ELEMENTS = 1 << 26  # elements scaled at once where a float32 copy of them is needed
 NO_SECOND_BACKWARD = (
@@ -72,8 +72,8 @@ def _linear_loss(
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss_sum, ce_sum, kl_sum, num_rows and the gradients of hidden, weight and bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss_sum, ce_sum, kl_sum, num_rows, teachers and the gradients of hidden, weight and bias.
 
     `head_tensors` holds hidden, weight, bias, rows of each teacher in turn; bias and rows may have no elements.
     """
@@ -91,8 +91,8 @@ def _linear_loss(
         chunk_rows=chunk_rows,
         backend=backend,
     )
-    sums, num_rows, grads = linear_rows(problem, Wanted(wants_hidden, wants_weight, wants_bias))
-    return (*sums, num_rows, *grads)
+    sums, grads = linear_rows(problem, Wanted(wants_hidden, wants_weight, wants_bias))
+    return (*sums, *grads)
 
 
 def _heads(tensors: Sequence[Tensor], *, routed: bool) -> list[Head]:
@@ -107,13 +107,24 @@ def _linear_fake(hidden, weight, bias, labels, row_weights, *args):
     dtype = compute_dtype(hidden)
     wants_hidden, wants_weight, wants_bias = args[-3:]
     scalars = [hidden.new_empty((), dtype=dtype) for _ in range(3)]
+    alpha_tensor, topk_ids, _, heads, shares, alpha = args[:6]
     return (
         *scalars,
         labels.new_empty((), dtype=torch.int64),
+        hidden.new_empty(_num_told(alpha_tensor, alpha, topk_ids, len(heads) // 4, shares), 3, dtype=dtype),
         torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0),
         weight.new_empty(weight.shape if wants_weight else 0, dtype=dtype),
         weight.new_empty(weight.shape[0] if wants_bias else 0, dtype=dtype),
     )
+
+
+def _num_told(
+    alpha_tensor: Tensor | None, alpha: float, topk: Tensor | None, num_teachers: int, shares: Sequence[float]
+) -> int:
+    """Rows of `teachers`: one for each routed teacher, one for entries or an average."""
+    if alpha_tensor is None and alpha == 0.0:
+        return 0
+    return min(num_teachers, 1) if shares else num_teachers if topk is None else 1
 
 
 def _no_grads(inputs: Sequence[object]) -> list[object]:
@@ -134,7 +145,7 @@ def _keep_linear_grads(ctx, inputs, output):
     ctx.grad_scale = grad_scale_for(hidden.dtype)
     ctx.backend = inputs[-4]
     ctx.spent = False
-    ctx.save_for_backward(*output[4:])
+    ctx.save_for_backward(*output[5:])
 
 
 def _linear_backward(ctx, grad_loss, *_):
@@ -208,8 +219,8 @@ def _logits_loss(
     semantics: str,
     backend: str,
     wants_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss_sum, ce_sum, kl_sum, num_rows and the gradient of the logits (times its `grad_scale`).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss_sum, ce_sum, kl_sum, num_rows, teachers and the gradient of the logits (times its `grad_scale`).
 
     Several `teachers` are averaged by `shares`, in chunks of rows.
     """
@@ -225,14 +236,18 @@ def _logits_loss(
         if teachers and task.uses_teacher():
             teacher = mix_teachers(list(teachers), list(shares), task) if len(teachers) > 1 else teachers[0]
         terms = rows.dense(logits, labels, teacher, task, **options)
-    sums: LossSums = sum_rows(terms, task, row_weights)
-    return (*sums, num_rows, grad)
+    sums = sum_rows(terms, task, row_weights)
+    told = sums.kl.new_empty(0, 3) if terms.kl_N is None else teacher_row(sums, num_rows)[None]
+    return sums.loss, sums.ce, sums.kl, num_rows, told, grad
 
 
 def _logits_fake(logits, labels, *args):
-    scalars = [logits.new_empty((), dtype=compute_dtype(logits)) for _ in range(3)]
+    dtype = compute_dtype(logits)
+    scalars = [logits.new_empty((), dtype=dtype) for _ in range(3)]
+    _, alpha_tensor, topk_ids, _, teachers, _, alpha = args[:7]
+    told = 0 if alpha_tensor is None and alpha == 0.0 else int(bool(teachers) or topk_ids is not None)
     grad = torch.empty_like(logits) if args[-1] else logits.new_empty(0)
-    return (*scalars, labels.new_empty((), dtype=torch.int64), grad)
+    return (*scalars, labels.new_empty((), dtype=torch.int64), logits.new_empty(told, 3, dtype=dtype), grad)
 
 
 def scale_(tensor: Tensor, factor: Tensor, backend: str) -> None:
@@ -255,7 +270,7 @@ def _keep_logits_grad(ctx, inputs, output):
     ctx.grad_scale = grad_scale_for(inputs[0].dtype)
     ctx.backend = inputs[-2]
     ctx.spent = False
-    ctx.save_for_backward(output[4])
+    ctx.save_for_backward(output[5])
 
 
 def _logits_backward(ctx, grad_loss, *_):

@@ -33,7 +33,8 @@ def dense_rows(
     With `grad_NV` the gradient of the rows' summed loss, times `row_scale_N` and `task.grad_scale`, is
     written there (it may be `student_NV` itself); columns from `num_classes` on get 0.
     """
-    terms = _empty_terms(student_NV, task, teacher_NV is not None and task.uses_teacher())
+    has_teacher = teacher_NV is not None and task.uses_teacher()
+    terms = _empty_terms(student_NV, task, has_teacher=has_teacher, has_logits=has_teacher)
     for rows in _blocks(student_NV, task):
         block = _Block(student_NV[rows], labels_N[rows], task, _part(row_scale_N, rows), _part(grad_NV, rows))
         if terms.kl_N is None or teacher_NV is None:
@@ -58,7 +59,7 @@ def topk_rows(
 
     Entries whose probability is 0 or whose id is no class are absent. Otherwise as `dense_rows`.
     """
-    terms = _empty_terms(student_NV, task, has_teacher=True)
+    terms = _empty_terms(student_NV, task, has_teacher=True, has_logits=False)
     for rows in _blocks(student_NV, task):
         block = _Block(student_NV[rows], labels_N[rows], task, _part(row_scale_N, rows), _part(grad_NV, rows))
         block.topk(topk_ids_NK[rows], topk_probs_NK[rows])
@@ -76,10 +77,11 @@ def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return None if tensor is None else tensor[rows]
 
 
-def _empty_terms(student_NV: Tensor, task: RowTask, has_teacher: bool) -> RowTerms:
+def _empty_terms(student_NV: Tensor, task: RowTask, *, has_teacher: bool, has_logits: bool) -> RowTerms:
     ce_N = student_NV.new_empty(student_NV.shape[0], dtype=compute_dtype(student_NV))
     smooth_ce_N = torch.empty_like(ce_N) if task.label_smoothing else ce_N
-    return RowTerms(ce_N, smooth_ce_N, torch.empty_like(ce_N) if has_teacher else None)
+    kl_N = torch.empty_like(ce_N) if has_teacher else None
+    return RowTerms(ce_N, smooth_ce_N, kl_N, torch.empty_like(ce_N) if has_logits else None)
 
 
 class _Softmax(NamedTuple):
@@ -118,7 +120,7 @@ class _Block:
         self.logit_sum_R1 = self.logits_RC.sum(dim=-1, keepdim=True) if task.label_smoothing else None
         # what every gradient of a row is multiplied by
         self.scale: float | Tensor = task.grad_scale if scale_R is None else scale_R[:, None] * task.grad_scale
-        self.lse_R1 = self.kl_R1 = self.label_logit_R1
+        self.lse_R1 = self.kl_R1 = self.teacher_ce_R1 = self.label_logit_R1
         # where the gradient is computed at once if it needs no rounding
         same = grad_RV is not None and grad_RV.dtype == self.logits_RC.dtype
         self.target_RC = grad_RV[:, : task.num_classes] if grad_RV is not None and same else None
@@ -141,6 +143,7 @@ class _Block:
         gap_RC = teacher.logits.sub_(student.logits) if task.tau != 1.0 else teacher.logits - student.logits
         cross_R1 = torch.linalg.vecdot(teacher.prob, gap_RC)[:, None]
         self.kl_R1 = cross_R1 - (teacher.lse - student.lse)
+        self.teacher_ce_R1 = self._plain_lse(teacher, teacher_RC) - teacher_RC.gather(1, self.label_R1)
         plain = None if task.tau == 2.0 else _softmax(self.logits_RC, 1.0)
         squares_R1 = _sum_of_squares(student.prob)
         self.lse_R1 = 2.0 * student.lse + squares_R1.log() if plain is None else plain.lse
@@ -166,6 +169,12 @@ class _Block:
         entries_RK = entries_RK + kl_weight * (entry.mass_R1 * entry.student_RK - entry.probs_RK)
         grad_RC.scatter_add_(1, entry.ids_RK, torch.where(entry.present_RK, entries_RK, 0.0))
         self._write(grad_RC, ce_weight)
+
+    def _plain_lse(self, soft: _Softmax, logits_RC: Tensor) -> Tensor:
+        """The log-sum-exp at 1 of logits whose softmax at tau is known."""
+        if self.task.tau == 2.0:
+            return 2.0 * soft.lse + _sum_of_squares(soft.prob).log()
+        return soft.lse if self.task.tau == 1.0 else _softmax(logits_RC, 1.0).lse
 
     # -- shared ends
 
@@ -197,6 +206,8 @@ class _Block:
             terms.smooth_ce_N[rows] = self._kept((1 - task.label_smoothing) * ce_R1 + on_others * others_R1)
         if terms.kl_N is not None:
             terms.kl_N[rows] = self._kept(self.kl_R1)
+        if terms.teacher_ce_N is not None:
+            terms.teacher_ce_N[rows] = self._kept(self.teacher_ce_R1)
 
     def _kept(self, term_R1: Tensor) -> Tensor:
         return (term_R1 if self.ignored_R1 is None else term_R1.masked_fill(self.ignored_R1, 0.0))[:, 0]

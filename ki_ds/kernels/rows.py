@@ -40,13 +40,15 @@ class RowTerms(NamedTuple):
 
     ce_N: Tensor
     smooth_ce_N: Tensor  # the same tensor as ce_N without label smoothing
-    kl_N: Tensor | None  # None: no teacher was asked
+    kl_N: Tensor | None = None  # None: no teacher was asked
+    teacher_ce_N: Tensor | None = None  # of the teacher's softmax at 1; None: it gave entries only
 
 
 class LossSums(NamedTuple):
     loss: Tensor
     ce: Tensor
     kl: Tensor
+    teacher_ce: Tensor  # NaN: it gave entries only
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
@@ -64,15 +66,21 @@ def grad_scale_for(dtype: torch.dtype) -> float:
 
 
 def sum_rows(terms: RowTerms, task: RowTask, row_weights_N: Tensor | None) -> LossSums:
-    """The three sums over rows; only `loss` sees alpha, tau^2, smoothing and the row weights."""
+    """The sums over rows; only `loss` sees alpha, tau^2, smoothing and the row weights."""
     loss_N = (1 - task.alpha) * terms.smooth_ce_N
-    kl = terms.ce_N.new_zeros(())
+    kl = teacher_ce = terms.ce_N.new_zeros(())
     if terms.kl_N is not None:
         loss_N = loss_N + task.alpha * task.tau**2 * terms.kl_N
         kl = terms.kl_N.sum()
+        teacher_ce = terms.ce_N.new_full((), math.nan) if terms.teacher_ce_N is None else terms.teacher_ce_N.sum()
     if row_weights_N is not None:
         loss_N = loss_N * row_weights_N
-    return LossSums(loss=loss_N.sum(), ce=terms.ce_N.sum(), kl=kl)
+    return LossSums(loss_N.sum(), terms.ce_N.sum(), kl, teacher_ce)
+
+
+def teacher_row(sums: LossSums, num_rows: Tensor) -> Tensor:
+    """What the loss says of one teacher [3]: the sums of its KL and of its own CE, and the number of its rows."""
+    return torch.stack([sums.kl, sums.teacher_ce, num_rows.to(sums.kl.dtype)])
 
 
 def mix_teachers(logits: list[Tensor], shares: list[float], task: RowTask) -> Tensor:

@@ -35,8 +35,9 @@ def dense_rows(
     ce_N = student_NV.new_empty(num_rows, dtype=torch.float32)
     smooth_ce_N = torch.empty_like(ce_N) if task.label_smoothing else ce_N
     kl_N = torch.empty_like(ce_N) if has_teacher else None
+    teacher_ce_N = torch.empty_like(ce_N) if has_teacher else None
     if num_rows == 0:
-        return RowTerms(ce_N, smooth_ce_N, kl_N)
+        return RowTerms(ce_N, smooth_ce_N, kl_N, teacher_ce_N)
     teacher = teacher_NV if teacher_NV is not None and has_teacher else student_NV
     grad = student_NV if grad_NV is None else grad_NV
     alpha_is_tensor = isinstance(task.alpha, Tensor)
@@ -50,6 +51,7 @@ def dense_rows(
         ce_N,
         smooth_ce_N,
         ce_N if kl_N is None else kl_N,
+        ce_N if teacher_ce_N is None else teacher_ce_N,
         student_NV.stride(0),
         teacher.stride(0),
         grad.stride(0),
@@ -72,7 +74,7 @@ def dense_rows(
         STAGES=tiling.num_stages,
         num_warps=tiling.num_warps,
     )
-    return RowTerms(ce_N, smooth_ce_N, kl_N)
+    return RowTerms(ce_N, smooth_ce_N, kl_N, teacher_ce_N)
 
 
 @triton.jit
@@ -176,14 +178,14 @@ def _dense_row(
     E: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """CE, smoothed CE and KL of one row; with WRITE_GRAD also its gradient."""
+    """CE, smoothed CE, KL and the teacher's CE of one row; with WRITE_GRAD also its gradient."""
     scale = _LOG2_E / tau
     is_class = (label >= 0) & (label < num_classes)
     z_label = tl.load(student_row + label, mask=is_class, other=float("nan")).to(tl.float32)
     t_label = z_label
     if HAS_TEACHER:
         t_label = tl.load(teacher_row + label, mask=is_class, other=float("nan")).to(tl.float32)
-    peak, soft, plain, t_peak, total, cross, logits = gather_statistics(
+    peak, soft, plain, t_peak, t_soft, t_plain, cross, logits = gather_statistics(
         student_row,
         teacher_row,
         num_classes,
@@ -199,10 +201,11 @@ def _dense_row(
         STAGES,
     )
     lse = peak * scale + tl.log2(soft)
-    t_lse = t_peak * scale + tl.log2(total)
+    t_lse = t_peak * scale + tl.log2(t_soft)
     plain_lse = peak * _LOG2_E + tl.log2(plain)
     ce = (peak - z_label) + tl.log2(plain) * _LN_2
-    kl = cross / (total * tau) - (t_lse - lse) * _LN_2
+    teacher_ce = (t_peak - t_label) + tl.log2(t_plain) * _LN_2
+    kl = cross / (t_soft * tau) - (t_lse - lse) * _LN_2
     on_others = 0.0
     smooth_ce = ce
     if SMOOTHING:
@@ -225,7 +228,7 @@ def _dense_row(
         )
         at_label -= ce_weight * (1.0 - smoothing - on_others)
         tl.store(grad_row + label, at_label.to(grad_row.dtype.element_ty), mask=is_class)
-    return ce, smooth_ce, kl
+    return ce, smooth_ce, kl, teacher_ce
 
 
 @triton.jit
@@ -239,6 +242,7 @@ def _dense_kernel(
     ce_ptr,
     smooth_ce_ptr,
     kl_ptr,
+    teacher_ce_ptr,
     student_stride,
     teacher_stride,
     grad_stride,
@@ -271,6 +275,7 @@ def _dense_kernel(
             tl.store(smooth_ce_ptr + row, 0.0)
         if HAS_TEACHER:
             tl.store(kl_ptr + row, 0.0)
+            tl.store(teacher_ce_ptr + row, 0.0)
         if WRITE_GRAD:
             clear_row(grad_row, 0, num_columns, T, E)
     else:
@@ -282,18 +287,18 @@ def _dense_kernel(
             alpha = tl.load(alpha_ptr).to(tl.float32)
         if HAS_TEACHER and ALPHA_IS_TENSOR:
             if alpha == 0.0:  # the teacher is not read: whatever it holds, the loss is the label's
-                ce, smooth_ce, kl = _dense_row(
+                ce, smooth_ce, kl, teacher_ce = _dense_row(
                     student_row, student_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
                     teacher_columns, tau, smoothing, False, SMOOTHING, WRITE_GRAD, TAU_IS_2, T, E, STAGES,
                 )  # fmt: skip
                 kl = kl * 0.0
             else:
-                ce, smooth_ce, kl = _dense_row(
+                ce, smooth_ce, kl, teacher_ce = _dense_row(
                     student_row, teacher_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
                     teacher_columns, tau, smoothing, True, SMOOTHING, WRITE_GRAD, TAU_IS_2, T, E, STAGES,
                 )  # fmt: skip
         else:
-            ce, smooth_ce, kl = _dense_row(
+            ce, smooth_ce, kl, teacher_ce = _dense_row(
                 student_row, teacher_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
                 teacher_columns, tau, smoothing, HAS_TEACHER, SMOOTHING, WRITE_GRAD, TAU_IS_2, T, E, STAGES,
             )  # fmt: skip
@@ -302,3 +307,4 @@ def _dense_kernel(
             tl.store(smooth_ce_ptr + row, smooth_ce)
         if HAS_TEACHER:
             tl.store(kl_ptr + row, kl)
+            tl.store(teacher_ce_ptr + row, teacher_ce)

@@ -45,8 +45,8 @@ def load_tail(row, cols, num_columns):
 
 
 @triton.jit
-def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+def _add_five(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
 
 
 @triton.jit
@@ -55,8 +55,8 @@ def _add_two(a0, a1, b0, b1):
 
 
 @triton.jit
-def _visit_student(z, peak, soft, plain, scale, tau, TAU_IS_2: tl.constexpr):
-    """Take a tile [T, E] of student logits into a lane's maximum and its sums at tau and at 1."""
+def _visit(z, peak, soft, plain, scale, tau, TAU_IS_2: tl.constexpr):
+    """Take a tile [T, E] of logits into a lane's maximum and its sums at tau and at 1; powers, shrinkage."""
     grown = tl.maximum(peak, tl.max(z, axis=1))
     shrink = tl.exp2((peak - grown) * scale)
     power = tl.exp2(z * scale - (grown * scale)[:, None])
@@ -67,18 +67,16 @@ def _visit_student(z, peak, soft, plain, scale, tau, TAU_IS_2: tl.constexpr):
         steep = scale * tau
         plain = plain * tl.exp2((peak - grown) * steep)
         plain += tl.sum(tl.exp2(z * steep - (grown * steep)[:, None]), axis=1)
-    return grown, soft, plain
+    return grown, soft, plain, power, shrink
 
 
 @triton.jit
-def _visit_teacher(t, z, peak, total, cross, scale):
-    """Take a tile of teacher logits into a lane's maximum, sum, and sum of power * (t - z)."""
-    grown = tl.maximum(peak, tl.max(t, axis=1))
-    shrink = tl.exp2((peak - grown) * scale)
-    power = tl.exp2(t * scale - (grown * scale)[:, None])
-    total = total * shrink + tl.sum(power, axis=1)
+def _visit_teacher(t, z, peak, total, plain, cross, scale, tau, TAU_IS_2: tl.constexpr):
+    """Take a tile of teacher logits into a lane's maximum, its sums at tau and at 1, and that of power * (t - z)."""
+    before = peak
+    peak, total, plain, power, shrink = _visit(t, before, total, plain, scale, tau, TAU_IS_2)
     cross = cross * shrink + tl.sum(power * (t - z), axis=1)
-    return grown, total, cross
+    return peak, total, plain, cross
 
 
 @triton.jit
@@ -97,7 +95,7 @@ def gather_statistics(
     E: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """peak, soft, plain of the student; peak, total, cross of the teacher; the sum of the student's logits.
+    """peak, soft, plain of the student; the same of the teacher, and cross; the sum of the student's logits.
 
     peak is the row's maximum; soft and plain are sums of exp((z - peak) / tau) and exp(z - peak).
     """
@@ -106,7 +104,8 @@ def gather_statistics(
     soft = tl.zeros([T], tl.float32)
     plain = tl.zeros([T], tl.float32)
     t_peak = tl.full([T], LOWEST, tl.float32)
-    total = tl.zeros([T], tl.float32)
+    t_soft = tl.zeros([T], tl.float32)
+    t_plain = tl.zeros([T], tl.float32)
     cross = tl.zeros([T], tl.float32)
     logits = tl.zeros([T], tl.float32)
     full = num_classes // (T * E) * (T * E)
@@ -114,8 +113,8 @@ def gather_statistics(
         z = tl.load(student_row + start + cols, eviction_policy="evict_last").to(tl.float32)
         if HAS_TEACHER:
             t = tl.load(teacher_row + start + cols, eviction_policy="evict_last").to(tl.float32)
-            t_peak, total, cross = _visit_teacher(t, z, t_peak, total, cross, scale)
-        peak, soft, plain = _visit_student(z, peak, soft, plain, scale, tau, TAU_IS_2)
+            t_peak, t_soft, t_plain, cross = _visit_teacher(t, z, t_peak, t_soft, t_plain, cross, scale, tau, TAU_IS_2)
+        peak, soft, plain, _0, _1 = _visit(z, peak, soft, plain, scale, tau, TAU_IS_2)
         if SUM_LOGITS:
             logits += tl.sum(tl.where(z > LOWEST, z, 0.0), axis=1)  # an entry that was taken out is -inf
     inside = full + cols < num_classes
@@ -123,25 +122,25 @@ def gather_statistics(
     if SUM_LOGITS:
         logits += tl.sum(tl.where(z > LOWEST, z, 0.0), axis=1)
     if HAS_TEACHER:
-        t = load_tail(teacher_row, full + cols, teacher_columns)
-        t_peak, total, cross = _visit_teacher(tl.where(inside, t, LOWEST), z, t_peak, total, cross, scale)
-    peak, soft, plain = _visit_student(z, peak, soft, plain, scale, tau, TAU_IS_2)
+        t = tl.where(inside, load_tail(teacher_row, full + cols, teacher_columns), LOWEST)
+        t_peak, t_soft, t_plain, cross = _visit_teacher(t, z, t_peak, t_soft, t_plain, cross, scale, tau, TAU_IS_2)
+    peak, soft, plain, _0, _1 = _visit(z, peak, soft, plain, scale, tau, TAU_IS_2)
     # lanes to row
     row_peak = tl.max(peak, axis=0)
-    shrink = tl.exp2((peak - row_peak) * scale)
-    if TAU_IS_2:
-        plain *= shrink * shrink
-    else:
-        plain *= tl.exp2((peak - row_peak) * (scale * tau))
+    soft *= tl.exp2((peak - row_peak) * scale)
+    plain *= tl.exp2((peak - row_peak) * (scale * tau))
     if HAS_TEACHER:
         row_t_peak = tl.max(t_peak, axis=0)
-        t_shrink = tl.exp2((t_peak - row_t_peak) * scale)
-        soft, plain, total, cross = tl.reduce((soft * shrink, plain, total * t_shrink, cross * t_shrink), 0, _add_four)
+        shrink = tl.exp2((t_peak - row_t_peak) * scale)
+        t_plain *= tl.exp2((t_peak - row_t_peak) * (scale * tau))
+        soft, plain, t_soft, t_plain, cross = tl.reduce(
+            (soft, plain, t_soft * shrink, t_plain, cross * shrink), 0, _add_five
+        )
     else:
-        soft, plain = tl.reduce((soft * shrink, plain), 0, _add_two)
-        row_t_peak, total, cross = row_peak, soft, soft
+        soft, plain = tl.reduce((soft, plain), 0, _add_two)
+        row_t_peak, t_soft, t_plain, cross = row_peak, soft, plain, soft
     row_logits = tl.sum(logits, axis=0)
-    return row_peak, soft, plain, row_t_peak, total, cross, row_logits
+    return row_peak, soft, plain, row_t_peak, t_soft, t_plain, cross, row_logits
 
 
 @triton.jit

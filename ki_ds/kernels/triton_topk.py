@@ -151,7 +151,7 @@ def _topk_row(
     is_class = (label >= 0) & (label < num_classes)
     z_label = tl.load(row + label, mask=is_class, other=float("nan")).to(tl.float32)
     ids, present, q, z = _read_entries(row, ids_row, probs_row, num_entries, num_classes, TAIL, RENORMALISE, K)
-    rest_peak, rest_soft, rest_plain, _0, _1, _2, logits = gather_statistics(
+    rest_peak, rest_soft, rest_plain, _0, _1, _2, _3, logits = gather_statistics(
         row, row, num_classes, num_columns, num_columns, scale, tau, False, SMOOTHING, TAU_IS_2, T, E, STAGES
     )
     peak = rest_peak

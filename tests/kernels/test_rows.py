@@ -1,21 +1,31 @@
+import math
+
 import pytest
 import torch
 
-from ki_ds.kernels.rows import RowTask, RowTerms, compute_dtype, grad_scale_for, mix_teachers, sum_rows
+from ki_ds.kernels.rows import RowTask, RowTerms, compute_dtype, grad_scale_for, mix_teachers, sum_rows, teacher_row
 
 
 def test_sums_put_alpha_tau_and_weights_into_the_loss_alone():
-    terms = RowTerms(torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.5]), torch.tensor([0.1, 0.2]))
+    terms = RowTerms(
+        torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.5]), torch.tensor([0.1, 0.2]), torch.tensor([3.0, 4.0])
+    )
     sums = sum_rows(terms, RowTask(num_classes=5, alpha=0.25, tau=3.0), torch.tensor([1.0, 2.0]))
     assert float(sums.loss) == pytest.approx(0.75 * (1.5 + 5.0) + 0.25 * 9 * (0.1 + 0.4))
     assert float(sums.ce) == pytest.approx(3.0)
     assert float(sums.kl) == pytest.approx(0.3)
+    assert teacher_row(sums, torch.tensor(2)).tolist() == pytest.approx([0.3, 7.0, 2.0])
 
 
 def test_without_a_teacher_the_kl_is_0():
     ce = torch.tensor([1.0, 2.0])
     sums = sum_rows(RowTerms(ce, ce, None), RowTask(num_classes=5), None)
-    assert [float(x) for x in sums] == [3.0, 3.0, 0.0]
+    assert [float(x) for x in sums] == [3.0, 3.0, 0.0, 0.0]
+
+
+def test_of_entries_the_teachers_own_cross_entropy_is_not_known():
+    ce = torch.tensor([1.0, 2.0])
+    assert math.isnan(float(sum_rows(RowTerms(ce, ce, kl_N=ce), RowTask(num_classes=5), None).teacher_ce))
 
 
 def test_mixed_teachers_have_the_average_softmax():
