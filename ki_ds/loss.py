@@ -58,10 +58,11 @@ class LossOutput(NamedTuple):
     KL_r as they are: without alpha, tau^2, row weights or label smoothing; `kl_sum` is 0 where alpha is 0.0.
     `num_rows` (int64, 0-d) stays on the device.
 
-    `teachers` (float32, [T, 3]) says for each teacher, in order, over the rows that it taught: the sum of KL_r, the sum
-    of the teacher's own cross-entropy against the labels (its softmax at 1; the first pass over its logits has it), and
-    their number. T is 1 for one teacher, for entries and for an average, 0 where none was asked. Of K entries the
-    cross-entropy is not known: NaN. Where alpha, given as a tensor, is 0, no teacher is read and it is the student's.
+    `teachers` (float32, [T, 4]) says for each teacher, in order, over the rows that it taught: the sum of KL_r, the
+    sum of the teacher's own cross-entropy against the labels (its softmax at 1; the first pass over its logits has
+    it), the number of rows, and the sum of CE_r. T is 1 for one teacher, for entries and for an average, 0 where none
+    was asked. Of K entries the teacher's cross-entropy is not known: NaN. Where alpha, given as a tensor, is 0, no
+    teacher is read, and it is the student's.
     """
 
     loss_sum: Tensor

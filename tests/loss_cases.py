@@ -143,7 +143,7 @@ class Case:
                 return oracle.topk(student, self.labels, *self.topk(), semantics)
 
     def told(self):
-        """What is expected of `teachers`: (KL, the teacher's own CE or None, rows) for each of them."""
+        """What is expected of `teachers`: (KL, teacher's CE or None, rows, student's CE) for each of them."""
         everyone = torch.arange(self.num_rows, device=self.device)
         if self.alpha == 0.0 and not self.alpha_as_tensor:
             return []
@@ -161,16 +161,19 @@ class Case:
             case "routed":
                 return [self._told(rows, self.teacher_logits(number)) for number, rows in enumerate(self.split())]
             case _:
-                _, _, kl_sum, count = self.expected()
-                return [(kl_sum, None, count)]
+                _, ce_sum, kl_sum, count = self.expected()
+                return [(kl_sum, None, count, ce_sum)]
 
     def _told(self, rows, teacher):
         kept = rows[self.labels[rows] != -100]
         q = torch.softmax(teacher[kept, : self.num_classes].double() / self.tau, -1)
-        p = torch.softmax(self.student_logits()[kept, : self.num_classes] / self.tau, -1)
-        own = torch.log_softmax(teacher[kept, : self.num_classes].double(), -1)
-        ce = -own[torch.arange(len(kept), device=self.device), self.labels[kept]].sum()
-        return (q * (q.log() - p.log())).sum(), ce, len(kept)
+        student = self.student_logits()[kept, : self.num_classes].detach()
+        p = torch.softmax(student / self.tau, -1)
+        own, ce = (
+            torch.nn.functional.cross_entropy(logits.double(), self.labels[kept], reduction="sum")
+            for logits in (teacher[kept, : self.num_classes], student)
+        )
+        return (q * (q.log() - p.log())).sum(), own, len(kept), ce
 
     # -- what the package says
 
@@ -236,13 +239,14 @@ def relative(value, expected):
 def check_told(case, teachers, value):
     """`teachers` of the loss against what float64 says of each."""
     wants = case.told()
-    assert teachers.shape == (len(wants), 3)
+    assert teachers.shape == (len(wants), 4)
     assert teachers.dtype == torch.float32
     assert not teachers.requires_grad
-    for (kl, ce, rows), (want_kl, want_ce, want_rows) in zip(teachers.tolist(), wants, strict=True):
+    for (kl, own, rows, ce), (want_kl, want_own, want_rows, want_ce) in zip(teachers.tolist(), wants, strict=True):
         assert rows == want_rows
         assert abs(kl - float(want_kl)) <= value * abs(float(want_kl)) + 2.0**-22 * max(rows, 1)
-        assert math.isnan(ce) if want_ce is None else abs(ce - float(want_ce)) <= value * abs(float(want_ce))
+        assert math.isnan(own) if want_own is None else abs(own - float(want_own)) <= value * abs(float(want_own))
+        assert abs(ce - float(want_ce)) <= value * abs(float(want_ce))
 
 
 def check(case, *, value=2e-5, gradient=5e-5, factor=0.7):

@@ -139,7 +139,7 @@ def test_inheritance_model_is_equation_2(task, padded):
     for found, wanted in ((loss_sum, expected), (ce_sum, ce), (kl_sum, kl), (num_rows, torch.tensor(5))):
         torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-5, atol=1e-6)
     own = torch.nn.functional.cross_entropy(z_t, batch.row_labels_N, reduction="sum")
-    assert teachers[0].tolist() == pytest.approx([float(kl), float(own), 5.0], rel=1e-5)
+    assert teachers[0].tolist() == pytest.approx([float(kl), float(own), 5.0, float(ce)], rel=1e-5)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
 

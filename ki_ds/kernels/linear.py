@@ -78,7 +78,7 @@ class LinearSums(NamedTuple):
     ce: Tensor
     kl: Tensor
     num_rows: Tensor
-    teachers_T3: Tensor
+    teachers_T4: Tensor
 
 
 def linear_rows(problem: Problem, wanted: Wanted) -> tuple[LinearSums, Gradients]:
@@ -95,8 +95,8 @@ def linear_rows(problem: Problem, wanted: Wanted) -> tuple[LinearSums, Gradients
             taught = num_rows if all_rows.rows is None else (labels_N[all_rows.rows] != ignore_index).sum()
             teachers.append(teacher_row(sums, taught))
     total = _add_up(totals, like=problem.hidden_ND)
-    teachers_T3 = torch.stack(teachers) if teachers else total.kl.new_empty(0, 3)
-    return LinearSums(total.loss, total.ce, total.kl, num_rows, teachers_T3), worker.gradients()
+    teachers_T4 = torch.stack(teachers) if teachers else total.kl.new_empty(0, 4)
+    return LinearSums(total.loss, total.ce, total.kl, num_rows, teachers_T4), worker.gradients()
 
 
 def _add_up(parts: Iterable[LossSums], *, like: Tensor) -> LossSums:

@@ -111,7 +111,7 @@ def _linear_fake(hidden, weight, bias, labels, row_weights, *args):
     return (
         *scalars,
         labels.new_empty((), dtype=torch.int64),
-        hidden.new_empty(_num_told(alpha_tensor, alpha, topk_ids, len(heads) // 4, shares), 3, dtype=dtype),
+        hidden.new_empty(_num_told(alpha_tensor, alpha, topk_ids, len(heads) // 4, shares), 4, dtype=dtype),
         torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0),
         weight.new_empty(weight.shape if wants_weight else 0, dtype=dtype),
         weight.new_empty(weight.shape[0] if wants_bias else 0, dtype=dtype),
@@ -237,7 +237,7 @@ def _logits_loss(
             teacher = mix_teachers(list(teachers), list(shares), task) if len(teachers) > 1 else teachers[0]
         terms = rows.dense(logits, labels, teacher, task, **options)
     sums = sum_rows(terms, task, row_weights)
-    told = sums.kl.new_empty(0, 3) if terms.kl_N is None else teacher_row(sums, num_rows)[None]
+    told = sums.kl.new_empty(0, 4) if terms.kl_N is None else teacher_row(sums, num_rows)[None]
     return sums.loss, sums.ce, sums.kl, num_rows, told, grad
 
 
@@ -247,7 +247,7 @@ def _logits_fake(logits, labels, *args):
     _, alpha_tensor, topk_ids, _, teachers, _, alpha = args[:7]
     told = 0 if alpha_tensor is None and alpha == 0.0 else int(bool(teachers) or topk_ids is not None)
     grad = torch.empty_like(logits) if args[-1] else logits.new_empty(0)
-    return (*scalars, labels.new_empty((), dtype=torch.int64), logits.new_empty(told, 3, dtype=dtype), grad)
+    return (*scalars, labels.new_empty((), dtype=torch.int64), logits.new_empty(told, 4, dtype=dtype), grad)
 
 
 def scale_(tensor: Tensor, factor: Tensor, backend: str) -> None:

@@ -79,8 +79,8 @@ def sum_rows(terms: RowTerms, task: RowTask, row_weights_N: Tensor | None) -> Lo
 
 
 def teacher_row(sums: LossSums, num_rows: Tensor) -> Tensor:
-    """What the loss says of one teacher [3]: the sums of its KL and of its own CE, and the number of its rows."""
-    return torch.stack([sums.kl, sums.teacher_ce, num_rows.to(sums.kl.dtype)])
+    """What the loss says of one teacher [4]: KL, the teacher's own CE, the number of rows, the student's CE there."""
+    return torch.stack([sums.kl, sums.teacher_ce, num_rows.to(sums.kl.dtype), sums.ce])
 
 
 def mix_teachers(logits: list[Tensor], shares: list[float], task: RowTask) -> Tensor:

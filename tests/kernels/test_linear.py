@@ -61,7 +61,7 @@ def test_ignored_rows_never_meet_a_head(monkeypatch):
     project = linear.project
     monkeypatch.setattr(linear, "project", lambda *a: seen.append(a[0].shape[0]) or project(*a))
     sums, grads = linear_rows(problem, ALL)
-    assert int(sums.num_rows) == int(sums.teachers_T3[0, 2]) == 5
+    assert int(sums.num_rows) == int(sums.teachers_T4[0, 2]) == 5
     assert sum(seen) == 10  # five rows of the student, five of the teacher
     assert torch.isfinite(sums.loss)
     assert all(torch.isfinite(g).all() for g in grads)

@@ -14,7 +14,7 @@ def test_sums_put_alpha_tau_and_weights_into_the_loss_alone():
     assert float(sums.loss) == pytest.approx(0.75 * (1.5 + 5.0) + 0.25 * 9 * (0.1 + 0.4))
     assert float(sums.ce) == pytest.approx(3.0)
     assert float(sums.kl) == pytest.approx(0.3)
-    assert teacher_row(sums, torch.tensor(2)).tolist() == pytest.approx([0.3, 7.0, 2.0])
+    assert teacher_row(sums, torch.tensor(2)).tolist() == pytest.approx([0.3, 7.0, 2.0, 3.0])
 
 
 def test_without_a_teacher_the_kl_is_0():
