@@ -16,6 +16,8 @@ import jsonargparse
 import yaml
 
 from ki_ds.errors import UserError
+from ki_ds.ranges import check_ranges
+from ki_ds.teacher_entries import TeacherEntry, check_entries
 
 Task = Literal["mlm", "causal"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -43,6 +45,11 @@ class SourceConfig:
     half: Literal["A", "B"] | None = None
     fraction: float = 1.0
     max_tokens: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Its domain's name."""
+        return self.domain or Path(self.path).name
 
 
 @dataclass(frozen=True)
@@ -296,6 +303,8 @@ class RunConfig:
         run_dir: folder of the run: configuration, metrics, checkpoints, best weights. Called again, it goes on there.
         task: mlm (RoBERTa) or causal (GPT).
         seed: of initial weights, data order, masks and dropout.
+        teachers: several teachers instead of teacher.path: each for the rows of its domains, or all of them averaged;
+            what else the group teacher says holds for every one.
     """
 
     run_dir: str = ""
@@ -304,12 +313,19 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: list[TeacherEntry] | None = None
     inherit: InheritConfig = field(default_factory=InheritConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    @property
+    def all_teachers(self) -> list[TeacherEntry]:
+        """`teachers`, or `teacher.path` as the only one, or nobody."""
+        alone = [] if self.teacher.path is None else [TeacherEntry(self.teacher.path)]
+        return alone if self.teachers is None else self.teachers
 
 
 _NUMBER = re.compile(r"\.\d+")  # of an entry of a list, in a field's name
@@ -324,6 +340,7 @@ OPERATIONAL_FIELDS = frozenset(
         "data.num_workers",
         "data.index_dir",
         "teacher.path",  # likewise
+        "teachers.path",  # likewise
         "teacher.placement",
         "teacher.num_ranks",
         "teacher.ahead",
@@ -399,7 +416,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             flat.update(flatten(value, f"{prefix}{item.name}."))
-        elif isinstance(value, list):
+        elif isinstance(value, list) and all(map(dataclasses.is_dataclass, value)):
             for number, entry in enumerate(value):
                 flat.update(flatten(entry, f"{prefix}{item.name}.{number}."))
         else:
@@ -407,10 +424,15 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def is_operational(name: str) -> bool:
+    """Whether a field, by its name in `flatten`, may differ when a run goes on."""
+    return _NUMBER.sub("", name) in OPERATIONAL_FIELDS
+
+
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Fields that change what a run computes and differ: {name: (old value, new value)}."""
     before, after = flatten(old), flatten(new)
-    names = [name for name in {**before, **after} if _NUMBER.sub("", name) not in OPERATIONAL_FIELDS]
+    names = [name for name in {**before, **after} if not is_operational(name)]
     pairs = {name: (before.get(name), after.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -424,79 +446,18 @@ def inherit_steps(config: RunConfig) -> int | None:
 
 def validate(config: RunConfig) -> None:
     """Return silently, or raise UserError for the first rule that the values break."""
-    _check_ranges(flatten(config))
+    check_ranges(flatten(config))
     _check_inheritance(config)
-    _check_teacher(config.teacher)
     if not config.run_dir:
         raise UserError("run_dir is empty; give the run a folder, e.g. --run_dir runs/base")
     _check_data(config.data)
+    _check_teachers(config)
     _check_masking(config)
     if config.train.global_batch_size % config.train.micro_batch_size:
         raise UserError(
             f"train.global_batch_size={config.train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size={config.train.micro_batch_size}; change one of them"
         )
-
-
-# name: (smallest, largest, largest itself allowed)
-_RANGES: dict[str, tuple[float, float, bool]] = {
-    "seed": (0, 2**63 - 1, True),
-    "data.seq_len": (8, 2**20, True),
-    "data.valid_fraction": (0, 1, False),
-    "data.subset_seed": (0, 2**63 - 1, True),
-    "data.mask_variants": (0, 2**31, True),
-    "data.mask_probability": (1e-6, 1, True),
-    "data.keep_probability": (0, 1, True),
-    "data.random_probability": (0, 1, True),
-    "data.num_workers": (0, 1024, True),
-    "data.valid_mask_variants": (1, 10_000, True),
-    "data.max_valid_samples": (1, 2**62, True),
-    "model.num_layers": (1, 10_000, True),
-    "model.hidden_size": (1, 2**20, True),
-    "model.num_heads": (1, 2**20, True),
-    "model.ffn_size": (1, 2**24, True),
-    "model.num_positions": (8, 2**20, True),
-    "model.vocab_multiple": (1, 2**16, True),
-    "model.dropout": (0, 1, False),
-    "model.attention_dropout": (0, 1, False),
-    "model.init_std": (1e-9, 10, True),
-    "teacher.num_ranks": (1, 2**20, True),
-    "teacher.ahead": (1, 1024, True),
-    "teacher.patience": (0, 1e9, True),
-    "inherit.steps": (1, 2**62, True),
-    "inherit.start_step": (0, 2**62, True),
-    "inherit.slope": (1e-9, 1e9, True),
-    "inherit.constant_alpha": (0, 1, True),
-    "inherit.tau": (1e-3, 1e3, True),
-    "loss.chunk_rows": (1, 2**31, True),
-    "loss.label_smoothing": (0, 1, False),
-    "optim.lr": (1e-12, 100, True),
-    "optim.beta1": (0, 1, False),
-    "optim.beta2": (0, 1, False),
-    "optim.eps": (1e-30, 1, True),
-    "optim.weight_decay": (0, 100, True),
-    "optim.warmup_fraction": (0, 1, False),
-    "optim.max_grad_norm": (0, 1e9, True),
-    "engine.num_threads": (0, 4096, True),
-    "train.num_steps": (1, 2**62, True),
-    "train.global_batch_size": (1, 2**40, True),
-    "train.micro_batch_size": (1, 2**30, True),
-    "train.eval_micro_batch_size": (1, 2**30, True),
-    "train.eval_every": (1, 2**62, True),
-    "train.save_every": (1, 2**62, True),
-    "train.log_every": (1, 2**62, True),
-    "train.keep_checkpoints": (1, 2**31, True),
-    "train.stop_at_step": (1, 2**62, True),
-}
-
-
-def _check_ranges(flat: dict[str, Any]) -> None:
-    for name, (low, high, closed) in _RANGES.items():
-        value = flat[name]
-        if value is None:
-            continue
-        if not (low <= value <= high) or (value == high and not closed):
-            raise UserError(f"{name}={value} is outside [{low:g}, {high:g}{']' if closed else ')'}; change it")
 
 
 def _check_inheritance(config: RunConfig) -> None:
@@ -506,14 +467,15 @@ def _check_inheritance(config: RunConfig) -> None:
             raise UserError(
                 f"teacher.{name}={value} has no meaning with teacher.placement={config.teacher.placement}; leave it out"
             )
-    inherit, path = config.inherit, config.teacher.path
-    if inherit.schedule != "none" and path is None:
+    inherit, named = config.inherit, config.all_teachers
+    if inherit.schedule != "none" and not named and config.teachers is None:
         raise UserError(
             f"inherit.schedule={inherit.schedule} needs a teacher; give teacher.path, or inherit.schedule none"
         )
-    if inherit.schedule == "none" and path is not None:
+    if inherit.schedule == "none" and named:
+        what = "teacher.path" if config.teachers is None else "teachers.0.path"
         raise UserError(
-            f"teacher.path={path} would never be used with inherit.schedule=none; give a schedule or no teacher"
+            f"{what}={named[0].path} would never be used with inherit.schedule=none; give a schedule or no teacher"
         )
     given = [name for name in ("steps", "slope") if getattr(inherit, name) is not None]
     if inherit.schedule in ("linear", "heaviside") and len(given) != 1:
@@ -533,13 +495,18 @@ def _check_inheritance(config: RunConfig) -> None:
         raise UserError(f"inherit.constant_alpha has no meaning with inherit.schedule={inherit.schedule}; leave it out")
 
 
-def _check_teacher(teacher: TeacherConfig) -> None:
+def _check_teachers(config: RunConfig) -> None:
+    teacher = config.teacher
+    if config.teachers is not None:
+        if teacher.path is not None:
+            raise UserError(f"teacher.path={teacher.path} and teachers are both given; put it into the list")
+        check_entries(config.teachers, list(dict.fromkeys(source.name for source in config.data.all_sources)))
     if teacher.placement != "cache" and teacher.topk_semantics != TeacherConfig.topk_semantics:
         raise UserError(
             f"teacher.topk_semantics={teacher.topk_semantics} has no meaning with "
             f"teacher.placement={teacher.placement}; leave it out"
         )
-    if teacher.placement != "online" and teacher.path is None:
+    if teacher.placement != "online" and not config.all_teachers:
         raise UserError(f"teacher.placement={teacher.placement} needs a folder; give teacher.path")
 
 

@@ -6,6 +6,8 @@ import yaml
 from ki_ds import config as configuration
 from ki_ds.config import RunConfig, parse
 from ki_ds.errors import UserError
+from ki_ds.ranges import RANGES
+from ki_ds.teacher_entries import TeacherEntry
 
 BASE = ["--run_dir", "runs/x", "--data.corpus", "corpus"]
 INHERITING = [*BASE, "--teacher.path", "runs/t", "--inherit.schedule", "linear", "--inherit.steps", "40"]
@@ -119,5 +121,7 @@ def test_differences_name_only_what_changes_the_result(tmp_path):
     assert configuration.differences(old, new) == {"optim.lr": (5e-4, 1e-3)}
     names = configuration.flatten(old).keys()
     in_lists = {name.replace(".0", "") for name in configuration.flatten(mixture(tmp_path, {"path": "a"}))}
+    several = dataclasses.replace(old, teachers=[TeacherEntry("t")])
+    in_lists |= {name.replace(".0", "") for name in configuration.flatten(several)}
     assert not configuration.OPERATIONAL_FIELDS - names - in_lists
-    assert not configuration._RANGES.keys() - names
+    assert not RANGES.keys() - names

@@ -3,11 +3,12 @@
 Everything random is a pure function of (seed, epoch, sample id), so that the same global batches come for any
 number of ranks, workers, accumulation steps and resumes.
 
-Shape suffixes: B samples of a micro-batch, L padded length, T tokens of one sample, N labelled positions.
+Shape suffixes: B samples of a micro-batch, S some of them, L padded length, T tokens of one sample, N labelled
+positions, M those of some samples.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -48,6 +49,48 @@ class Batch:
     def num_rows(self) -> int:
         """Number of labelled positions."""
         return len(self.rows_N)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each sequence, padding not counted (int64)."""
+        num_sequences, width = self.input_ids_BL.shape
+        if self.attention_mask_BL is not None:
+            return self.attention_mask_BL.sum(1)
+        if self.position_ids_BL is not None:  # packed rows are causal: every token is labelled
+            return torch.bincount(self.rows_N // width, minlength=num_sequences)
+        return torch.full((num_sequences,), width, device=self.rows_N.device)
+
+    def select(self, sequences: Sequence[int]) -> tuple[Self, torch.Tensor]:
+        """(the batch of some of its sequences, int64 numbers of their rows among this batch's rows).
+
+        It is the batch that `collate` would have made of their samples. For a batch in the host's memory.
+
+        Args:
+            sequences: numbers below B, ascending; at least one.
+        """
+        kept_S = torch.as_tensor(sequences)
+        width, lengths_S = self.input_ids_BL.shape[1], self.lengths[kept_S]
+        new_width = min(-(-int(lengths_S.max()) // PAD_MULTIPLE) * PAD_MULTIPLE, width)
+        owner_N = self.rows_N // width
+        numbers_M = torch.isin(owner_N, kept_S).nonzero()[:, 0]
+        rows_M = torch.searchsorted(kept_S, owner_N[numbers_M]) * new_width + self.rows_N[numbers_M] % width
+        attention_mask_SL = None
+        if self.position_ids_BL is None and int(lengths_S.min()) < new_width:
+            attention_mask_SL = (torch.arange(new_width) < lengths_S[:, None]).long()
+        selected = replace(
+            self,
+            input_ids_BL=self.input_ids_BL[kept_S, :new_width],
+            labels_BL=self.labels_BL[kept_S, :new_width],
+            rows_N=rows_M,
+            row_labels_N=self.row_labels_N[numbers_M],
+            attention_mask_BL=attention_mask_SL,
+            sample_ids_B=self.sample_ids_B[kept_S],
+            domain_ids_B=self.domain_ids_B[kept_S],
+            num_tokens=int(lengths_S.sum()),
+            position_ids_BL=None if self.position_ids_BL is None else self.position_ids_BL[kept_S, :new_width],
+            host=None,
+        )
+        return selected, numbers_M
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch on a device."""

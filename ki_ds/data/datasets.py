@@ -242,7 +242,7 @@ class _Opener:
     @property
     def sources(self) -> list[tuple[str, SourceConfig]]:
         """The sources with the names of their domains."""
-        return [(source.domain or Path(source.path).name, source) for source in self.data.all_sources]
+        return [(source.name, source) for source in self.data.all_sources]
 
     @property
     def domains(self) -> tuple[str, ...]:

@@ -95,6 +95,11 @@ class Mixture:
         number, local = self._locate(sample_id)
         return self.datasets[number].num_rows(local, seed=seed, epoch=epoch, key=sample_id)
 
+    def domain_ids(self, sample_ids: np.ndarray) -> np.ndarray:
+        """The domains of some samples, int64 of the same shape."""
+        numbers = np.searchsorted(self._first_ids, sample_ids, side="right") - 1
+        return np.array([dataset.domain_id for dataset in self.datasets])[numbers]
+
     def _locate(self, sample_id: int) -> tuple[int, int]:
         """(dataset, its own number of the sample)."""
         if not 0 <= sample_id < len(self):

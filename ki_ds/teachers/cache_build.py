@@ -87,7 +87,7 @@ def record_teacher(
         assert isinstance(signal, HiddenSignal)
         return signal
 
-    probe = ask(questions.micro_batch(0)[3])
+    probe = ask(questions.one(0, 0))
     weights = {name for name, torch_dtype in DTYPES.items() if torch_dtype == probe.weight_VD.dtype}
     identity = {
         "teacher.weights_sha256": facts.weights_sha256 or f"of {facts.path}",

@@ -30,7 +30,8 @@ class Questions:
     """The masked samples at some places of a run's stream.
 
     `key` (JSON) holds what they depend on; two runs of equal keys mask every sample alike. `tau` is the temperature
-    that is asked for. `steps` are the updates whose samples are meant, each `global_batch_size` places of the stream.
+    that is asked for. `steps` are the updates whose samples are meant, each `global_batch_size` places of the stream;
+    where `domain_ids` are given, only the samples of these domains are.
     """
 
     train: Mixture
@@ -40,6 +41,7 @@ class Questions:
     steps: range
     global_batch_size: int
     micro_batch_size: int
+    domain_ids: frozenset[int] | None = None
 
     @classmethod
     def of_run(cls, config: RunConfig, data: Datasets, *, steps: range) -> Questions:
@@ -66,6 +68,16 @@ class Questions:
             )
         return self.of_steps(-(-num_epochs * len(self.train) // self.global_batch_size))
 
+    def of_domains(self, domain_ids: frozenset[int] | None) -> Questions:
+        """Those about samples of some domains; None is all of them."""
+        return replace(self, domain_ids=domain_ids)
+
+    def _chosen(self, ids: np.ndarray) -> np.ndarray:
+        """bool: which samples are of the domains that are asked about."""
+        if self.domain_ids is None:
+            return np.ones(ids.shape, bool)
+        return np.isin(self.train.domain_ids(ids), sorted(self.domain_ids))
+
     @property
     def places(self) -> range:
         """Places of the stream."""
@@ -80,16 +92,19 @@ class Questions:
         for first in range(self.places.start, self.places.stop, _BLOCK):
             last = min(first + _BLOCK, self.places.stop)
             epochs, ids = self.train.stream(first, last, seed=self.seed)
-            yield np.arange(first, last), self.masks(epochs), ids
+            chosen = self._chosen(ids)
+            yield np.arange(first, last)[chosen], self.masks(epochs[chosen]), ids[chosen]
 
     def micro_batch(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Batch]:
         """(places, masks, sample ids, batch) of the stream's micro-batch of that number.
 
-        Whatever the ranks, these are the run's own micro-batches, so that a teacher computes on equal shapes.
+        Whatever the ranks, these are the run's own micro-batches (or of each the samples of `domain_ids`, at least
+        one), so that a teacher computes on equal shapes.
         """
         places = np.arange(number * self.micro_batch_size, (number + 1) * self.micro_batch_size)
         epochs, ids = self.train.stream(int(places[0]), int(places[-1]) + 1, seed=self.seed)
-        masks = self.masks(epochs)
+        chosen = self._chosen(ids)
+        places, masks, ids = places[chosen], self.masks(epochs[chosen]), ids[chosen]
         samples = [
             self.train.sample(int(i), seed=self.seed, epoch=int(mask)) for mask, i in zip(masks, ids, strict=True)
         ]
@@ -140,7 +155,7 @@ def input_hashes(batch: Batch) -> list[int]:
     width = ids_BL.shape[1]
     bounds = row_bounds(batch)
     hashes = []
-    for number, length in enumerate(_lengths(batch, bounds)):
+    for number, length in enumerate(batch.lengths.tolist()):
         rows = slice(bounds[number], bounds[number + 1])
         digest = hashlib.blake2b(np.array([length, rows.stop - rows.start]).data, digest_size=8)
         digest.update(ids_BL[number, :length].data)
@@ -157,12 +172,3 @@ def row_bounds(batch: Batch) -> list[int]:
     width = batch.input_ids_BL.shape[1]
     starts = np.arange(batch.input_ids_BL.shape[0] + 1) * width
     return np.searchsorted(batch.rows_N.cpu().numpy(), starts).tolist()
-
-
-def _lengths(batch: Batch, bounds: list[int]) -> list[int]:
-    """Tokens of each sample, padding not counted."""
-    if batch.attention_mask_BL is not None:
-        return batch.attention_mask_BL.sum(1).tolist()
-    if batch.position_ids_BL is not None:  # packed rows are causal: every token is labelled
-        return np.diff(bounds).tolist()
-    return [batch.input_ids_BL.shape[1]] * batch.input_ids_BL.shape[0]

@@ -1,5 +1,6 @@
 """Samples, batches and loaders: the same global batches for every split, and nothing lost at a resume."""
 
+import dataclasses
 import hashlib
 import itertools
 import pickle
@@ -7,6 +8,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ki_ds.data.batches import IGNORE_INDEX, TrainBatches, ValidBatches, collate
 from ki_ds.data.blocks import MaskConfig
@@ -286,3 +289,31 @@ def test_a_moved_batch_keeps_what_the_host_may_look_at(mlm):
     assert moved.input_ids_BL.is_meta
     assert moved.host is batch
     assert batch.host is None
+
+
+class TestSelect:
+    """Some sequences of a batch are the batch that would have been made of their samples alone."""
+
+    @pytest.fixture(scope="class", params=["mlm", "causal", "padded", "packed"])
+    def dataset(self, request, store):
+        if request.param in ("mlm", "causal"):
+            return BlockDataset(store, task=request.param, seq_len=64, domain_id=3)
+        packing = request.param == "packed"
+        return BlockDataset(store, task="causal", seq_len=61, break_mode="none_doc", packing=packing)
+
+    @given(chosen=st.sets(st.integers(0, 5), min_size=1), first=st.integers(0, 20))
+    @settings(max_examples=40, deadline=None)
+    def test_it_is_the_batch_of_those_samples(self, dataset, chosen, first):
+        samples = [dataset.sample((first + i) % len(dataset), seed=0, epoch=0) for i in range(6)]
+        chosen = sorted(chosen)
+        whole = collate(samples, pad_id=1, seq_len=dataset.seq_len)
+        found, numbers = whole.select(chosen)
+        expected = collate([samples[i] for i in chosen], pad_id=1, seq_len=dataset.seq_len)
+        for field in dataclasses.fields(expected):
+            ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+            same = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+            assert same, field.name
+        assert whole.row_labels_N[numbers].tolist() == expected.row_labels_N.tolist()
+        owners = (whole.rows_N // whole.input_ids_BL.shape[1])[numbers]
+        assert sorted(set(owners.tolist())) == chosen
+        assert whole.lengths.tolist() == [len(s.input_ids_T) for s in samples]

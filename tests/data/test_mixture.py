@@ -111,3 +111,9 @@ class TestMixture:
         assert SPECIALS.eos == 2
         with pytest.raises(UserError, match="each must be positive"):
             Mixture(datasets, [1.0, 0.0, 1.0])
+
+
+def test_the_domains_of_samples(datasets):
+    mixture = Mixture(datasets)
+    ids = np.arange(len(mixture))[::-1]
+    assert mixture.domain_ids(ids).tolist() == [mixture.sample(i, seed=0, epoch=0).domain_id for i in ids]
