@@ -98,9 +98,9 @@ def _mark_targets(axis: Axes, comparison: Comparison, cost: str, scale: float) -
 
 
 def _mark_teacher(axis: Axes, comparison: Comparison) -> None:
-    """The teacher's own perplexity, if one and the same taught every inheriting run, as a dashed line."""
-    teachers = [run.teacher for arm in comparison.arms for run in arm.runs if run.teacher]
-    ppls = {teacher.get("valid_ppl") for teacher in teachers}
+    """The teacher's own perplexity, if one and the same taught every inheriting run alone, as a dashed line."""
+    teachers = [run.teachers for arm in comparison.arms for run in arm.runs if run.teachers]
+    ppls = {teacher.get("valid_ppl") if not others else None for teacher, *others in teachers}
     low, high = axis.get_ylim()
     if len(ppls) == 1 and (ppl := ppls.pop()) and ppl < high:
         axis.axhline(ppl, color=INK, linewidth=0.8, linestyle="--", alpha=0.6, label="the teacher")

@@ -35,6 +35,13 @@ class Costs:
         return self.own + self.teachers + self.ancestors
 
 
+def teachers_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The facts of a run's teachers, as its run.json has them, in the order of the configuration."""
+    if "teachers" in manifest:
+        return manifest["teachers"]
+    return [manifest["teacher"]] if manifest.get("teacher") else []  # written when a run had one teacher at most
+
+
 def describe(
     manifest: dict[str, Any], *, step: int, tokens: int, flops: tuple[float, float], ppl: float | None, weights: str
 ) -> Lineage:
@@ -59,7 +66,7 @@ def describe(
         "teacher_flops": flops[1],
         "valid_ppl": ppl,
         "inherit": manifest["inherit"],
-        "teachers": [*manifest["former_teachers"], *([manifest["teacher"]] if manifest["teacher"] else [])],
+        "teachers": [*manifest["former_teachers"], *teachers_of(manifest)],
         "started_from": manifest["started_from"],
     }
 
@@ -113,13 +120,20 @@ def tree(record: Lineage) -> Tree:
 
 def _grow(branch: Tree, record: Lineage) -> Tree:
     for parent in _parents(record):
-        what = "started from" if parent is record["started_from"] else "taught by"
+        what = "started from" if parent is record["started_from"] else f"taught{_part(parent)} by"
         if parent["lineage"] is None:
             digest = f", weights {parent['weights_sha256'][:12]}" if parent["weights_sha256"] else ""
             branch.add(f"{what} {parent['path']} ({parent['num_parameters']:,} parameters{digest}; no record)")
         else:
             _grow(branch.add(f"{what} {_label(parent['lineage'])}"), parent["lineage"])
     return branch
+
+
+def _part(teacher: dict[str, Any]) -> str:
+    """What one of several teachers was there for."""
+    if teacher.get("domains"):
+        return f" ({', '.join(teacher['domains'])})"
+    return "" if teacher.get("share") is None else f" (share {teacher['share']:g})"
 
 
 def _label(record: Lineage) -> str:

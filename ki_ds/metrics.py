@@ -10,10 +10,12 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console, Group
 from rich.live import Live
@@ -38,26 +40,49 @@ class Totals:
     seconds: float = 0.0  # of training, without validation and saving
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What a window comes to over all ranks.
+
+    `means` has loss, ce and kl a row. `teachers` says for each teacher over the rows that it taught: kl and ce (of its
+    own) a row, and rows; ce is left out where it is not known, all of it where the run's teachers are averaged.
+    """
+
+    means: dict[str, float]
+    tokens: int
+    teacher_tokens: list[int]  # that each teacher's forward saw
+    teachers: list[dict[str, float]]
+
+
 class Window:
     """Sums since the last line of metrics; nothing is read back from the device before `close`."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, *, num_teachers: int = 0):
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self._tokens = self._teacher_tokens = 0
+        self._teachers_T3 = torch.zeros(num_teachers, 3, dtype=torch.float64, device=device)
+        self._tokens = np.zeros(1 + num_teachers)
 
-    def add(self, out: LossOutput, num_tokens: int, *, taught: bool) -> None:
-        """Count one micro-batch of this rank."""
+    def add(self, out: LossOutput, num_tokens: int, *, teacher_tokens: Sequence[int] = ()) -> None:
+        """Count one micro-batch of this rank; `teacher_tokens` as of `ki_ds.signals.teacher_tokens`."""
         row = (out.loss_sum.detach(), out.ce_sum, out.kl_sum, out.num_rows)
         self._sums += torch.stack([value.double() for value in row])
-        self._tokens += num_tokens
-        self._teacher_tokens += num_tokens if taught else 0
+        if out.teachers.shape == self._teachers_T3.shape:  # not those of an average
+            self._teachers_T3 += out.teachers
+        self._tokens[: 1 + len(teacher_tokens)] += [num_tokens, *teacher_tokens]
 
-    def close(self) -> tuple[dict[str, float], int, int]:
-        """({loss, ce, kl} per row, tokens, tokens seen by the teacher) over all ranks. Waits for the device."""
-        counts = torch.tensor([self._tokens, self._teacher_tokens], dtype=torch.float64, device=self._sums.device)
-        loss, ce, kl, rows, tokens, taught = all_sum(torch.cat([self._sums, counts])).tolist()
-        rows = max(rows, 1.0)
-        return {"loss": loss / rows, "ce": ce / rows, "kl": kl / rows}, int(tokens), int(taught)
+    def close(self) -> Figures:
+        """The figures over all ranks. Waits for the device."""
+        sums = torch.cat([self._sums, self._teachers_T3.view(-1), torch.from_numpy(self._tokens).to(self._sums)])
+        loss, ce, kl, rows, *rest = all_sum(sums).tolist()
+        rows, told = max(rows, 1.0), 3 * len(self._teachers_T3)
+        tokens, *teacher_tokens = map(int, rest[told:])
+        teachers = [_told(*rest[first : first + 3]) for first in range(0, told, 3)]
+        return Figures({"loss": loss / rows, "ce": ce / rows, "kl": kl / rows}, tokens, teacher_tokens, teachers)
+
+
+def _told(kl_sum: float, ce_sum: float, num_rows: float) -> dict[str, float]:
+    means = {"kl": kl_sum / max(num_rows, 1.0), "ce": ce_sum / max(num_rows, 1.0)}
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)} | {"rows": int(num_rows)}
 
 
 def perplexity(ce_sum: float, num_rows: float) -> float:

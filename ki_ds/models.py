@@ -13,7 +13,6 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ from ki_ds.config import LossConfig, ModelConfig, Task
 from ki_ds.data.batches import IGNORE_INDEX, Batch
 from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
-from ki_ds.loss import LossOutput, linear_inheritance_loss, linear_topk_inheritance_loss
-from ki_ds.signals import HiddenSignal, Signal, TopKSignal
+from ki_ds.objective import loss_of
+from ki_ds.signals import HiddenSignal, Signal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -400,7 +399,7 @@ class InheritanceModel(RowLM):
 
         def objective(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
             nonlocal sums
-            out = self._loss(signal, alpha)(
+            out = loss_of(signal, alpha)(
                 hidden_ND,
                 weight_VD,
                 batch.row_labels_N,
@@ -416,20 +415,3 @@ class InheritanceModel(RowLM):
 
         # the loss must leave through the model's own outputs: ZeRO-3 hooks its backward onto them
         return self.ask(batch, objective), *sums
-
-    @staticmethod
-    def _loss(signal: Signal | None, alpha: float | Tensor) -> Callable[..., LossOutput]:
-        """The objective of a signal, without the student's arguments."""
-        match signal:
-            case None:
-                return linear_inheritance_loss
-            case HiddenSignal(hidden_ND, weight_VD, bias_V):
-                head: dict[str, Any] = {
-                    "teacher_hidden": hidden_ND,
-                    "teacher_weight": weight_VD,
-                    "teacher_bias": bias_V,
-                }
-                return partial(linear_inheritance_loss, alpha=alpha, **head)
-            case TopKSignal(ids_NK, probs_NK, semantics):
-                entries: dict[str, Any] = {"topk_ids": ids_NK, "topk_probs": probs_NK, "semantics": semantics}
-                return partial(linear_topk_inheritance_loss, alpha=alpha, **entries)

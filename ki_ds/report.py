@@ -219,16 +219,17 @@ def _details(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[str, .
 
 
 def _facts(arm: Arm, run: Run) -> dict[str, str]:
-    manifest, config, teacher = run.manifest, run.config, run.teacher
+    manifest, config, teachers = run.manifest, run.config, run.teachers
     end = run.curve[-1].costs
     return {
         "arm": arm.label,
         "seed": str(run.seed),
         "status": manifest["status"],
         "student parameters": f"{manifest['student']['num_parameters']:,}",
-        "teacher parameters": f"{teacher['num_parameters']:,}" if teacher else "-",
-        "teacher perplexity": _ppl(teacher["valid_ppl"]) if teacher and teacher.get("valid_ppl") else "-",
-        "teacher weights": teacher["weights_sha256"][:12] if teacher else "-",
+        "teachers for": ", ".join(_task_of(teacher) for teacher in teachers) or "-",
+        "teacher parameters": ", ".join(f"{teacher['num_parameters']:,}" for teacher in teachers) or "-",
+        "teacher perplexity": ", ".join(_ppl_of(teacher) for teacher in teachers) or "-",
+        "teacher weights": ", ".join((teacher["weights_sha256"] or "-")[:12] for teacher in teachers) or "-",
         "alpha": str(config.get("inherit.schedule", "-")),
         "steps": f"{end.steps:,.0f}",
         "steps with teacher": f"{manifest.get('inheriting_steps', 0):,}",
@@ -239,6 +240,15 @@ def _facts(arm: Arm, run: Run) -> dict[str, str]:
         "device": f"{manifest.get('world_size', '?')} x {manifest.get('device', '?')}",
         "data": manifest["data"].get("train_sha256", "-")[:12],
     }
+
+
+def _task_of(teacher: dict[str, Any]) -> str:
+    """Which rows a teacher was there for."""
+    return "+".join(teacher.get("domains") or ["all rows"])
+
+
+def _ppl_of(teacher: dict[str, Any]) -> str:
+    return _ppl(teacher["valid_ppl"]) if teacher.get("valid_ppl") else "-"
 
 
 def write_report(

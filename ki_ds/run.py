@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ from ki_ds.models import (
     weights_sha256,
 )
 from ki_ds.signals import Teacher
-from ki_ds.teachers.factory import TeacherFacts, make_teacher
+from ki_ds.teachers.factory import TeacherFacts, make_teachers
 from ki_ds.teachers.questions import Questions
-from ki_ds.teachers.ranks import connect_teacher
+from ki_ds.teachers.ranks import connect_teachers
 
 
 @dataclass
@@ -115,22 +116,15 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
     if config.data.packing:
         model.check_packing()
     teacher: Teacher | None = None
-    facts, taught = None, schedules.taught_steps(config)
+    facts: list[TeacherFacts] = []
+    taught = schedules.taught_steps(config)
     if bridge is not None:
-        teacher, facts = connect_teacher(config, bridge, device, step=done["step"])
+        teacher, facts = connect_teachers(config, data.domains, bridge, device, step=done["step"])
     elif done["step"] < taught.stop:
-        teacher, facts = make_teacher(
-            config.teacher,
-            config.task,
-            tokenizer_sha256=data.vocabulary.sha256,
-            num_classes=data.vocabulary.size,
-            seq_len=config.data.seq_len,
-            packing=config.data.packing,
-            device=device,
-            questions=Questions.of_run(config, data, steps=range(max(done["step"], taught.start), taught.stop)),
-        )
-    if facts is not None and not facts.tokenizer_checked:
-        say(f"{facts.path} has no tokenizer: of the teacher's vocabulary only the size could be checked")
+        questions = Questions.of_run(config, data, steps=range(max(done["step"], taught.start), taught.stop))
+        teacher, facts = make_teachers(config, data, device=device, questions=questions)
+    for note in _teacher_notes(config, data, facts):
+        say(note)
     started_from = _started_from(config, parameters) if not resume_from else None  # then the manifest knows it
     manifest = _manifest(config, data, parameters, facts, started_from, device)
     on_main(lambda: _check_lineage(run_dir, manifest))
@@ -144,6 +138,15 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
         configuration.save(config, run_dir / "config.yaml")
         checkpoint.write_json(run_dir / "run.json", manifest)
     return run
+
+
+def _teacher_notes(config: RunConfig, data: Datasets, facts: Sequence[TeacherFacts]) -> Iterator[str]:
+    for found in facts:
+        if not found.tokenizer_checked:
+            yield f"{found.path} has no tokenizer: of the teacher's vocabulary only the size could be checked"
+    taught = {domain for entry in config.all_teachers for domain in entry.domains or data.trained_domains}
+    if facts and (alone := [domain for domain in data.trained_domains if domain not in taught]):
+        yield f"rows of {', '.join(alone)} have no teacher: they learn from their labels alone"
 
 
 def _check_positions(config: RunConfig, limit: int | None) -> None:
@@ -183,21 +186,34 @@ def _check_lineage(run_dir: Path, manifest: dict[str, Any]) -> None:
                 f"run_dir={run_dir}: {name} was {before['data'][name][:12]}, data.corpus has {digest[:12]}; "
                 "give the run its own data back, or start in another run_dir"
             )
-    old, new = before.get("teacher"), manifest["teacher"]
+    old, new = lineage.teachers_of(before), manifest["teachers"]
     manifest["former_teachers"] = before.get("former_teachers", [])
     manifest["started_from"] = before.get("started_from")
-    allowed = manifest["changed_config"] == "allow"
-    if old and new and not allowed and old["weights_sha256"] != new["weights_sha256"]:
+    if not new:
+        manifest["teachers"] = old  # alpha is 0 by now: the lineage stays
+        return
+    if old and manifest["changed_config"] != "allow":
+        _check_teachers(run_dir, old, new)
+    still = {teacher["weights_sha256"] for teacher in new}
+    gone = [teacher for teacher in old if teacher["weights_sha256"] not in still]
+    manifest["former_teachers"] = [*manifest["former_teachers"], *gone]
+
+
+def _check_teachers(run_dir: Path, old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> None:
+    """UserError when the teachers of a run that goes on are not, one by one, those that it had."""
+    if len(old) != len(new):
         raise UserError(
-            f"run_dir={run_dir} inherited from {old['path']}, teacher.path={new['path']} has other weights; "
-            "give the same teacher, or --train.changed_config allow"
+            f"run_dir={run_dir} inherited from {len(old)} teachers, now there are {len(new)}; give the same, or "
+            "--train.changed_config allow"
         )
-    if old and new and not allowed:
-        _check_signals(run_dir, old, new)
-    if old and not new:
-        manifest["teacher"] = old  # alpha is 0 by now: the lineage stays
-    if old and new and old["weights_sha256"] != new["weights_sha256"]:
-        manifest["former_teachers"] = [*manifest["former_teachers"], old]
+    for number, (before, now) in enumerate(zip(old, new, strict=True)):
+        if before["weights_sha256"] != now["weights_sha256"]:
+            field_name = "teacher.path" if now["name"] is None else f"teachers.{number}.path"
+            raise UserError(
+                f"run_dir={run_dir} inherited from {before['path']}, {field_name}={now['path']} has other weights; "
+                "give the same teacher, or --train.changed_config allow"
+            )
+        _check_signals(run_dir, before, now)
 
 
 def _check_signals(run_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -233,7 +249,7 @@ def _manifest(
     config: RunConfig,
     data: Datasets,
     parameters: dict[str, int],
-    facts: TeacherFacts | None,
+    facts: Sequence[TeacherFacts],
     started_from: dict[str, Any] | None,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -255,7 +271,7 @@ def _manifest(
         "seed": config.seed,
         "student": parameters,
         "started_from": started_from,
-        "teacher": asdict(facts) if facts else None,
+        "teachers": [asdict(found) for found in facts],
         "former_teachers": [],
         "inherit": {
             "schedule": config.inherit.schedule,

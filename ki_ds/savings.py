@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ki_ds.config import OPERATIONAL_FIELDS
+from ki_ds.config import is_operational
 from ki_ds.errors import UserError
+from ki_ds.lineage import teachers_of
 
 if TYPE_CHECKING:
     pass
@@ -138,8 +139,8 @@ class Run:
         return self.config["seed"]
 
     @property
-    def teacher(self) -> dict[str, Any] | None:
-        return self.manifest.get("teacher")
+    def teachers(self) -> list[dict[str, Any]]:
+        return teachers_of(self.manifest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +152,7 @@ class Arm:
 
     @property
     def inherits(self) -> bool:
-        return self.runs[0].teacher is not None
+        return bool(self.runs[0].teachers)
 
 
 @dataclass(frozen=True)
@@ -214,10 +215,10 @@ def _short(value: object) -> object:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """What tells two arms apart: every field that changes the training, but the seed; and the teacher's size."""
-    ignored = OPERATIONAL_FIELDS | {"seed"}
-    identity = {key: value for key, value in run.config.items() if key not in ignored}
-    return identity | ({"teacher.num_parameters": run.teacher["num_parameters"]} if run.teacher else {})
+    """What tells two arms apart: every field that changes the training, but the seed; and the teachers' sizes."""
+    identity = {key: value for key, value in run.config.items() if key != "seed" and not is_operational(key)}
+    sizes = [teacher["num_parameters"] for teacher in run.teachers]
+    return identity | ({"teacher.num_parameters": sizes if len(sizes) > 1 else sizes[0]} if sizes else {})
 
 
 def _arms(runs: Sequence[Run]) -> tuple[Arm, ...]:
@@ -244,8 +245,8 @@ def _label(run: Run, groups: list[list[Run]]) -> str:
     """The user's label; else the kind, with the fields that tell it from other arms of its kind."""
     if run.label:
         return run.label
-    kind = "inheriting" if run.teacher else "self-learning"
-    peers = [_identity(group[0]) for group in groups if bool(group[0].teacher) == bool(run.teacher)]
+    kind = "inheriting" if run.teachers else "self-learning"
+    peers = [_identity(group[0]) for group in groups if bool(group[0].teachers) == bool(run.teachers)]
     own = _identity(run)
     parts = [f"{key}={value}" for key, value in own.items() if any(peer.get(key) != value for peer in peers)]
     return f"{kind} ({', '.join(parts)})" if parts else kind
@@ -259,7 +260,7 @@ def _notes(runs: Sequence[Run], baseline: Arm | None, same_machine: bool) -> Ite
         yield f"Not finished: {', '.join(unfinished)}; their final perplexity is the one so far."
     if not same_machine:
         yield "The runs used different machines or numbers of ranks, so their times are not compared."
-    if any(run.teacher for run in runs):
+    if any(run.teachers for run in runs):
         yield (
             "FLOPs: 6 a parameter and token for the student, 2 for the teacher's forward while it teaches. "
             "As in the paper, the teacher's own earlier training is not counted."
@@ -335,6 +336,8 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+            yield from _flat({f"{key}.{number}": entry for number, entry in enumerate(value)}, prefix)
         else:
             yield f"{prefix}{key}", value
 

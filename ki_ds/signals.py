@@ -3,7 +3,8 @@
 The trainer hands a signal on to the loss without looking inside, so where the teacher runs (in the process, on
 ranks of its own, from a cache) is the teacher's business alone.
 
-Shape suffixes: N labelled rows of the batch in order, D hidden size, V padded vocabulary, K teacher entries of a row.
+Shape suffixes: N labelled rows of the batch in order, M those of one teacher, D hidden size, V padded vocabulary,
+K teacher entries of a row.
 """
 
 from __future__ import annotations
@@ -40,7 +41,48 @@ class TopKSignal:
     semantics: str
 
 
-Signal = HiddenSignal | TopKSignal
+@dataclass(frozen=True)
+class Part:
+    """What one of several teachers says about its rows: the labelled rows `rows_M` of the batch, in their order."""
+
+    teacher: int  # its number among the run's teachers
+    signal: HiddenSignal | TopKSignal
+    rows_M: Tensor  # int64
+    num_tokens: int  # that its forward saw
+
+
+@dataclass(frozen=True)
+class RoutedSignal:
+    """Each row's own teacher; rows of no part have none. A teacher without rows in the batch has no part."""
+
+    parts: tuple[Part, ...]
+    num_teachers: int
+
+
+@dataclass(frozen=True)
+class AveragedSignal:
+    """Several teachers for every row: the average of their softmaxes at tau, weighted by `shares` over their sum."""
+
+    signals: tuple[HiddenSignal, ...]
+    shares: tuple[float, ...]
+
+
+Signal = HiddenSignal | TopKSignal | RoutedSignal | AveragedSignal
+
+
+def teacher_tokens(signal: Signal | None, batch: Batch) -> list[int]:
+    """Tokens of the batch that each of the run's teachers saw; nothing without a signal."""
+    match signal:
+        case None:
+            return []
+        case RoutedSignal(parts, num_teachers):
+            tokens = [0] * num_teachers
+            for part in parts:
+                tokens[part.teacher] = part.num_tokens
+            return tokens
+        case AveragedSignal(signals, _):
+            return [batch.num_tokens] * len(signals)
+    return [batch.num_tokens]
 
 
 class Teacher(Protocol):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -21,9 +22,10 @@ from ki_ds.distributed import is_main, on_main, rank, say, world_size
 from ki_ds.engine import connect
 from ki_ds.errors import UserError, common_to_all_ranks
 from ki_ds.evaluation.perplexity import Perplexity, validate
-from ki_ds.metrics import Display, MetricsLog, Stopwatch, Window, global_rows
+from ki_ds.metrics import Display, Figures, MetricsLog, Stopwatch, Window, global_rows
 from ki_ds.models import weights_sha256
 from ki_ds.run import Run, prepare
+from ki_ds.signals import teacher_tokens
 from ki_ds.teachers.ranks import teach
 
 
@@ -68,7 +70,7 @@ def _loop(run: Run) -> None:
     display = Display(
         config.monitor.progress, title=run.run_dir.name, num_steps=config.train.num_steps, start_step=totals.step
     )
-    watch, window = Stopwatch(totals.seconds), Window(run.device)
+    watch, window = Stopwatch(totals.seconds), _window(run)
     with contextlib.closing(display):
         if totals.step == 0:
             _validate(run, log, display)
@@ -83,7 +85,7 @@ def _loop(run: Run) -> None:
             at_end = totals.step == last
             if at_end or _due(totals.step, config.train.log_every, config.train.eval_every):
                 _report(run, log, display, watch, window, rates)
-                window = Window(run.device)
+                window = _window(run)
             if at_end or _due(totals.step, config.train.eval_every):
                 _validate(run, log, display)
             if at_end or _due(totals.step, config.train.save_every):
@@ -91,6 +93,10 @@ def _loop(run: Run) -> None:
                 _save(run)
             watch.run()
     _finish(run, last)
+
+
+def _window(run: Run) -> Window:
+    return Window(run.device, num_teachers=len(run.manifest["teachers"]))
 
 
 def _due(step: int, *every: int) -> bool:
@@ -134,7 +140,7 @@ def train_step(run: Run, micro_batches: list[Batch], window: Window) -> dict[str
         out = run.engine.loss(batch, signal, alpha)
         run.engine.backward(out.loss_sum, rows)
         run.engine.step(lr)
-        window.add(out, batch.num_tokens, taught=signal is not None)
+        window.add(out, batch.num_tokens, teacher_tokens=teacher_tokens(signal, batch))
     return {"alpha": alpha, "lr": lr}
 
 
@@ -161,25 +167,43 @@ def _report(
     run: Run, log: MetricsLog, display: Display, watch: Stopwatch, window: Window, rate: dict[str, float]
 ) -> None:
     totals, before = run.totals, run.totals.seconds
-    figures, tokens, taught = window.close()
+    found, teachers = window.close(), run.manifest["teachers"]
     totals.seconds = watch.pause()
-    totals.tokens += tokens
-    totals.student_flops += 6.0 * run.manifest["student"]["dense_parameters"] * tokens
-    if taught:
-        totals.teacher_flops += 2.0 * run.manifest["teacher"]["dense_parameters"] * taught
-    figures |= rate | {"tokens_per_second": tokens / max(totals.seconds - before, 1e-9)}
+    totals.tokens += found.tokens
+    totals.student_flops += 6.0 * run.manifest["student"]["dense_parameters"] * found.tokens
+    for facts, tokens in zip(teachers, found.teacher_tokens, strict=True):
+        totals.teacher_flops += 2.0 * facts["dense_parameters"] * tokens
+    figures = found.means | rate | {"tokens_per_second": found.tokens / max(totals.seconds - before, 1e-9)}
     if run.teacher is not None:
         figures |= run.teacher.figures()
     if (norm := run.engine.grad_norm) is not None:
         figures["grad_norm"] = norm
-    log.write("train", totals, **figures, skipped_steps=run.engine.skipped_steps)
-    run.engine.write_monitor([(f"train/{name}", value, totals.samples) for name, value in figures.items()])
+    by_teacher = _by_teacher(teachers, found)
+    log.write(
+        "train",
+        totals,
+        **figures,
+        skipped_steps=run.engine.skipped_steps,
+        **({"teachers": by_teacher} if by_teacher else {}),
+    )
+    events = figures | {f"{name}/{key}": each[key] for name, each in by_teacher.items() for key in each}
+    run.engine.write_monitor([(f"train/{name}", value, totals.samples) for name, value in events.items()])
     display.figures(totals.step, figures)
     if not math.isfinite(figures["loss"]):
         raise UserError(
             f"the loss is {figures['loss']} at step {totals.step}; lower optim.lr={run.config.optim.lr} and start "
             "again from the last checkpoint"
         )
+
+
+def _by_teacher(teachers: Sequence[dict[str, Any]], found: Figures) -> dict[str, dict[str, float]]:
+    """Of teachers with rows of their own, what each said about those that it taught since the last line."""
+    told = zip(teachers, found.teachers, found.teacher_tokens, strict=True)
+    return {
+        facts["name"]: {**means, "tokens": tokens}
+        for facts, means, tokens in told
+        if facts.get("domains") is not None and means["rows"]
+    }
 
 
 def _validate(run: Run, log: MetricsLog, display: Display) -> None:

@@ -35,7 +35,7 @@ def write_run(folder, ppls, *, inherits=False, seed=1, changes=None, config=None
         "world_size": 2,
         "device": "x86_64 CPU",
         "student": {"num_parameters": STUDENT, "dense_parameters": STUDENT},
-        "teacher": teacher if inherits else None,
+        "teachers": [teacher] if inherits else [],
         "data": {"train_sha256": "a" * 64, "valid_sha256": "b" * 64, "tokenizer_sha256": "d" * 64},
         "valid_masks": {"seed": 1, "variants": 1},
     }

@@ -32,7 +32,7 @@ def test_a_student_inherits_and_everything_is_reported(base, task):
     manifest = json.loads((run_dir / "run.json").read_text())
     assert manifest["status"] == "finished"
     assert steps[-1]["student_flops"] == 6 * manifest["student"]["dense_parameters"] * steps[-1]["tokens"]
-    assert steps[-1]["teacher_flops"] == 2 * manifest["teacher"]["dense_parameters"] * steps[3]["tokens"]
+    assert steps[-1]["teacher_flops"] == 2 * manifest["teachers"][0]["dense_parameters"] * steps[3]["tokens"]
     valid = records(run_dir, "valid")
     assert [r["step"] for r in valid] == [0, 3, 6]
     assert valid[-1]["ppl"] < valid[0]["ppl"]

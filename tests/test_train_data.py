@@ -67,7 +67,7 @@ def test_the_released_folder_is_trained_on_as_it_is(base, task):
     teacher = run(base / f"released_{task}", base / "corpus", task=task, data=data)
     assert (teacher / "best" / "dict.txt").read_bytes() == (RELEASED / "dict.txt").read_bytes()
     student = inherit(base, f"released_{task}_student", task=task, data=data, teacher={"path": str(teacher)})
-    assert json.loads((student / "run.json").read_text())["teacher"]["tokenizer_checked"]
+    assert json.loads((student / "run.json").read_text())["teachers"][0]["tokenizer_checked"]
     assert records(student, "train")[0]["kl"] > 0
 
 

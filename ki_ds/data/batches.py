@@ -60,7 +60,7 @@ class Batch:
             return torch.bincount(self.rows_N // width, minlength=num_sequences)
         return torch.full((num_sequences,), width, device=self.rows_N.device)
 
-    def select(self, sequences: Sequence[int]) -> tuple[Self, torch.Tensor]:
+    def select(self, sequences: Sequence[int] | np.ndarray) -> tuple[Self, torch.Tensor]:
         """(the batch of some of its sequences, int64 numbers of their rows among this batch's rows).
 
         It is the batch that `collate` would have made of their samples. For a batch in the host's memory.

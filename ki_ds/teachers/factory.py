@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ki_ds import lineage
-from ki_ds.config import Task, TeacherConfig
-from ki_ds.data.datasets import check_tokenizer
+from ki_ds.config import RunConfig, Task, TeacherConfig
+from ki_ds.data.datasets import Datasets, check_tokenizer
 from ki_ds.errors import UserError
 from ki_ds.lineage import Lineage
 from ki_ds.models import (
@@ -28,6 +30,7 @@ from ki_ds.models import (
 from ki_ds.signals import Teacher
 from ki_ds.teachers.cache import CachedTeacher, check_coverage, fitting_semantics
 from ki_ds.teachers.cache_files import CacheFiles, Manifest
+from ki_ds.teachers.many import Assignment, ManyTeachers
 from ki_ds.teachers.online import OnlineTeacher
 from ki_ds.teachers.questions import Questions
 
@@ -36,7 +39,7 @@ _LARGEST_PADDING = 1024  # output classes beyond the tokenizer's ids that can st
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What a run's manifest says about its teacher."""
+    """What a run's manifest says about a teacher."""
 
     path: str
     weights_sha256: str | None
@@ -46,6 +49,63 @@ class TeacherFacts:
     valid_ppl: float | None  # of a run of ours, on its own validation set
     lineage: Lineage | None  # of a model of ours
     cache: dict[str, Any] | None = None  # where its signals are read from: path, key_sha256, kind, forward_flops
+    name: str | None = None  # in the metrics of a run with several teachers
+    domains: list[str] | None = None  # whose rows it teaches; None is all
+    share: float | None = None  # in the average of several teachers
+
+
+def make_teachers(
+    config: RunConfig, data: Datasets, *, device: torch.device, questions: Questions | None = None
+) -> tuple[Teacher, list[TeacherFacts]]:
+    """All teachers of a run as one, and the facts of each in the order of the configuration.
+
+    Arguments and errors as in `make_teacher`; a cache of K entries cannot be averaged either.
+    """
+    entries = config.all_teachers
+    assignment = Assignment.of(entries, data.domains)
+    made = [
+        make_teacher(
+            replace(config.teacher, path=entry.path),
+            config.task,
+            tokenizer_sha256=data.vocabulary.sha256,
+            num_classes=data.vocabulary.size,
+            seq_len=config.data.seq_len,
+            packing=config.data.packing,
+            device=device,
+            questions=None if questions is None else questions.of_domains(assignment.of_teacher(number)),
+            what="teacher.path" if config.teachers is None else f"teachers.{number}.path",
+        )
+        for number, entry in enumerate(entries)
+    ]
+    facts = [found for _, found in made]
+    if config.teachers is None:
+        return made[0][0], facts
+    _check_average(assignment, facts)
+    names = _names([entry.domains for entry in entries], [entry.path for entry in entries])
+    facts = [
+        replace(found, name=name, domains=entry.domains, share=entry.share)
+        for found, name, entry in zip(facts, names, entries, strict=True)
+    ]
+    return ManyTeachers([teacher for teacher, _ in made], assignment), facts
+
+
+def _names(domains: Sequence[list[str] | None], paths: Sequence[str]) -> list[str]:
+    """A name for each of several teachers: that of its domains, or of its folder, numbered where two are alike."""
+    names = [
+        "+".join(taught) if taught is not None else Path(path).name for taught, path in zip(domains, paths, strict=True)
+    ]
+    count = Counter(names)
+    return [name if count[name] == 1 else f"{name}_{number}" for number, name in enumerate(names)]
+
+
+def _check_average(assignment: Assignment, facts: Sequence[TeacherFacts]) -> None:
+    """UserError where the average of several teachers would need more than what a cache holds of one."""
+    for number, found in enumerate(facts):
+        if assignment.domain_ids is None and len(facts) > 1 and found.cache and found.cache["kind"] == "topk":
+            raise UserError(
+                f"teachers.{number}.path={found.cache['path']} holds K entries a row, which cannot be averaged with "
+                "other teachers; cache hidden states (--kind hidden), or give every entry domains"
+            )
 
 
 def make_teacher(
@@ -58,6 +118,7 @@ def make_teacher(
     device: torch.device,
     packing: bool = False,
     questions: Questions | None = None,
+    what: str = "teacher.path",
 ) -> tuple[Teacher, TeacherFacts]:
     """The teacher that the configuration asks for, and its facts.
 
@@ -67,6 +128,7 @@ def make_teacher(
         seq_len: the longest row that it will be asked about, in tokens.
         packing: whether several blocks may share a row.
         questions: the masked samples that it will be asked about; a cache wants to know.
+        what: the configuration's field that names its path, for error lines.
 
     Raises:
         UserError: it cannot be read, has another tokenizer or vocabulary, or too few positions; or the cache was made
@@ -79,10 +141,10 @@ def make_teacher(
     folder = model_folder(config.path)
     name = "fp16" if device.type == "cuda" else "fp32"
     dtype = DTYPES[name if config.dtype == "auto" else config.dtype]
-    read_config(folder, what="teacher.path")  # the cheapest way to find that it is no model at all
-    checked = check_tokenizer(folder, tokenizer_sha256, what="teacher.path")
-    lm = load_lm(folder, task, dtype, what="teacher.path")
-    _check_shape(lm, config.path, num_classes=num_classes, seq_len=seq_len)
+    read_config(folder, what=what)  # the cheapest way to find that it is no model at all
+    checked = check_tokenizer(folder, tokenizer_sha256, what=what)
+    lm = load_lm(folder, task, dtype, what=what)
+    _check_shape(lm, f"{what}={config.path}", num_classes=num_classes, seq_len=seq_len)
     digest = weights_sha256(folder) if Path(folder).is_dir() else None
     parameters = count_parameters(lm)
     facts = TeacherFacts(
@@ -127,16 +189,16 @@ def _valid_ppl(folder: str) -> float | None:
     return json.loads(path.read_text(encoding="utf-8"))["ppl"] if path.exists() else None
 
 
-def _check_shape(lm: PreTrainedModel, path: str, *, num_classes: int, seq_len: int) -> None:
-    check_vocabulary(lm, num_classes, what=f"teacher.path={path}")
+def _check_shape(lm: PreTrainedModel, what: str, *, num_classes: int, seq_len: int) -> None:
+    check_vocabulary(lm, num_classes, what=what)
     size = lm.get_output_embeddings().weight.shape[0]
     if size > num_classes + _LARGEST_PADDING:
         raise UserError(
-            f"teacher.path={path} has {size} output classes, too many for the tokenizer's {num_classes} ids and "
+            f"{what} has {size} output classes, too many for the tokenizer's {num_classes} ids and "
             "padding; take a teacher of the same vocabulary"
         )
     limit = max_positions(lm)
     if limit is not None and seq_len > limit:
         raise UserError(
-            f"data.seq_len={seq_len} exceeds the teacher's {limit} positions; lower it or take another teacher"
+            f"data.seq_len={seq_len} exceeds the teacher's {limit} positions ({what}); lower it or take another"
         )

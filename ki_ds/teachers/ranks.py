@@ -1,19 +1,19 @@
 """A teacher on ranks of its own: they run ahead of the students and send the hidden states of the labelled rows.
 
 Batches are pure functions of the configuration and a step: a teacher rank makes those of its students itself and learns
-from them only where to begin. It sends its output projection once, then for every micro-batch a header and N hidden
-states of D numbers. It is at most `teacher.ahead` and two micro-batches ahead, for a tensor leaves it when the student
-takes it.
+from them only where to begin. For every micro-batch it sends a header and N hidden states of D numbers, and the first
+time its output projection. Of several teachers each rank runs all, and sends the part of each. It is at most
+`teacher.ahead` and two micro-batches ahead, for a tensor leaves it when the student takes it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import queue
 import threading
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -24,8 +24,9 @@ from ki_ds.config import RunConfig
 from ki_ds.data.batches import Batch, TrainBatches
 from ki_ds.data.datasets import open_datasets
 from ki_ds.errors import UserError
-from ki_ds.signals import HiddenSignal
-from ki_ds.teachers.factory import TeacherFacts, make_teacher
+from ki_ds.signals import HiddenSignal, Signal
+from ki_ds.teachers.factory import TeacherFacts, make_teachers
+from ki_ds.teachers.many import Assignment, hidden_answers
 
 _REMIND_SECONDS = 30.0
 
@@ -50,20 +51,13 @@ def teach(config: RunConfig, bridge: Bridge, device: torch.device) -> None:
 def _teach(config: RunConfig, bridge: Bridge, device: torch.device) -> None:
     try:
         data = open_datasets(config.data, config.task, other_index_dir=Path(config.run_dir) / "index")
-        teacher, facts = make_teacher(
-            dataclasses.replace(config.teacher, placement="online"),
-            config.task,
-            tokenizer_sha256=data.vocabulary.sha256,
-            num_classes=data.vocabulary.size,
-            seq_len=config.data.seq_len,
-            packing=config.data.packing,
-            device=device,
-        )
+        online = replace(config, teacher=replace(config.teacher, placement="online"))
+        teacher, facts = make_teachers(online, data, device=device)
     except UserError as error:
         bridge.put(f"facts_{bridge.rank}", {"error": str(error)})
         error.said_by_main = True
         raise
-    bridge.put(f"facts_{bridge.rank}", {"facts": asdict(facts)})
+    bridge.put(f"facts_{bridge.rank}", {"facts": [asdict(found) for found in facts]})
     steps = _steps(config, bridge.get("start"))
     streams = [
         TrainBatches(
@@ -82,20 +76,26 @@ def _teach(config: RunConfig, bridge: Bridge, device: torch.device) -> None:
     ]
     busy = idle = 0.0
     number = 0
+    known: dict[int, set[int]] = {student: set() for student in bridge.students}  # whose heads it has
     for step in zip(*streams, strict=True):
         for micro_batches in zip(*step, strict=True):
             for student, batch in zip(bridge.students, micro_batches, strict=True):
                 began = time.perf_counter()
-                signal = teacher.signal(batch.to(device, non_blocking=True))
-                assert isinstance(signal, HiddenSignal)
-                hidden_ND = signal.hidden_ND.cpu()
+                answers = hidden_answers(teacher.signal(batch.to(device, non_blocking=True)))
+                hidden = [signal.hidden_ND.cpu() for _, signal in answers]
                 busy, began = busy + time.perf_counter() - began, time.perf_counter()
-                if number == 0:
-                    bridge.send([signal.weight_VD, *([] if signal.bias_V is None else [signal.bias_V])], student)
+                heads = [tensor for which, signal in answers if which not in known[student] for tensor in _head(signal)]
+                known[student].update(which for which, _ in answers)
                 header = torch.tensor([number, batch.num_tokens, round(busy * 1e6), round(idle * 1e6)])
-                bridge.send([header, hidden_ND], student)
+                bridge.send([header, *hidden, *heads], student)
                 idle += time.perf_counter() - began
             number += 1
+
+
+def _head(signal: HiddenSignal) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output projection on its way to a student: a bias that is not there has no elements."""
+    weight_VD, bias_V = signal.weight_VD, signal.bias_V
+    return weight_VD, weight_VD.new_empty(0) if bias_V is None else bias_V
 
 
 def _steps(config: RunConfig, start: int) -> range:
@@ -108,10 +108,13 @@ def _steps(config: RunConfig, start: int) -> range:
 # --- the student's side -------------------------------------------------------------------------------------------
 
 
-def connect_teacher(
-    config: RunConfig, bridge: Bridge, device: torch.device, *, step: int
-) -> tuple[RanksTeacher, TeacherFacts]:
-    """The teacher behind the bridge, told to begin at `step`, and its facts. Called by every student rank.
+def connect_teachers(
+    config: RunConfig, domains: Sequence[str], bridge: Bridge, device: torch.device, *, step: int
+) -> tuple[RanksTeacher, list[TeacherFacts]]:
+    """The teachers behind the bridge, told to begin at `step`, and their facts. Called by every student rank.
+
+    Args:
+        domains: the names behind the batches' domain ids.
 
     Raises:
         UserError: what its ranks could not use, or that one of them did not come up within teacher.patience.
@@ -130,17 +133,31 @@ def connect_teacher(
     accumulation = config.train.global_batch_size // (config.train.micro_batch_size * bridge.num_students)
     num_batches = len(_steps(config, step)) * accumulation
     teacher = RanksTeacher(
-        bridge, device, num_batches=num_batches, ahead=config.teacher.ahead, patience=config.teacher.patience
+        bridge,
+        Assignment.of(config.all_teachers, domains),
+        device,
+        num_batches=num_batches,
+        ahead=config.teacher.ahead,
+        patience=config.teacher.patience,
     )
-    return teacher, TeacherFacts(**note["facts"])
+    return teacher, [TeacherFacts(**facts) for facts in note["facts"]]
 
 
 class RanksTeacher:
     """Receives in a thread of its own what a teacher rank sends, `ahead` micro-batches at most beforehand."""
 
-    def __init__(self, bridge: Bridge, device: torch.device, *, num_batches: int, ahead: int, patience: float) -> None:
-        self._bridge, self._device, self._patience = bridge, device, patience
-        self._head: list[torch.Tensor] | None = None
+    def __init__(
+        self,
+        bridge: Bridge,
+        assignment: Assignment,
+        device: torch.device,
+        *,
+        num_batches: int,
+        ahead: int,
+        patience: float,
+    ) -> None:
+        self._bridge, self._assignment, self._device, self._patience = bridge, assignment, device, patience
+        self._heads: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._number = 0
         self._waited, self._busy, self._idle = 0.0, 0, 0
         self._received: queue.Queue[list[torch.Tensor] | ConnectionError] = queue.Queue(maxsize=ahead)
@@ -148,25 +165,32 @@ class RanksTeacher:
 
     def _receive(self, num_batches: int) -> None:
         try:
-            for _ in range(num_batches + (num_batches > 0)):  # the head comes first
+            for _ in range(num_batches):
                 self._received.put(self._bridge.receive(self._bridge.teacher))
         except ConnectionError as error:
             self._received.put(error)
 
-    def signal(self, batch: Batch) -> HiddenSignal:
-        """The hidden states of the labelled rows (N, D), in the teacher's dtype, and its output projection."""
-        if self._head is None:
-            self._head = [tensor.to(self._device) for tensor in self._next()]
-        header, hidden_ND = self._next()
+    def signal(self, batch: Batch) -> Signal:
+        """What the teacher in the process would say: hidden states and an output projection in its own dtype."""
+        questions = self._assignment.questions(batch)
+        header, *tensors = self._next()
+        hidden, heads = tensors[: len(questions)], tensors[len(questions) :]
         number, num_tokens, busy, idle = header.tolist()
-        if (number, num_tokens, len(hidden_ND)) != (self._number, batch.num_tokens, batch.num_rows):
+        rows = [question.batch.num_rows for question in questions]
+        if (number, num_tokens, [len(hidden_ND) for hidden_ND in hidden]) != (self._number, batch.num_tokens, rows):
             raise UserError(
-                f"{self._name} answers micro-batch {number} with {len(hidden_ND)} rows, the student asks for "
-                f"{self._number} with {batch.num_rows}; give all ranks the same code, data and configuration"
+                f"{self._name} answers micro-batch {number} with {sum(map(len, hidden))} rows, the student asks for "
+                f"{self._number} with {sum(rows)}; give all ranks the same code, data and configuration"
             )
         self._number, self._busy, self._idle = number + 1, busy, idle
-        weight_VD, bias_V = self._head[0], self._head[1] if len(self._head) > 1 else None
-        return HiddenSignal(hidden_ND.to(self._device, non_blocking=True), weight_VD, bias_V)
+        new = [question.teacher for question in questions if question.teacher not in self._heads]
+        for which, weight_VD, bias_V in zip(new, heads[::2], heads[1::2], strict=True):
+            self._heads[which] = weight_VD.to(self._device), bias_V.to(self._device) if len(bias_V) else None
+        answers = [
+            HiddenSignal(hidden_ND.to(self._device, non_blocking=True), *self._heads[question.teacher])
+            for question, hidden_ND in zip(questions, hidden, strict=True)
+        ]
+        return self._assignment.joined(questions, answers)
 
     def figures(self) -> dict[str, float]:
         """Seconds, so far, that this student waited for its teacher, and that the teacher worked and waited."""
@@ -177,8 +201,8 @@ class RanksTeacher:
         }
 
     def free(self) -> None:
-        """Give the output projection's memory back; the teacher's rank has left by now."""
-        self._head = None
+        """Give the output projections' memory back; the teacher's rank has left by now."""
+        self._heads = {}
 
     @property
     def _name(self) -> str:

@@ -193,11 +193,11 @@ def test_a_run_that_reads_goes_on_bitwise_and_needs_no_weights(base, caches, tmp
     expected = weights(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(twice).items())
     manifest = json.loads((twice / "run.json").read_text())
-    assert manifest["teacher"]["lineage"]["name"] == "mlm_teacher"
-    assert manifest["teacher"]["cache"]["key_sha256"] == Manifest.read(moved).key_sha256
+    assert manifest["teachers"][0]["lineage"]["name"] == "mlm_teacher"
+    assert manifest["teachers"][0]["cache"]["key_sha256"] == Manifest.read(moved).key_sha256
     flops = records(twice, "train")[-1]["teacher_flops"]
     # each token's forward counts as it would online; the cache says what it has cost once
-    assert flops == manifest["teacher"]["cache"]["forward_flops"] == Manifest.read(moved).forward_flops
+    assert flops == manifest["teachers"][0]["cache"]["forward_flops"] == Manifest.read(moved).forward_flops
 
 
 def test_a_run_does_not_change_caches_by_itself(base, caches):
