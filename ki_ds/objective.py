@@ -75,13 +75,12 @@ def _routed_loss(
             for loss, rows_M in zip(losses, [*rows, _others(rows, hidden_ND)], strict=True)
             if len(rows_M)
         ]
-    *columns, told = zip(*outs, strict=True)
-    sums = (sum(column[1:], start=column[0]) for column in columns)
+    asked = torch.cat([out.teachers for out in outs])
     teachers_T3 = hidden_ND.new_zeros(signal.num_teachers, 3, dtype=torch.float32)
-    asked = torch.cat(told)
     if len(asked):
         teachers_T3[[part.teacher for part in parts]] = asked
-    return LossOutput(*sums, teachers_T3)
+    sums = {name: torch.stack([getattr(out, name) for out in outs]).sum() for name in LossOutput._fields[:-1]}
+    return LossOutput(**sums, teachers=teachers_T3)
 
 
 def _others(rows: list[Tensor], hidden_ND: Tensor) -> Tensor:
