@@ -76,9 +76,8 @@ def _routed_loss(
             if len(rows_M)
         ]
     asked = torch.cat([out.teachers for out in outs])
-    teachers_T3 = hidden_ND.new_zeros(signal.num_teachers, 3, dtype=torch.float32)
-    if len(asked):
-        teachers_T3[[part.teacher for part in parts]] = asked
+    told = dict(zip((part.teacher for part in parts), asked, strict=False))  # nothing where alpha is 0
+    teachers_T3 = torch.stack([told.get(number, asked.new_zeros(3)) for number in range(signal.num_teachers)])
     sums = {name: torch.stack([getattr(out, name) for out in outs]).sum() for name in LossOutput._fields[:-1]}
     return LossOutput(**sums, teachers=teachers_T3)
 

@@ -130,3 +130,23 @@ def test_a_broken_record_is_one_line(tmp_path, content):
     with pytest.raises(UserError, match=r"lineage\.json (is no record|has version 9)"):
         lineage.read(tmp_path, "x")
     assert lineage.read(tmp_path / "nowhere", "x") is None
+
+
+def test_the_tree_says_what_each_of_several_teachers_was_for(generations):
+    parent = read(generations[2])["teachers"][0]
+    teachers = [
+        parent | {"domains": ["wb", "cs"]},
+        parent | {"share": 0.5},
+        parent | {"lineage": None, "domains": ["bio"]},
+    ]
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(lineage.tree(read(generations[2]) | {"teachers": teachers}))
+    for words in ("taught (wb, cs) by lineage_g2", "taught (share 0.5) by lineage_g2", "taught (bio) by"):
+        assert words in captured.get()
+
+
+def test_a_manifest_of_before_had_one_teacher_at_most():
+    assert lineage.teachers_of({"teachers": [{"path": "a"}, {"path": "b"}]}) == [{"path": "a"}, {"path": "b"}]
+    assert lineage.teachers_of({"teacher": {"path": "a"}}) == [{"path": "a"}]
+    assert lineage.teachers_of({"teacher": None}) == []

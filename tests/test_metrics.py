@@ -10,15 +10,15 @@ from rich.console import Console
 
 from ki_ds import metrics
 from ki_ds.loss import LossOutput
-from ki_ds.metrics import Display, MetricsLog, Stopwatch, Totals, Window, perplexity, read_log
+from ki_ds.metrics import Display, Figures, MetricsLog, Stopwatch, Totals, Window, perplexity, read_log
 
 CPU = torch.device("cpu")
 FIGURES = {"tokens_per_second": 12_345.6, "alpha": 0.75, "ce": 6.5432, "kl": 0.9876, "loss": 5.0, "lr": 5e-4}
 
 
-def output(loss, ce, kl, rows):
+def output(loss, ce, kl, rows, teachers=()):
     tensors = (torch.tensor(value, dtype=torch.float32) for value in (loss, ce, kl))
-    return LossOutput(*tensors, torch.tensor(rows), torch.empty(0, 4))
+    return LossOutput(*tensors, torch.tensor(rows), torch.tensor(teachers, dtype=torch.float32).view(-1, 3))
 
 
 @pytest.fixture
@@ -33,28 +33,45 @@ def clock(monkeypatch):
 
 
 def test_a_window_gives_means_over_all_rows_not_over_batches():
-    window = Window(CPU)
+    window = Window(CPU, num_teachers=1)
     weight = torch.tensor(3.0, requires_grad=True)
-    first = LossOutput(weight * 2, torch.tensor(4.0), torch.tensor(1.0), torch.tensor(2), torch.empty(0, 4))
-    window.add(first, 10, taught=True)
-    window.add(output(30.0, 20.0, 5.0, 8), 100, taught=False)
-    window.add(output(0.0, 0.0, 0.0, 0), 0, taught=True)
-    figures, tokens, taught = window.close()
-    assert figures == {"loss": 36 / 10, "ce": 24 / 10, "kl": 6 / 10}
-    assert (tokens, taught) == (110, 10)
+    first = LossOutput(weight * 2, torch.tensor(4.0), torch.tensor(1.0), torch.tensor(2), torch.empty(0, 3))
+    window.add(first, 10, teacher_tokens=[10])
+    window.add(output(30.0, 20.0, 5.0, 8), 100)
+    window.add(output(0.0, 0.0, 0.0, 0), 0, teacher_tokens=[0])
+    found = window.close()
+    assert found.means == {"loss": 36 / 10, "ce": 24 / 10, "kl": 6 / 10}
+    assert (found.tokens, found.teacher_tokens) == (110, [10])
+
+
+def test_a_window_tells_teachers_apart_by_their_own_rows_and_tokens():
+    window = Window(CPU, num_teachers=3)
+    window.add(output(1, 1, 1, 5, [[2.0, 6.0, 2], [0, 0, 0], [1.0, math.nan, 1]]), 50, teacher_tokens=[20, 0, 10])
+    window.add(output(1, 1, 1, 5, [[4.0, 3.0, 1], [0, 0, 0], [1.0, math.nan, 3]]), 50, teacher_tokens=[10, 0, 30])
+    window.add(output(1, 1, 0, 5), 50)  # alpha is 0
+    found = window.close()
+    assert found.teachers == [{"kl": 2.0, "ce": 3.0, "rows": 3}, {"kl": 0, "ce": 0, "rows": 0}, {"kl": 0.5, "rows": 4}]
+    assert (found.tokens, found.teacher_tokens) == (150, [30, 0, 40])
+
+
+def test_what_an_average_says_is_no_single_teachers():
+    window = Window(CPU, num_teachers=2)
+    window.add(output(1, 1, 1, 5, [[2.0, 6.0, 2]]), 50, teacher_tokens=[50, 50])
+    found = window.close()
+    assert found.teacher_tokens == [50, 50]
+    assert [told["rows"] for told in found.teachers] == [0, 0]
 
 
 def test_a_window_adds_up_in_float64():
     window = Window(CPU)
-    window.add(output(2.0**24, 2.0**24, 0.0, 1), 1, taught=False)
+    window.add(output(2.0**24, 2.0**24, 0.0, 1), 1)
     for _ in range(5):
-        window.add(output(1.0, 1.0, 0.0, 0), 1, taught=False)
-    figures, _, _ = window.close()
-    assert figures["ce"] == 2.0**24 + 5  # float32 would have lost all five
+        window.add(output(1.0, 1.0, 0.0, 0), 1)
+    assert window.close().means["ce"] == 2.0**24 + 5  # float32 would have lost all five
 
 
 def test_an_empty_window_divides_by_nothing():
-    assert Window(CPU).close() == ({"loss": 0.0, "ce": 0.0, "kl": 0.0}, 0, 0)
+    assert Window(CPU).close() == Figures({"loss": 0.0, "ce": 0.0, "kl": 0.0}, 0, [], [])
 
 
 def test_perplexity_is_the_exponential_of_the_mean():

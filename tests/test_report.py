@@ -103,6 +103,27 @@ def test_times_of_different_machines_are_not_compared(tmp_path):
     assert any("their times are not compared" in note for note in comparison.notes)
 
 
+def test_several_teachers_are_told_apart(tmp_path):
+    """By their sizes and domains, but not by where they lie; each is named on the page."""
+    facts = {"path": "t", "num_parameters": 250, "weights_sha256": "c" * 64, "valid_ppl": 21.5}
+    runs = [write_run(tmp_path / "self", [400, 100, 50])]
+    arms = {"one": (["wb"], ["cs"]), "other": (["cs"], ["wb"]), "moved": (["wb"], ["cs"])}
+    for seed, (name, domains) in enumerate(arms.items()):
+        teachers = [facts | {"num_parameters": 250 + i, "domains": d} for i, d in enumerate(domains)]
+        entries = [{"path": f"{name}/{i}", "domains": d, "share": None} for i, d in enumerate(domains)]
+        config = {"teachers": entries}
+        runs.append(
+            write_run(tmp_path / name, [400, 60, 45], inherits=True, seed=seed, teachers=teachers, config=config)
+        )
+    comparison = write_report(runs, tmp_path / "r.html")
+    assert [[run.name for run in arm.runs] for arm in comparison.arms] == [["self"], ["one", "moved"], ["other"]]
+    assert "teachers.0.domains=['wb']" in comparison.arms[1].label
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    for words in ("wb, cs", "250, 251", "21.50, 21.50"):
+        assert words in page
+    assert "the teacher</text>" not in page.replace("- ", "")  # no one perplexity to draw
+
+
 # --- files ------------------------------------------------------------------------------------------------------
 
 
