@@ -38,6 +38,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument("--topk", type=int, help="K (10)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "int8"), help="of stored hidden states (fp16)")
     parser.add_argument("--teacher", help="run or Hugging Face folder; teacher.path where that names one")
+    parser.add_argument(
+        "--domains", nargs="+", help="cache the samples of these domains alone, for one of several teachers"
+    )
     parser.add_argument("--steps", type=int, help="cache the samples of so many updates (those with alpha above 0)")
     parser.add_argument("--epochs", type=int, help="cache the samples of so many epochs instead")
     parser.add_argument("--chunk_mb", type=int, default=64, help="size of a chunk: what a crash can cost a rank")
@@ -101,7 +104,7 @@ def _work(args: argparse.Namespace, config: RunConfig, device: "torch.device") -
     on_main(lambda: open_datasets(config.data, config.task, other_index_dir=elsewhere))
     data = open_datasets(config.data, config.task, other_index_dir=elsewhere)
     steps = range(taught.start, taught.start + args.steps) if args.steps else taught
-    questions = Questions.of_run(config, data, steps=steps)
+    questions = Questions.of_run(config, data, steps=steps).of_domains(_domain_ids(args, config, data))
     if args.epochs is not None:
         questions = questions.of_epochs(args.epochs)
     elif args.steps is None and len(taught) < config.train.num_steps:
@@ -133,13 +136,34 @@ def _work(args: argparse.Namespace, config: RunConfig, device: "torch.device") -
             dtype=args.dtype or "fp16",
             device=device,
         )
+    if not any(len(ids) for _, _, ids in questions.blocks()):
+        raise UserError(f"no sample of the domains comes in {len(questions.steps):,} steps; cache more (--steps)")
     manifest = cache_build.build_cache(args.out, questions, recording, chunk_bytes=args.chunk_mb << 20)
     num_bytes, num_records, num_rows, _ = map(sum, zip(*manifest.chunks.values(), strict=True))
+    where = f"--teacher.path {args.out}" if config.teachers is None else f"and {args.out} as its entry's path"
     say(
         f"{args.out}: {num_records:,} records, {num_rows:,} rows, {num_bytes / 1e6:,.2f} MB "
         f"({num_bytes / max(num_rows, 1):.1f} bytes a row); "
-        f"train with --teacher.placement cache --teacher.path {args.out}"
+        f"train with --teacher.placement cache {where}"
     )
+
+
+def _domain_ids(args: argparse.Namespace, config: RunConfig, data: "Datasets") -> "frozenset[int] | None":
+    """The domains whose samples are asked about: --domains, or those of the run's entry that --teacher names."""
+    taught = args.domains
+    if taught is None and config.teachers is not None:
+        entries = [entry for entry in config.teachers if entry.path == args.teacher]
+        if args.teacher is None and not args.import_answers and not args.export_requests:
+            raise UserError("the run has several teachers; say with --teacher which one, and give each its own --out")
+        taught = entries[0].domains if entries else None
+        if taught is None and config.teachers[0].domains is not None:
+            raise UserError("the run's teachers have domains; say with --domains which of them this cache is for")
+    for domain in taught or ():
+        if domain not in data.trained_domains:
+            raise UserError(
+                f"--domains {domain} is no domain that the run trains on; take of {', '.join(data.trained_domains)}"
+            )
+    return None if taught is None else frozenset(data.domains.index(domain) for domain in taught)
 
 
 def _teacher(

@@ -9,7 +9,7 @@ import pytest
 from ki_ds.errors import UserError
 from ki_ds.teachers.cache_files import Manifest
 from tests.teachers.cache_cases import config_of, reading, teacher_of
-from tests.tiny import ROOT
+from tests.tiny import ROOT, tiny_corpus
 
 
 def tool_of(name):
@@ -52,6 +52,43 @@ def test_a_cache_from_the_runs_own_arguments(base, command, tmp_path):
     again = ["--out", out, "--topk", "4", "--inherit.tau", "3", "--teacher", base / "mlm_teacher", "--steps", "2"]
     code, said, _ = command(*again, **later)
     assert (code, "all records for steps 1 to 2 are there" in said) == (0, True)
+
+
+def test_a_cache_for_one_of_several_teachers(base, command, tmp_path):
+    """Only the samples of its domains, found by the entry that --teacher names, or given with --domains."""
+    other = base / "tool_other"
+    if not other.exists():
+        tiny_corpus(other, seed=9, num_documents=60, tokenizer=base / "corpus" / "tokenizer")
+    path = str(base / "mlm_teacher")
+    sources = [{"path": str(base / "corpus"), "domain": "A"}, {"path": str(other), "domain": "B"}]
+    run = {
+        "data": {"corpus": "", "sources": sources},
+        "teacher": {"path": None},
+        "teachers": [{"path": path, "domains": ["B"]}],
+    }
+    counts = {}
+    for name, arguments in {"B": ["--teacher", path], "A": ["--teacher", path, "--domains", "A"]}.items():
+        code, said, _ = command("--out", tmp_path / name, *arguments, **run)
+        assert (code, f"and {tmp_path / name} as its entry's path" in said) == (0, True)
+        counts[name] = sum(chunk[1] for chunk in Manifest.read(tmp_path / name).chunks.values())
+    assert counts["A"] > 0 < counts["B"]
+    assert sum(counts.values()) == 4 * 8  # every sample of the four taught steps is in one of the two
+    asked = tmp_path / "asked.jsonl"
+    assert command("--export_requests", asked, "--domains", "B", **run)[0] == 0
+    assert len(asked.read_text().splitlines()) == counts["B"]
+    for arguments, message in {
+        (): "the run has several teachers; say with --teacher which one",
+        ("--teacher", "elsewhere"): "the run's teachers have domains; say with --domains",
+        ("--teacher", path, "--domains", "X"): "--domains X is no domain that the run trains on; take of A, B",
+    }.items():
+        code, _, err = command("--out", tmp_path / "none", *arguments, **run)
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+    rare = [sources[0] | {"weight": 1}, sources[1] | {"weight": 1000}]
+    arguments = ("--teacher", path, "--domains", "A", "--steps", "1")
+    code, _, err = command("--out", tmp_path / "none", *arguments, **run | {"data": {"corpus": "", "sources": rare}})
+    assert (code, "no sample of the domains comes in 1 steps" in err) == (2, True)
+    assert not list((tmp_path / "none").glob("*.json"))
 
 
 def test_hidden_states_of_an_epoch(base, command, tmp_path):
