@@ -1,11 +1,14 @@
 """The list of several teachers: what may stand in it, and what a change of it means to a run that goes on."""
 
+import re
+
 import pytest
 import yaml
 
 from ki_ds import config as configuration
 from ki_ds.errors import UserError
 from ki_ds.teacher_entries import TeacherEntry, check_entries
+from tests.tiny import ROOT
 
 BASE = ["--run_dir", "runs/x", "--data.sources", "[{path: data/wb}, {path: data/cs, domain: CS}]"]
 TAUGHT = [*BASE, "--inherit.schedule", "constant"]
@@ -84,3 +87,13 @@ def test_a_list_beside_other_fields():
     with pytest.raises(UserError, match=r"teachers.0.path=t1 would never be used with inherit.schedule=none"):
         configuration.parse([*BASE, "--teachers", "[{path: t1}]"])
     parse(one, "--teacher.placement", "ranks", "--teacher.num_ranks", "2")
+
+
+def test_the_documented_example_is_a_configuration(tmp_path):
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/teachers.md").read_text(encoding="utf-8"), re.S)
+    (tmp_path / "run.yaml").write_text(example)
+    run = configuration.parse(["--config", str(tmp_path / "run.yaml"), "--run_dir", "runs/x"])
+    assert [(entry.path, entry.domains) for entry in run.all_teachers] == [
+        ("runs/medium_cs", ["CS"]),
+        ("runs/medium_bio", ["BIO"]),
+    ]
