@@ -44,8 +44,8 @@ class Totals:
 class Figures:
     """What a window comes to over all ranks.
 
-    `means` has loss, ce and kl a row. `teachers` says for each teacher over the rows that it taught: kl and ce (of its
-    own) a row, and rows; ce is left out where it is not known, all of it where the run's teachers are averaged.
+    `means` has loss, ce and kl a row. `teachers` says for each teacher over the rows that it taught: kl, ce and its own
+    teacher_ce a row (left out where it is not known), and rows; 0 rows where the run's teachers are averaged.
     """
 
     means: dict[str, float]
@@ -59,30 +59,30 @@ class Window:
 
     def __init__(self, device: torch.device, *, num_teachers: int = 0):
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self._teachers_T3 = torch.zeros(num_teachers, 3, dtype=torch.float64, device=device)
+        self._teachers_T4 = torch.zeros(num_teachers, 4, dtype=torch.float64, device=device)
         self._tokens = np.zeros(1 + num_teachers)
 
     def add(self, out: LossOutput, num_tokens: int, *, teacher_tokens: Sequence[int] = ()) -> None:
         """Count one micro-batch of this rank; `teacher_tokens` as of `ki_ds.signals.teacher_tokens`."""
         row = (out.loss_sum.detach(), out.ce_sum, out.kl_sum, out.num_rows)
         self._sums += torch.stack([value.double() for value in row])
-        if out.teachers.shape == self._teachers_T3.shape:  # not those of an average
-            self._teachers_T3 += out.teachers
+        if out.teachers.shape == self._teachers_T4.shape:  # not those of an average
+            self._teachers_T4 += out.teachers
         self._tokens[: 1 + len(teacher_tokens)] += [num_tokens, *teacher_tokens]
 
     def close(self) -> Figures:
         """The figures over all ranks. Waits for the device."""
-        sums = torch.cat([self._sums, self._teachers_T3.view(-1), torch.from_numpy(self._tokens).to(self._sums)])
+        sums = torch.cat([self._sums, self._teachers_T4.view(-1), torch.from_numpy(self._tokens).to(self._sums)])
         loss, ce, kl, rows, *rest = all_sum(sums).tolist()
-        rows, told = max(rows, 1.0), 3 * len(self._teachers_T3)
+        rows, told = max(rows, 1.0), self._teachers_T4.numel()
         tokens, *teacher_tokens = map(int, rest[told:])
-        teachers = [_told(*rest[first : first + 3]) for first in range(0, told, 3)]
+        teachers = [_told(*rest[first : first + 4]) for first in range(0, told, 4)]
         return Figures({"loss": loss / rows, "ce": ce / rows, "kl": kl / rows}, tokens, teacher_tokens, teachers)
 
 
-def _told(kl_sum: float, ce_sum: float, num_rows: float) -> dict[str, float]:
-    means = {"kl": kl_sum / max(num_rows, 1.0), "ce": ce_sum / max(num_rows, 1.0)}
-    return {name: mean for name, mean in means.items() if not math.isnan(mean)} | {"rows": int(num_rows)}
+def _told(kl_sum: float, teacher_ce_sum: float, num_rows: float, ce_sum: float) -> dict[str, float]:
+    means = {"kl": kl_sum, "ce": ce_sum, "teacher_ce": teacher_ce_sum}
+    return {n: v / max(num_rows, 1.0) for n, v in means.items() if not math.isnan(v)} | {"rows": int(num_rows)}
 
 
 def perplexity(ce_sum: float, num_rows: float) -> float:

@@ -77,9 +77,9 @@ def _routed_loss(
         ]
     asked = torch.cat([out.teachers for out in outs])
     told = dict(zip((part.teacher for part in parts), asked, strict=False))  # nothing where alpha is 0
-    teachers_T3 = torch.stack([told.get(number, asked.new_zeros(3)) for number in range(signal.num_teachers)])
+    teachers_T4 = torch.stack([told.get(number, asked.new_zeros(4)) for number in range(signal.num_teachers)])
     sums = {name: torch.stack([getattr(out, name) for out in outs]).sum() for name in LossOutput._fields[:-1]}
-    return LossOutput(**sums, teachers=teachers_T3)
+    return LossOutput(**sums, teachers=teachers_T4)
 
 
 def _others(rows: list[Tensor], hidden_ND: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ FIGURES = {"tokens_per_second": 12_345.6, "alpha": 0.75, "ce": 6.5432, "kl": 0.9
 
 def output(loss, ce, kl, rows, teachers=()):
     tensors = (torch.tensor(value, dtype=torch.float32) for value in (loss, ce, kl))
-    return LossOutput(*tensors, torch.tensor(rows), torch.tensor(teachers, dtype=torch.float32).view(-1, 3))
+    return LossOutput(*tensors, torch.tensor(rows), torch.tensor(teachers, dtype=torch.float32).view(-1, 4))
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def clock(monkeypatch):
 def test_a_window_gives_means_over_all_rows_not_over_batches():
     window = Window(CPU, num_teachers=1)
     weight = torch.tensor(3.0, requires_grad=True)
-    first = LossOutput(weight * 2, torch.tensor(4.0), torch.tensor(1.0), torch.tensor(2), torch.empty(0, 3))
+    first = LossOutput(weight * 2, torch.tensor(4.0), torch.tensor(1.0), torch.tensor(2), torch.empty(0, 4))
     window.add(first, 10, teacher_tokens=[10])
     window.add(output(30.0, 20.0, 5.0, 8), 100)
     window.add(output(0.0, 0.0, 0.0, 0), 0, teacher_tokens=[0])
@@ -46,17 +46,21 @@ def test_a_window_gives_means_over_all_rows_not_over_batches():
 
 def test_a_window_tells_teachers_apart_by_their_own_rows_and_tokens():
     window = Window(CPU, num_teachers=3)
-    window.add(output(1, 1, 1, 5, [[2.0, 6.0, 2], [0, 0, 0], [1.0, math.nan, 1]]), 50, teacher_tokens=[20, 0, 10])
-    window.add(output(1, 1, 1, 5, [[4.0, 3.0, 1], [0, 0, 0], [1.0, math.nan, 3]]), 50, teacher_tokens=[10, 0, 30])
+    window.add(output(1, 1, 1, 5, [[2.0, 6.0, 2, 8], [0] * 4, [1.0, math.nan, 1, 2]]), 50, teacher_tokens=[20, 0, 10])
+    window.add(output(1, 1, 1, 5, [[4.0, 3.0, 1, 1], [0] * 4, [1.0, math.nan, 3, 2]]), 50, teacher_tokens=[10, 0, 30])
     window.add(output(1, 1, 0, 5), 50)  # alpha is 0
     found = window.close()
-    assert found.teachers == [{"kl": 2.0, "ce": 3.0, "rows": 3}, {"kl": 0, "ce": 0, "rows": 0}, {"kl": 0.5, "rows": 4}]
+    assert found.teachers == [
+        {"kl": 2.0, "ce": 3.0, "teacher_ce": 3.0, "rows": 3},
+        {"kl": 0, "ce": 0, "teacher_ce": 0, "rows": 0},
+        {"kl": 0.5, "ce": 1.0, "rows": 4},
+    ]
     assert (found.tokens, found.teacher_tokens) == (150, [30, 0, 40])
 
 
 def test_what_an_average_says_is_no_single_teachers():
     window = Window(CPU, num_teachers=2)
-    window.add(output(1, 1, 1, 5, [[2.0, 6.0, 2]]), 50, teacher_tokens=[50, 50])
+    window.add(output(1, 1, 1, 5, [[2.0, 6.0, 2, 1]]), 50, teacher_tokens=[50, 50])
     found = window.close()
     assert found.teacher_tokens == [50, 50]
     assert [told["rows"] for told in found.teachers] == [0, 0]
