@@ -46,7 +46,8 @@ class Run:
     engine: StudentEngine
     data: Datasets
     teacher: Teacher | None
-    manifest: dict[str, Any]
+    facts: Sequence[TeacherFacts]  # of the teachers behind `teacher`, in their order; the same on every rank
+    manifest: dict[str, Any]  # complete on rank 0
     totals: Totals
     best_ce: float = math.inf
     valid: dict[str, ValidBatches] = field(init=False)
@@ -129,7 +130,7 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
     manifest = _manifest(config, data, parameters, facts, started_from, device)
     on_main(lambda: _check_lineage(run_dir, manifest))
     engine = StudentEngine(model, config, device=device)
-    run = Run(config, device, engine, data, teacher, manifest, Totals())
+    run = Run(config, device, engine, data, teacher, facts, manifest, Totals())
     if resume_from:
         state = checkpoint.load(resume_from, engine)
         run.totals, run.best_ce = Totals(**state["totals"]), state["best_ce"]

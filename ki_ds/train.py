@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -26,6 +25,7 @@ from ki_ds.metrics import Display, Figures, MetricsLog, Stopwatch, Window, globa
 from ki_ds.models import weights_sha256
 from ki_ds.run import Run, prepare
 from ki_ds.signals import teacher_tokens
+from ki_ds.teachers.factory import TeacherFacts
 from ki_ds.teachers.ranks import teach
 
 
@@ -96,7 +96,7 @@ def _loop(run: Run) -> None:
 
 
 def _window(run: Run) -> Window:
-    return Window(run.device, num_teachers=len(run.manifest["teachers"]))
+    return Window(run.device, num_teachers=len(run.facts))
 
 
 def _due(step: int, *every: int) -> bool:
@@ -167,18 +167,18 @@ def _report(
     run: Run, log: MetricsLog, display: Display, watch: Stopwatch, window: Window, rate: dict[str, float]
 ) -> None:
     totals, before = run.totals, run.totals.seconds
-    found, teachers = window.close(), run.manifest["teachers"]
+    found = window.close()
     totals.seconds = watch.pause()
     totals.tokens += found.tokens
     totals.student_flops += 6.0 * run.manifest["student"]["dense_parameters"] * found.tokens
-    for facts, tokens in zip(teachers, found.teacher_tokens, strict=True):
-        totals.teacher_flops += 2.0 * facts["dense_parameters"] * tokens
+    for facts, tokens in zip(run.facts, found.teacher_tokens, strict=True):
+        totals.teacher_flops += 2.0 * facts.dense_parameters * tokens
     figures = found.means | rate | {"tokens_per_second": found.tokens / max(totals.seconds - before, 1e-9)}
     if run.teacher is not None:
         figures |= run.teacher.figures()
     if (norm := run.engine.grad_norm) is not None:
         figures["grad_norm"] = norm
-    by_teacher = _by_teacher(teachers, found)
+    by_teacher = _by_teacher(run.facts, found)
     log.write(
         "train",
         totals,
@@ -196,13 +196,13 @@ def _report(
         )
 
 
-def _by_teacher(teachers: Sequence[dict[str, Any]], found: Figures) -> dict[str, dict[str, float]]:
+def _by_teacher(teachers: Sequence[TeacherFacts], found: Figures) -> dict[str, dict[str, float]]:
     """Of teachers with rows of their own, what each said about those that it taught since the last line."""
     told = zip(teachers, found.teachers, found.teacher_tokens, strict=True)
     return {
-        facts["name"]: {**means, "tokens": tokens}
+        facts.name: {**means, "tokens": tokens}
         for facts, means, tokens in told
-        if facts.get("domains") is not None and means["rows"]
+        if facts.name is not None and facts.domains is not None and means["rows"]
     }
 
 
