@@ -63,6 +63,11 @@ class Bridge:
         with _other_side():
             self.store.set(name, json.dumps(value))
 
+    def has(self, name: str) -> bool:
+        """Whether a note has been left."""
+        with _other_side():
+            return self.store.check([name])
+
     def get(self, name: str, *, seconds: float = math.inf) -> Any:
         """A note that another rank has left or will leave; TimeoutError after `seconds`."""
         until = time.monotonic() + seconds

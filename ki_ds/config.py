@@ -149,8 +149,9 @@ class TeacherConfig:
     Args:
         path: a run or checkpoint folder of ours, a Hugging Face folder or hub name, or a cache's folder; null trains
             without a teacher.
-        placement: online runs the teacher in the student's process; cache reads what tools/cache_teacher.py has
-            written; ranks gives it the last `num_ranks` of the launcher's ranks for itself, which run ahead.
+        placement: online runs the teacher in the student's process; overlap too, in a thread (on a GPU a stream) of its
+            own, a micro-batch ahead; cache reads what tools/cache_teacher.py has written; ranks gives it the last
+            `num_ranks` of the launcher's ranks for itself, which run ahead.
         dtype: the teacher's weights; auto takes fp16 on a GPU (as the paper does) and fp32 on a CPU, or what a cache
             was written with.
         topk_semantics: a cache's K entries are renormalised (as in the paper), or what they leave over is one more
@@ -161,7 +162,7 @@ class TeacherConfig:
     """
 
     path: str | None = None
-    placement: Literal["online", "cache", "ranks"] = "online"
+    placement: Literal["online", "overlap", "cache", "ranks"] = "online"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     topk_semantics: Literal["renormalise", "tail"] = "renormalise"
     num_ranks: int = 1
@@ -174,7 +175,8 @@ class InheritConfig:
     """How much is inherited, and how long (section 2.2, equation 2; Fig. 1b).
 
     Args:
-        schedule: alpha over time: linear decay to 0, heaviside (1, then 0), constant, or none (self-learning).
+        schedule: alpha over time: linear decay to 0, heaviside (1, then 0), constant, auto (follows the student's gap
+            to the teacher, and ends once it is ahead; docs/auto_handover.md), or none (self-learning).
         steps: T_inherit, the steps of teacher-guided learning (Table 7).
         slope: the paper's alpha_T instead of `steps`: alpha_t = max(1 - slope * t / T, 0), so T_inherit = T / slope.
         start_step: updates before the first that is taught, from which the schedule counts: for a run that goes on to
@@ -183,7 +185,7 @@ class InheritConfig:
         tau: temperature of both softmaxes; the KL is scaled by tau squared (2 in the released code).
     """
 
-    schedule: Literal["linear", "heaviside", "constant", "none"] = "none"
+    schedule: Literal["linear", "heaviside", "constant", "auto", "none"] = "none"
     steps: int | None = None
     slope: float | None = None
     start_step: int = 0
@@ -481,7 +483,7 @@ def _check_inheritance(config: RunConfig) -> None:
     if inherit.schedule in ("linear", "heaviside") and len(given) != 1:
         what = "neither inherit.steps nor inherit.slope" if not given else "both inherit.steps and inherit.slope"
         raise UserError(f"inherit.schedule={inherit.schedule} was given {what}; give exactly one of them")
-    if inherit.schedule in ("constant", "none") and given:
+    if inherit.schedule in ("constant", "auto", "none") and given:
         raise UserError(f"inherit.{given[0]} has no meaning with inherit.schedule={inherit.schedule}; leave it out")
     if inherit.start_step and inherit.schedule == "none":
         raise UserError(

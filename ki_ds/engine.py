@@ -284,7 +284,7 @@ class StudentEngine:
             config=complete_ds_config(settings, run, world=world_size()),
         )
 
-    def loss(self, batch: Batch, signal: Signal | None, alpha: float) -> LossOutput:
+    def loss(self, batch: Batch, signal: Signal | None, alpha: float | Tensor) -> LossOutput:
         """The sums of equation 2 over the labelled rows of this rank's micro-batch, with gradient."""
         return LossOutput(*self._engine(batch, signal, alpha))
 

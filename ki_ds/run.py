@@ -21,6 +21,7 @@ from ki_ds.data.datasets import Datasets, open_datasets
 from ki_ds.distributed import is_main, on_main, rank, say, world_size
 from ki_ds.engine import StudentEngine
 from ki_ds.errors import UserError
+from ki_ds.handover import HandOver
 from ki_ds.loss import resolve_backend
 from ki_ds.metrics import Totals
 from ki_ds.models import (
@@ -49,11 +50,14 @@ class Run:
     facts: Sequence[TeacherFacts]  # of the teachers behind `teacher`, in their order; the same on every rank
     manifest: dict[str, Any]  # complete on rank 0
     totals: Totals
+    handover: HandOver | None = None  # of the schedule auto
     best_ce: float = math.inf
+    taught: range = field(init=False)  # completed updates at which alpha can be above 0
     valid: dict[str, ValidBatches] = field(init=False)
 
     def __post_init__(self) -> None:
         train, data = self.config.train, self.config.data
+        self.taught = schedules.taught_steps(self.config)
         self.valid = {
             domain: ValidBatches(
                 dataset,
@@ -71,9 +75,24 @@ class Run:
         return Path(self.config.run_dir)
 
     @property
-    def taught(self) -> range:
-        """Completed updates at which alpha is above 0."""
-        return schedules.taught_steps(self.config)
+    def alpha(self) -> float | torch.Tensor:
+        """The inheritance rate of the next update; a tensor on the device where the student's progress decides it."""
+        inherit, t = self.config.inherit, self.totals.step
+        if self.handover is not None and t >= inherit.start_step:
+            return self.handover.alpha
+        return schedules.alpha(
+            t,
+            schedule=inherit.schedule,
+            inherit_steps=configuration.inherit_steps(self.config),
+            constant=inherit.constant_alpha,
+            start_step=inherit.start_step,
+        )
+
+    def notice_hand_over(self) -> None:
+        """Under `auto`: end `taught` where the student has been left to itself. Waits for the device."""
+        if self.handover is not None and (count := self.handover.taught_steps()) is not None:
+            self.taught = range(self.taught.start, self.taught.start + count)
+            self.manifest["inherit"]["steps"] = self.manifest["inheriting_steps"] = count
 
 
 def load_data(config: RunConfig) -> Datasets:
@@ -119,18 +138,24 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
     teacher: Teacher | None = None
     facts: list[TeacherFacts] = []
     taught = schedules.taught_steps(config)
+    handover = _handover(config, done, device)
+    if handover is not None and handover.taught_steps() is not None:
+        taught = range(0)
     if bridge is not None:
-        teacher, facts = connect_teachers(config, data.domains, bridge, device, step=done["step"])
+        step = done["step"] if taught else config.train.num_steps
+        teacher, facts = connect_teachers(config, data.domains, bridge, device, step=step)
     elif done["step"] < taught.stop:
         questions = Questions.of_run(config, data, steps=range(max(done["step"], taught.start), taught.stop))
         teacher, facts = make_teachers(config, data, device=device, questions=questions)
+    _check_handover(config, facts)
     for note in _teacher_notes(config, data, facts):
         say(note)
     started_from = _started_from(config, parameters) if not resume_from else None  # then the manifest knows it
     manifest = _manifest(config, data, parameters, facts, started_from, device)
     on_main(lambda: _check_lineage(run_dir, manifest))
     engine = StudentEngine(model, config, device=device)
-    run = Run(config, device, engine, data, teacher, facts, manifest, Totals())
+    run = Run(config, device, engine, data, teacher, facts, manifest, Totals(), handover)
+    run.notice_hand_over()
     if resume_from:
         state = checkpoint.load(resume_from, engine)
         run.totals, run.best_ce = Totals(**state["totals"]), state["best_ce"]
@@ -148,6 +173,25 @@ def _teacher_notes(config: RunConfig, data: Datasets, facts: Sequence[TeacherFac
     taught = {domain for entry in config.all_teachers for domain in entry.domains or data.trained_domains}
     if facts and (alone := [domain for domain in data.trained_domains if domain not in taught]):
         yield f"rows of {', '.join(alone)} have no teacher: they learn from their labels alone"
+
+
+def _handover(config: RunConfig, done: dict[str, Any], device: torch.device) -> HandOver | None:
+    """The state of the schedule auto; of a checkpoint's only what belongs to the same period of teaching."""
+    if config.inherit.schedule != "auto":
+        return None
+    handover, saved = HandOver(device), done.get("handover")
+    if saved is not None and saved["start_step"] == config.inherit.start_step:
+        handover.restore(saved["state"])
+    return handover
+
+
+def _check_handover(config: RunConfig, facts: Sequence[TeacherFacts]) -> None:
+    for found in facts:
+        if config.inherit.schedule == "auto" and found.cache is not None and found.cache["kind"] == "topk":
+            raise UserError(
+                f"inherit.schedule=auto compares the student with the whole teacher, and {found.cache['path']} holds K "
+                "entries a row; cache hidden states (--kind hidden), or give another schedule"
+            )
 
 
 def _check_positions(config: RunConfig, limit: int | None) -> None:

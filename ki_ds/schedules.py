@@ -1,4 +1,7 @@
-"""Pure functions of t, the number of completed updates: alpha (how much is inherited) and the learning rate."""
+"""Pure functions of t, the number of completed updates: alpha (how much is inherited) and the learning rate.
+
+The schedule `auto` depends on more than t: `ki_ds.handover`.
+"""
 
 from ki_ds import config as configuration
 from ki_ds.config import RunConfig
@@ -44,12 +47,14 @@ def alpha(
 
 
 def taught_steps(config: RunConfig) -> range:
-    """The completed updates t at which alpha is above 0; from their end on it is 0 for good."""
+    """The completed updates t at which alpha can be above 0; from their end on it is 0 for good."""
     inherit, num_steps = config.inherit, config.train.num_steps
     match inherit.schedule:
         case "none":
             return range(0)
-        case "constant":
+        case "constant" if inherit.constant_alpha == 0:
+            return range(0)
+        case "constant" | "auto":
             return range(inherit.start_step, num_steps)
     steps = configuration.inherit_steps(config)
     assert steps

@@ -88,13 +88,17 @@ def teacher_tokens(signal: Signal | None, batch: Batch) -> list[int]:
 class Teacher(Protocol):
     """A frozen teacher. It is never trained, and never consulted once alpha is 0."""
 
+    def ask(self, batch: Batch) -> None:
+        """Announce the next batch, in the host's memory: one that answers ahead begins now. The others do nothing."""
+        return
+
     def signal(self, batch: Batch) -> Signal:
         """What the teacher says about the labelled rows of exactly this (masked) batch."""
         ...
 
     def figures(self) -> dict[str, float]:
         """What the metrics say of its work, by name; nothing where the student's own figures say it all."""
-        ...
+        return {}
 
     def free(self) -> None:
         """Give all of the teacher's memory back; `signal` must not be called again."""

@@ -8,15 +8,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from ki_ds import checkpoint, lineage, schedules
-from ki_ds import config as configuration
 from ki_ds.config import RunConfig
-from ki_ds.data.batches import Batch, TrainBatches
+from ki_ds.data.batches import Batch, TrainBatches, with_next
 from ki_ds.distributed import is_main, on_main, rank, say, world_size
 from ki_ds.engine import connect
 from ki_ds.errors import UserError, common_to_all_ranks
@@ -75,16 +76,17 @@ def _loop(run: Run) -> None:
         if totals.step == 0:
             _validate(run, log, display)
         watch.run()
-        for micro_batches in _batches(run, last):
+        for micro_batches, upcoming in with_next(_batches(run, last)):
             if run.teacher is not None and totals.step >= run.taught.stop:
                 _free_teacher(run, log)
-            rates = train_step(run, micro_batches, window)
+            rates = train_step(run, micro_batches, window, upcoming=upcoming)
             totals.step += 1
             totals.samples += config.train.global_batch_size
             display.advance(totals.step)
             at_end = totals.step == last
             if at_end or _due(totals.step, config.train.log_every, config.train.eval_every):
                 _report(run, log, display, watch, window, rates)
+                run.notice_hand_over()
                 window = _window(run)
             if at_end or _due(totals.step, config.train.eval_every):
                 _validate(run, log, display)
@@ -119,28 +121,34 @@ def _batches(run: Run, last: int) -> TrainBatches:
     )
 
 
-def train_step(run: Run, micro_batches: list[Batch], window: Window) -> dict[str, float]:
-    """One update from one global batch; {alpha, lr} that it used. No host sync."""
-    t, config = run.totals.step, run.config
-    alpha = schedules.alpha(
-        t,
-        schedule=config.inherit.schedule,
-        inherit_steps=configuration.inherit_steps(config),
-        constant=config.inherit.constant_alpha,
-        start_step=config.inherit.start_step,
-    )
+def train_step(
+    run: Run, micro_batches: list[Batch], window: Window, *, upcoming: list[Batch] | None = None
+) -> dict[str, float | Tensor]:
+    """One update from one global batch; {alpha, lr} that it used. No host sync.
+
+    Args:
+        upcoming: the next global batch, if there is one; a teacher that answers ahead is asked about it.
+    """
+    t, config, alpha = run.totals.step, run.config, run.alpha
     lr = schedules.learning_rate(
         t, peak=config.optim.lr, num_steps=config.train.num_steps, warmup_fraction=config.optim.warmup_fraction
     )
     rows = global_rows(sum(batch.num_rows for batch in micro_batches), run.device)
-    for micro_step, batch in enumerate(micro_batches):
+    following = upcoming[0] if upcoming and t + 1 in run.taught else None
+    for micro_step, (batch, next_batch) in enumerate(zip(micro_batches, [*micro_batches[1:], following], strict=True)):
         _seed_dropout(config.seed, t, micro_step)
         batch = batch.to(run.device, non_blocking=True)
-        signal = run.teacher.signal(batch) if run.teacher is not None and alpha > 0 else None
+        signal = run.teacher.signal(batch) if run.teacher is not None and t in run.taught else None
+        if run.teacher is not None and next_batch is not None:
+            run.teacher.ask(next_batch)
         out = run.engine.loss(batch, signal, alpha)
         run.engine.backward(out.loss_sum, rows)
         run.engine.step(lr)
         window.add(out, batch.num_tokens, teacher_tokens=teacher_tokens(signal, batch))
+        if run.handover is not None:
+            run.handover.add(out.teachers)
+    if run.handover is not None and t in run.taught:
+        run.handover.settle()
     return {"alpha": alpha, "lr": lr}
 
 
@@ -164,7 +172,7 @@ def _memory_bytes() -> int:
 
 
 def _report(
-    run: Run, log: MetricsLog, display: Display, watch: Stopwatch, window: Window, rate: dict[str, float]
+    run: Run, log: MetricsLog, display: Display, watch: Stopwatch, window: Window, rates: dict[str, float | Tensor]
 ) -> None:
     totals, before = run.totals, run.totals.seconds
     found = window.close()
@@ -173,7 +181,11 @@ def _report(
     totals.student_flops += 6.0 * run.manifest["student"]["dense_parameters"] * found.tokens
     for facts, tokens in zip(run.facts, found.teacher_tokens, strict=True):
         totals.teacher_flops += 2.0 * facts.dense_parameters * tokens
-    figures = found.means | rate | {"tokens_per_second": found.tokens / max(totals.seconds - before, 1e-9)}
+    figures = (
+        found.means
+        | {name: float(rate) for name, rate in rates.items()}
+        | {"tokens_per_second": found.tokens / max(totals.seconds - before, 1e-9)}
+    )
     if run.teacher is not None:
         figures |= run.teacher.figures()
     if (norm := run.engine.grad_norm) is not None:
@@ -249,7 +261,9 @@ def _export(run: Run, folder: Path, result: Perplexity | None = None) -> None:
 
 
 def _save(run: Run) -> None:
-    state = {"totals": asdict(run.totals), "best_ce": run.best_ce}
+    state: dict[str, Any] = {"totals": asdict(run.totals), "best_ce": run.best_ce}
+    if run.handover is not None:
+        state["handover"] = {"start_step": run.config.inherit.start_step, "state": run.handover.state()}
     checkpoint.save(
         run.run_dir / "checkpoints",
         run.totals.step,

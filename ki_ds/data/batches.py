@@ -8,9 +8,9 @@ positions, M those of some samples.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ki_ds.data.randomness import permute
 from ki_ds.data.samples import BlockDataset, Sample
 from ki_ds.errors import UserError
 
+_T = TypeVar("_T")
 IGNORE_INDEX = -100
 PAD_MULTIPLE = 8  # lengths in eights: few distinct shapes, and tensor cores like them
 VALID_SEED = 20_220_710  # of the fixed validation masks, the same in every run that is compared
@@ -293,6 +294,16 @@ class TrainBatches:
         return sum(
             self.dataset.num_rows(int(i), seed=self.seed, epoch=int(e)) for e, i in zip(epochs, ids, strict=True)
         )
+
+
+def with_next(batches: Iterable[_T]) -> Iterator[tuple[_T, _T | None]]:
+    """Each element with the one behind it, None behind the last."""
+    iterator = iter(batches)
+    current = next(iterator, None)
+    while current is not None:
+        following = next(iterator, None)
+        yield current, following
+        current = following
 
 
 class ValidBatches:

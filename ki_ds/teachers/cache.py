@@ -18,14 +18,14 @@ from ki_ds.config import TeacherConfig
 from ki_ds.data.batches import Batch
 from ki_ds.data.store import token_dtype
 from ki_ds.errors import UserError
-from ki_ds.signals import HiddenSignal, Signal, TopKSignal
+from ki_ds.signals import HiddenSignal, Signal, Teacher, TopKSignal
 from ki_ds.teachers.cache_files import HIDDEN_DTYPES, CacheFiles, Columns, Manifest, read_head
 from ki_ds.teachers.questions import Questions, input_hashes
 
 _ROWS_AT_ONCE = 1024  # whose logits exist together while a cache is written
 
 
-class CachedTeacher:
+class CachedTeacher(Teacher):
     """Reads the records of the batch's samples, by sample id; each is compared with the masked input and its CRC32."""
 
     def __init__(
@@ -50,10 +50,6 @@ class CachedTeacher:
         records = [self._files.read(*question) for question in zip(ids, hashes, strict=True)]
         rows = {name: np.concatenate([record[name] for record in records]) for name in records[0]}
         return decode(rows, self._key, head=self._head, semantics=self._semantics, device=self._device)
-
-    def figures(self) -> dict[str, float]:
-        """Nothing: reading is part of the student's step."""
-        return {}
 
     def free(self) -> None:
         """Let go of the files and of the head."""

@@ -32,6 +32,7 @@ from ki_ds.teachers.cache import CachedTeacher, check_coverage, fitting_semantic
 from ki_ds.teachers.cache_files import CacheFiles, Manifest
 from ki_ds.teachers.many import Assignment, ManyTeachers
 from ki_ds.teachers.online import OnlineTeacher
+from ki_ds.teachers.overlap import OverlappedTeacher
 from ki_ds.teachers.questions import Questions
 
 _LARGEST_PADDING = 1024  # output classes beyond the tokenizer's ids that can still be padding
@@ -79,14 +80,18 @@ def make_teachers(
     ]
     facts = [found for _, found in made]
     if config.teachers is None:
-        return made[0][0], facts
+        return _placed(made[0][0], config.teacher, device), facts
     _check_average(assignment, facts)
     names = _names([entry.domains for entry in entries], [entry.path for entry in entries])
     facts = [
         replace(found, name=name, domains=entry.domains, share=entry.share)
         for found, name, entry in zip(facts, names, entries, strict=True)
     ]
-    return ManyTeachers([teacher for teacher, _ in made], assignment), facts
+    return _placed(ManyTeachers([teacher for teacher, _ in made], assignment), config.teacher, device), facts
+
+
+def _placed(teacher: Teacher, config: TeacherConfig, device: torch.device) -> Teacher:
+    return OverlappedTeacher(teacher, device) if config.placement == "overlap" else teacher
 
 
 def _names(domains: Sequence[list[str] | None], paths: Sequence[str]) -> list[str]:

@@ -90,7 +90,7 @@ def hidden_answers(signal: Signal) -> list[tuple[int, HiddenSignal]]:
     return []
 
 
-class ManyTeachers:
+class ManyTeachers(Teacher):
     """Asks each of several teachers about its part of a batch."""
 
     def __init__(self, teachers: Sequence[Teacher], assignment: Assignment) -> None:
@@ -105,10 +105,6 @@ class ManyTeachers:
             for question in questions
         ]
         return self._assignment.joined(questions, answers)
-
-    def figures(self) -> dict[str, float]:
-        """Nothing: their time is part of the student's step."""
-        return {}
 
     def free(self) -> None:
         """Give the memory of every teacher back."""

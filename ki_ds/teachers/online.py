@@ -7,10 +7,10 @@ from transformers import PreTrainedModel
 
 from ki_ds.data.batches import Batch
 from ki_ds.models import RowLM
-from ki_ds.signals import HiddenSignal
+from ki_ds.signals import HiddenSignal, Teacher
 
 
-class OnlineTeacher:
+class OnlineTeacher(Teacher):
     """Runs the teacher's forward on the student's batch, in eval mode, without gradient.
 
     It is never a submodule of the student, so no optimizer, checkpoint or ZeRO stage ever sees it.
@@ -27,10 +27,6 @@ class OnlineTeacher:
         """The last hidden states of the labelled rows (N, D) and the output projection, in the teacher's dtype."""
         assert self._model is not None, "a freed teacher was asked"
         return self._model.signal(batch)
-
-    def figures(self) -> dict[str, float]:
-        """Nothing: its time is part of the student's step."""
-        return {}
 
     def free(self) -> None:
         """Give the weights' memory back to the device, whoever else still holds the module."""

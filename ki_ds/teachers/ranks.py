@@ -24,11 +24,13 @@ from ki_ds.config import RunConfig
 from ki_ds.data.batches import Batch, TrainBatches
 from ki_ds.data.datasets import open_datasets
 from ki_ds.errors import UserError
-from ki_ds.signals import HiddenSignal, Signal
+from ki_ds.signals import HiddenSignal, Signal, Teacher
 from ki_ds.teachers.factory import TeacherFacts, make_teachers
 from ki_ds.teachers.many import Assignment, hidden_answers
 
 _REMIND_SECONDS = 30.0
+_HANDED_OVER = "handed_over"  # the note with which the students end a teaching whose last step nobody knew
+_END = -1  # instead of a micro-batch's number: no other follows
 
 
 # --- the teacher's side -------------------------------------------------------------------------------------------
@@ -79,6 +81,10 @@ def _teach(config: RunConfig, bridge: Bridge, device: torch.device) -> None:
     known: dict[int, set[int]] = {student: set() for student in bridge.students}  # whose heads it has
     for step in zip(*streams, strict=True):
         for micro_batches in zip(*step, strict=True):
+            if config.inherit.schedule == "auto" and bridge.has(_HANDED_OVER):
+                for student in bridge.students:
+                    bridge.send([torch.tensor([_END])], student)
+                return
             for student, batch in zip(bridge.students, micro_batches, strict=True):
                 began = time.perf_counter()
                 answers = hidden_answers(teacher.signal(batch.to(device, non_blocking=True)))
@@ -143,7 +149,7 @@ def connect_teachers(
     return teacher, [TeacherFacts(**facts) for facts in note["facts"]]
 
 
-class RanksTeacher:
+class RanksTeacher(Teacher):
     """Receives in a thread of its own what a teacher rank sends, `ahead` micro-batches at most beforehand."""
 
     def __init__(
@@ -158,15 +164,19 @@ class RanksTeacher:
     ) -> None:
         self._bridge, self._assignment, self._device, self._patience = bridge, assignment, device, patience
         self._heads: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        self._number = 0
+        self._number, self._num_batches = 0, num_batches
         self._waited, self._busy, self._idle = 0.0, 0, 0
-        self._received: queue.Queue[list[torch.Tensor] | ConnectionError] = queue.Queue(maxsize=ahead)
-        threading.Thread(target=self._receive, args=(num_batches,), daemon=True).start()
+        self._received: queue.Queue[list[torch.Tensor] | ConnectionError | None] = queue.Queue(maxsize=ahead)
+        threading.Thread(target=self._receive, daemon=True).start()
 
-    def _receive(self, num_batches: int) -> None:
+    def _receive(self) -> None:
         try:
-            for _ in range(num_batches):
-                self._received.put(self._bridge.receive(self._bridge.teacher))
+            for _ in range(self._num_batches):
+                tensors = self._bridge.receive(self._bridge.teacher)
+                if int(tensors[0][0]) == _END:
+                    break
+                self._received.put(tensors)
+            self._received.put(None)
         except ConnectionError as error:
             self._received.put(error)
 
@@ -201,8 +211,13 @@ class RanksTeacher:
         }
 
     def free(self) -> None:
-        """Give the output projections' memory back; the teacher's rank has left by now."""
+        """Give the output projections' memory back, and let a teacher's rank go that has not ended by itself."""
         self._heads = {}
+        if self._number < self._num_batches:
+            if self._bridge.rank == 0:
+                self._bridge.put(_HANDED_OVER, self._number)
+            while isinstance(self._received.get(), list):
+                pass  # what it has sent in the meantime
 
     @property
     def _name(self) -> str:
@@ -219,6 +234,7 @@ class RanksTeacher:
         self._waited += time.monotonic() - began
         if isinstance(found, ConnectionError):
             raise UserError(f"{self._name} is gone; start the job again to go on from the last checkpoint") from None
+        assert found is not None, "more was asked than there are steps to teach"
         return found
 
     def _remind(self, waited: float) -> None:

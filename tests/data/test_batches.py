@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ki_ds.data.batches import IGNORE_INDEX, TrainBatches, ValidBatches, collate
+from ki_ds.data.batches import IGNORE_INDEX, TrainBatches, ValidBatches, collate, with_next
 from ki_ds.data.blocks import MaskConfig
 from ki_ds.data.mixture import Mixture, stream_samples
 from ki_ds.data.samples import BlockDataset
@@ -317,3 +317,8 @@ class TestSelect:
         owners = (whole.rows_N // whole.input_ids_BL.shape[1])[numbers]
         assert sorted(set(owners.tolist())) == chosen
         assert whole.lengths.tolist() == [len(s.input_ids_T) for s in samples]
+
+
+def test_each_batch_comes_with_the_next_one():
+    assert list(with_next(iter("abc"))) == [("a", "b"), ("b", "c"), ("c", None)]
+    assert list(with_next([])) == []

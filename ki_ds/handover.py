@@ -1,0 +1,66 @@
+"""`inherit.schedule: auto`: alpha follows how far the student is behind its teacher, and ends once it has passed it.
+
+The loss tells the teacher's cross-entropy on the very rows that it teaches, so the gap costs no forward of its own.
+docs/auto_handover.md has the formula, and what it was measured against.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ki_ds.distributed import all_sum
+
+DECAY = 0.5 ** (1 / 10)  # of the moving average a step: half of it is the last 10 steps
+PATIENCE = 20  # steps in a row in which the student must be ahead
+FLOOR = 0.01  # alpha of a student that is level with its teacher, until it is surely ahead
+
+
+class HandOver:
+    """alpha before each update, as a 0-d float32 tensor that no host reads; all ranks have the same.
+
+    G is the student's cross-entropy less the teacher's over the rows that were taught (nats a row), a moving average
+    over steps weighted by rows. alpha = 1 - exp(-G) = 1 - teacher's perplexity / student's, held within [0.01, 1] and
+    never rising; it is 0 for good once G has been below 0 for 20 steps in a row.
+    """
+
+    def __init__(self, device: torch.device):
+        self._pending = torch.zeros(2, dtype=torch.float64, device=device)
+        # moving sums of gaps and rows, alpha, steps in a row ahead of the teacher, steps that were taught
+        self._state = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64, device=device)
+
+    @property
+    def alpha(self) -> Tensor:
+        """The inheritance rate of the next update."""
+        return self._state[2].float()
+
+    def add(self, teachers_T4: Tensor) -> None:
+        """Count what the loss of one micro-batch of this rank says of the teachers (`LossOutput.teachers`)."""
+        _, teacher_ce, rows, ce = teachers_T4.double().sum(0).unbind()
+        self._pending += torch.stack([ce - teacher_ce, rows])
+
+    def settle(self) -> None:
+        """End a global batch: the next alpha. Called by all ranks; no host sync."""
+        gap, rows = all_sum(self._pending).unbind()
+        gaps, weights, alpha, ahead, steps = self._state.unbind()
+        gaps, weights = DECAY * gaps + gap, DECAY * weights + rows
+        mean = gaps / weights.clamp(min=1e-9)
+        ahead = torch.where(mean < 0, ahead + 1, 0.0)
+        alpha = torch.minimum(alpha, (-torch.expm1(-mean)).clamp(min=FLOOR))
+        alpha = torch.where(ahead >= PATIENCE, 0.0, alpha)
+        state = torch.where(rows > 0, torch.stack([gaps, weights, alpha, ahead, steps]), self._state)
+        state[4] = steps + 1
+        self._state = torch.where(self._state[2] == 0, self._state, state)
+        self._pending.zero_()
+
+    def taught_steps(self) -> int | None:
+        """Steps that were taught, once the student has been left to itself; else None. Waits for the device."""
+        return int(self._state[4]) if float(self._state[2]) == 0 else None
+
+    def state(self) -> list[float]:
+        """What a checkpoint keeps, between two steps."""
+        return self._state.tolist()
+
+    def restore(self, state: list[float]) -> None:
+        """Go on from a checkpoint's state."""
+        self._state = torch.tensor(state, dtype=torch.float64, device=self._state.device)

@@ -1,0 +1,173 @@
+"""The schedule auto: alpha from the gap to the teacher, and the end of teaching."""
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from ki_ds import checkpoint
+from ki_ds.errors import UserError
+from ki_ds.handover import DECAY, FLOOR, PATIENCE, HandOver
+from tests.teachers.cache_cases import cache_of, config_of
+from tests.tiny import records, run, tiny_config, train_ranks, write_config
+
+CPU = torch.device("cpu")
+
+
+def told(gap, rows=10.0, teacher_ce=4.0):
+    """What the loss says of a teacher with a student `gap` nats a row behind it."""
+    return torch.tensor([[0.3 * rows, teacher_ce * rows, rows, (teacher_ce + gap) * rows]])
+
+
+def after(handover, gaps, rows=10.0):
+    alphas = []
+    for gap in gaps:
+        handover.add(told(gap, rows))
+        handover.settle()
+        alphas.append(float(handover.alpha))
+    return alphas
+
+
+def test_alpha_is_the_share_by_which_the_teachers_perplexity_is_lower():
+    handover = HandOver(CPU)
+    assert float(handover.alpha) == 1.0
+    (alpha,) = after(handover, [0.5])
+    assert alpha == pytest.approx(1 - math.exp(4.0) / math.exp(4.5), rel=1e-6)
+
+
+def test_the_gap_is_a_moving_average_weighted_by_rows():
+    handover = HandOver(CPU)
+    handover.add(told(2.0, rows=30))
+    handover.add(told(1.0, rows=10))  # another micro-batch of the same step
+    handover.settle()
+    assert float(handover.alpha) == pytest.approx(1 - math.exp(-1.75), rel=1e-6)
+    (alpha,) = after(handover, [0.5], rows=20)
+    mean = (DECAY * 70 + 10) / (DECAY * 40 + 20)
+    assert alpha == pytest.approx(1 - math.exp(-mean), rel=1e-6)
+
+
+def test_alpha_never_rises_and_stays_above_0_until_it_is_sure():
+    alphas = after(HandOver(CPU), [1.0] * 5 + [0.1] * 60 + [1.0] * 20 + [0.0] * 200)
+    assert all(later <= earlier for earlier, later in pairwise(alphas))
+    assert alphas[-1] == pytest.approx(FLOOR)
+
+
+def test_a_student_that_is_ahead_for_long_enough_is_left_to_itself_for_good():
+    handover = HandOver(CPU)
+    alphas = after(handover, [0.2] + [-0.5] * 40)
+    ahead = next(i for i in range(41) if 0.2 * DECAY**i - 0.5 * sum(DECAY**k for k in range(i)) < 0)
+    assert alphas.index(0.0) == ahead + PATIENCE - 1
+    assert handover.taught_steps() == ahead + PATIENCE
+    assert set(after(handover, [3.0] * 30)) == {0.0}
+    assert handover.taught_steps() == ahead + PATIENCE
+
+
+def test_one_step_behind_begins_the_wait_anew():
+    handover = HandOver(CPU)
+    after(handover, [-0.1] * (PATIENCE - 1) + [5.0])
+    assert handover.taught_steps() is None
+    assert float(handover.alpha) == pytest.approx(FLOOR)
+
+
+def test_a_step_without_taught_rows_changes_nothing_but_the_count():
+    handover = HandOver(CPU)
+    after(handover, [0.7])
+    before = handover.state()
+    handover.add(torch.zeros(2, 4))
+    handover.settle()
+    assert handover.state() == [*before[:4], 2.0]
+    handover = HandOver(CPU)
+    handover.add(torch.empty(0, 4))
+    handover.settle()
+    assert float(handover.alpha) == 1.0
+
+
+def test_several_teachers_count_by_their_rows():
+    handover = HandOver(CPU)
+    handover.add(torch.cat([told(1.0, rows=30), told(-1.0, rows=10)]))
+    handover.settle()
+    assert float(handover.alpha) == pytest.approx(1 - math.exp(-0.5), rel=1e-6)
+
+
+def test_a_restored_state_goes_on_bit_for_bit():
+    gaps = [0.9 - 0.02 * i for i in range(90)]
+    whole, first, second = HandOver(CPU), HandOver(CPU), HandOver(CPU)
+    expected = after(whole, gaps)
+    found = after(first, gaps[:33])
+    second.restore(json.loads(json.dumps(first.state())))
+    assert found + after(second, gaps[33:]) == expected
+    assert second.taught_steps() == whole.taught_steps() is not None
+
+
+# ---------------------------------------------------------------------------------- in a run
+
+AUTO = {"schedule": "auto", "steps": None}
+STEPS = {"num_steps": 60, "eval_every": 30, "save_every": 7, "log_every": 5}
+
+
+def auto(base, name, task="mlm", **groups):
+    train = STEPS | groups.pop("train", {})
+    teacher = {"path": str(base / f"{task}_teacher"), **groups.pop("teacher", {})}
+    run(base / name, base / "corpus", task=task, teacher=teacher, inherit=AUTO, train=train, **groups)
+    return base / name
+
+
+@pytest.fixture(scope="module")
+def whole(base):
+    """A run whose student passes its teacher, which had 8 steps."""
+    return auto(base, "auto_whole")
+
+
+def weights(folder):
+    return json.loads((folder / "best" / "lineage.json").read_text())["weights_sha256"]
+
+
+def test_a_run_hands_over_frees_its_teacher_and_says_when(whole):
+    lines = records(whole, "train")
+    alphas = [line["alpha"] for line in lines]
+    manifest = checkpoint.read_json(whole / "run.json")
+    steps = manifest["inherit"]["steps"]
+    assert 0.1 < alphas[0] < 1
+    assert alphas == sorted(alphas, reverse=True)
+    assert PATIENCE < steps < 60
+    assert [line["alpha"] > 0 for line in lines] == [line["step"] <= steps for line in lines]
+    (freed,) = records(whole, "teacher_freed")
+    assert steps <= freed["step"] < steps + STEPS["log_every"]
+    assert manifest["inheriting_steps"] == steps
+    assert lines[-1]["teacher_flops"] == next(r["teacher_flops"] for r in lines if r["step"] == freed["step"])
+    lineage = json.loads((whole / "best" / "lineage.json").read_text())
+    assert lineage["inherit"] == {"schedule": "auto", "steps": steps, "tau": 2.0}
+
+
+@pytest.mark.parametrize("stop", [10, 50])
+def test_a_resume_before_or_after_is_bitwise_the_same_run(base, whole, stop):
+    name = f"auto_stopped_{stop}"
+    auto(base, name, train={"stop_at_step": stop})
+    auto(base, name)
+    assert weights(base / name) == weights(whole)
+    kept = ("step", "alpha", "loss", "ce", "kl")
+    found, expected = ([[r[k] for k in kept] for r in records(f, "train")] for f in (base / name, whole))
+    assert found == expected
+
+
+def test_how_often_metrics_are_written_changes_no_weight(base, whole):
+    assert weights(auto(base, "auto_rarely", train={"log_every": 20})) == weights(whole)
+
+
+def test_teacher_ranks_leave_when_their_students_are_left_alone(base, whole):
+    teacher = {"path": str(base / "mlm_teacher"), "placement": "ranks", "ahead": 3}
+    config = tiny_config(base / "auto_ranks", base / "corpus", teacher=teacher, inherit=AUTO, train=STEPS)
+    results = train_ranks(write_config(base / "auto_ranks.yaml", config), world=2)
+    assert [r.returncode for r in results] == [0, 0], [r.stderr[-500:] for r in results]
+    assert weights(base / "auto_ranks") == weights(whole)
+    again = train_ranks(base / "auto_ranks.yaml", "--train.num_steps", "60", world=2)
+    assert [r.returncode for r in again] == [0, 0], [r.stderr[-500:] for r in again]
+
+
+def test_entries_of_a_cache_say_too_little(base, tmp_path):
+    cache_of(config_of(base, inherit={"schedule": "linear", "steps": 60}), tmp_path / "cache", topk=4)
+    teacher = {"placement": "cache", "path": str(tmp_path / "cache")}
+    with pytest.raises(UserError, match=r"auto compares the student with the whole teacher, .* holds K entries a row"):
+        auto(base, "auto_topk", teacher=teacher, train={"num_steps": 6})
