@@ -191,3 +191,31 @@ def test_options_without_meaning(configure):
     config, _ = configure("no_meaning", teacher={"num_ranks": 2})
     with pytest.raises(UserError, match=r"teacher\.num_ranks=2 has no meaning with teacher\.placement=online"):
         configuration.load(config)
+
+
+def test_over_a_hostfile_the_teacher_takes_the_last_slots(configure, tmp_path):
+    """Two launchers as on two hosts, without ssh: the student on the first one's slot, the teacher on the second's."""
+    path, ranks = configure("hostfile_ranks", teacher={"placement": "ranks"}, train={"num_steps": 6})
+    _, online = configure("hostfile_online", train={"num_steps": 6})
+    hosts = tmp_path / "hostfile"
+    hosts.write_text("student-host slots=1\nteacher-host slots=1\n")
+    port = free_port()
+    launchers = [
+        subprocess.Popen(
+            [
+                *("deepspeed", "--hostfile", str(hosts), "--no_ssh", "--node_rank", str(node)),
+                *("--master_addr", "127.0.0.1", "--master_port", port, "launchers/train_ki.sh", "--config", str(path)),
+            ],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    said = [launcher.communicate(timeout=300)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], said[0][-1000:] + said[1][-1000:]
+    succeeded(train_ranks(online.with_suffix(".yaml")))
+    assert weights(ranks) == weights(online)
+    assert figures(ranks) == figures(online)
