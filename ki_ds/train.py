@@ -188,6 +188,8 @@ def _report(
     )
     if run.teacher is not None:
         figures |= run.teacher.figures()
+    if len(found.teachers) == 1 and found.teachers[0]["rows"] and "teacher_ce" in found.teachers[0]:
+        figures["teacher_ce"] = found.teachers[0]["teacher_ce"]
     if (norm := run.engine.grad_norm) is not None:
         figures["grad_norm"] = norm
     by_teacher = _by_teacher(run.facts, found)

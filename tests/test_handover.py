@@ -130,6 +130,9 @@ def test_a_run_hands_over_frees_its_teacher_and_says_when(whole):
     manifest = checkpoint.read_json(whole / "run.json")
     steps = manifest["inherit"]["steps"]
     assert 0.1 < alphas[0] < 1
+    taught = [line for line in lines if line["alpha"] > 0]
+    assert taught[0]["ce"] > taught[0]["teacher_ce"] > 0
+    assert taught[-1]["ce"] < taught[-1]["teacher_ce"]
     assert alphas == sorted(alphas, reverse=True)
     assert PATIENCE < steps < 60
     assert [line["alpha"] > 0 for line in lines] == [line["step"] <= steps for line in lines]
