@@ -119,7 +119,7 @@ def _fine_tune(args: argparse.Namespace) -> None:
     from ki_ds.evaluation.downstream import evaluate, tables
     from ki_ds.evaluation.finetune import Candidate
 
-    console, out = Console(), Path(args.out)
+    console, out = Console(width=None if sys.stdout.isatty() else 160), Path(args.out)
     for note in (note for data in sets for note in data.notes):
         console.print(note, highlight=False)
     if args.what == "along":

@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # transformers takes seconds to import, which worker processe
 
 TokenizerKind = Literal["bytebpe", "unigram", "sp_bpe"]
 SENTENCEPIECE_FILE = "tokenizer.model"
+# Without one of these AutoTokenizer takes a model's folder for that of an empty vocabulary.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model")
 
 # RoBERTa's names, and its first four ids; the mask comes right after them, before the bytes.
 BOS, PAD, EOS, UNK, MASK = SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -142,6 +144,8 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> "PreTrainedTokeniz
     is_file = folder.is_file() and folder.suffix == ".model"
     if not folder.is_dir() and not is_file and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise UserError(f"tokenizer folder {name} does not exist; name a folder or a model of the hub")
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+        raise UserError(f"no tokenizer can be loaded from {name} ({', '.join(_TOKENIZER_FILES)} are absent)")
     lone = [] if (folder / "tokenizer.json").exists() else sorted(folder.glob("*.model"))
     try:
         if is_file or (len(lone) == 1 and not (folder / "tokenizer_config.json").exists()):

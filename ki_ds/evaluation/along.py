@@ -116,7 +116,7 @@ def score_name(sets: Sequence[TaskData]) -> str:
 
 def table(curves: Sequence[Curve], sets: Sequence[TaskData]) -> Table:
     """A row a step, a column a run; the baselines and what was reached when below."""
-    shown = Table("step", box=None, title=score_name(sets), title_justify="left")
+    shown = Table("step", box=None, caption=score_name(sets), caption_justify="left")
     runs = [curve for curve in curves if not curve.name.startswith((RANDOM, MAJORITY))]
     for curve in runs:
         shown.add_column(curve.name, justify="right", no_wrap=True)

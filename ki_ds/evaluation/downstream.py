@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 from ki_ds.checkpoint import claimed, write_json
-from ki_ds.evaluation.finetune import Candidate, Outcome
+from ki_ds.evaluation.finetune import RANDOM, Candidate, Outcome
 from ki_ds.evaluation.scores import METRICS, Spread, score, simplest_guess
 from ki_ds.evaluation.tasks import GLUE, Grid, Settings, TaskData
 from ki_ds.evaluation.trials import Trial, run_trials
@@ -80,8 +81,7 @@ def evaluate(
     Raises:
         UserError: see `trials.run_trials`; or another evaluation works in `out`.
     """
-    architectures = {candidate.architecture: candidate.untrained() for candidate in candidates}
-    everyone = [*candidates, *architectures.values()]
+    everyone = [*dict.fromkeys(candidates), *_baselines(candidates)]
     hashes = {data.name: data.sha256() for data in sets}
     with claimed(out, what="--out"):
         trials = {
@@ -103,10 +103,18 @@ def evaluate(
         rows = []
         for data in sets:
             for candidate in everyone:
-                rows.append(_row(candidate, data, trials[candidate, data.name], outcomes, len(architectures)))
+                rows.append(_row(candidate, data, trials[candidate, data.name], outcomes))
             rows.append(majority_row(data))
         write_json(out / "scores.json", {"rows": [row.as_dict() for row in rows]})
     return rows
+
+
+def _baselines(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Random weights of every architecture among the models, named by the first model of each if there are several."""
+    first: dict[str, Candidate] = {}
+    for candidate in candidates:
+        first.setdefault(candidate.architecture, candidate)
+    return [c.untrained(f"{RANDOM} as {c.name}" if len(first) > 1 else RANDOM) for c in first.values()]
 
 
 def _row(
@@ -114,7 +122,6 @@ def _row(
     data: TaskData,
     trials: Sequence[Trial],
     outcomes: dict[Trial, Outcome],
-    num_architectures: int,
 ) -> Row:
     by_settings: dict[Settings, list[Trial]] = {}
     for trial in trials:
@@ -122,11 +129,8 @@ def _row(
     best = choose({settings: [outcomes[t] for t in some] for settings, some in by_settings.items()}, data.metrics[0])
     chosen = [outcomes[trial] for trial in by_settings[best]]
     first = chosen[0]
-    name = candidate.name
-    if candidate.weights is None and num_architectures > 1:
-        name += f" ({first.num_parameters / 1e6:.1f}M)"
     return Row(
-        model=name,
+        model=candidate.name,
         data=data.name,
         settings=best,
         seeds=tuple(trial.seed for trial in by_settings[best]),
@@ -160,18 +164,18 @@ def majority_row(data: TaskData) -> Row:
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
-def tables(rows: Sequence[Row], sets: Sequence[TaskData]) -> Iterator[Table]:
-    """A table for each set and, of several, one of them all with their mean."""
+def tables(rows: Sequence[Row], sets: Sequence[TaskData]) -> Iterator[Group]:
+    """A table for each set and, of several, one of them all with their mean; each below a line that says what it is."""
     for data in sets:
-        yield _table([row for row in rows if row.data == data.name], data)
+        yield Group(_title(data), _table([row for row in rows if row.data == data.name], data), "")
     if len(sets) > 1:
-        yield _overview(rows, sets)
+        yield Group("together", _overview(rows, sets))
 
 
 def _table(rows: Sequence[Row], data: TaskData) -> Table:
     part, others = data.scored_part, [name for name in data.parts if name not in ("train", data.scored_part)]
-    shown = Table(box=None, title=_title(data), title_justify="left")
-    shown.add_column("model")
+    shown = Table(box=None)
+    shown.add_column("model", no_wrap=True)
     columns = [(part, metric) for metric in data.metrics] + [(name, data.metrics[0]) for name in others]
     for name, metric in columns:
         shown.add_column(f"{METRICS[metric]}, {name}", justify="right", no_wrap=True)
@@ -195,7 +199,7 @@ def _title(data: TaskData) -> str:
 
 def _overview(rows: Sequence[Row], sets: Sequence[TaskData]) -> Table:
     """The first score of each set, and the mean over the sets (Tables 1 and 5)."""
-    shown = Table("model", box=None, title="together", title_justify="left")
+    shown = Table("model", box=None)
     for data in sets:
         name = GLUE[data.name].title if data.name in GLUE else data.name
         shown.add_column(f"{name}\n{METRICS[data.metrics[0]]}", justify="right", no_wrap=True)

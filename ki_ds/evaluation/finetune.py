@@ -18,18 +18,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ki_ds.data.sources import required
+from ki_ds.data.store import write_errors_are_one_line
 from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash
 from ki_ds.errors import UserError
 from ki_ds.evaluation.scores import score
 from ki_ds.evaluation.tasks import Example, Settings, TaskData
-from ki_ds.models import model_folder, read_config, weights_sha256
+from ki_ds.models import max_positions, model_folder, read_config, weights_sha256
 
 RANDOM = "random initialisation"
-_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Candidate:
         weights = weights_sha256(folder) if Path(folder).is_dir() else str(getattr(config, "_commit_hash", name))
         return cls(name, folder, tokenizer or folder, _architecture(config, found), weights)
 
-    def untrained(self) -> Candidate:
+    def untrained(self, name: str = RANDOM) -> Candidate:
         """The baseline with the same architecture and tokenizer."""
-        return Candidate(RANDOM, self.folder, self.tokenizer, self.architecture, None)
+        return Candidate(name, self.folder, self.tokenizer, self.architecture, None)
 
 
 def _architecture(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -136,27 +137,30 @@ def fine_tune(
         on_step: is told the share of the updates that are done.
 
     Raises:
-        UserError: the model cannot classify, or does not fit into memory, or its scores are not finite.
+        UserError: the model cannot be read or cannot classify, does not fit into memory, or the disk is full.
     """
     started = time.monotonic()
     quieten()
     transformers.set_seed(seed)
-    tokenizer = _tokenizer(candidate)
-    model = _model(candidate, data, tokenizer)
-    limit = min(settings.max_length, _positions(model.config) or settings.max_length)
+    tokenizer, config = _tokenizer_and_config(candidate)
+    model = _model(candidate, data, config)
+    limit = min(settings.max_length, max_positions(model) or settings.max_length)
     encode = _Encoder(tokenizer, model.config, limit)
     parts = {name: encode(_sampled(examples, name, settings)) for name, examples in data.parts.items()}
     trainer = _trainer(model, tokenizer, parts, data, settings, seed=seed, scratch=scratch, device=device)
     if on_step is not None:
         trainer.add_callback(_Steps(on_step))
     try:
-        trainer.train()
+        with write_errors_are_one_line(scratch):
+            trainer.train()
         scores = {name: _scores(trainer, part, data) for name, part in parts.items() if name != "train"}
     except torch.OutOfMemoryError:
         raise UserError(
             f"{settings.micro_batch_size} examples of {limit} tokens of {candidate.name} exceed the memory of the "
             "device; lower --micro_batch_size"
         ) from None
+    except SafetensorError as error:
+        raise UserError(f"{scratch} cannot be written ({error}); free space or give another --out") from None
     best = trainer.state.best_global_step or trainer.state.global_step
     return Outcome(
         scores=scores,
@@ -181,21 +185,23 @@ def quieten() -> None:
 # --- model and tokenizer ----------------------------------------------------------------------------------------
 
 
-def _tokenizer(candidate: Candidate) -> PreTrainedTokenizerBase:
+def _tokenizer_and_config(candidate: Candidate) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
+    """Both, agreed on what pads: causal models look for a row's last token by it, RoBERTa counts positions from it."""
     tokenizer = load_tokenizer(candidate.tokenizer)
-    if tokenizer.pad_token is None:  # GPT-2's kind; what is padded is masked, so that any id does
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    return tokenizer
-
-
-def _model(candidate: Candidate, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    auto: Any = transformers.AutoModelForSequenceClassification
     config = read_config(candidate.folder, what="MODEL")
-    num_labels = len(data.labels or (0,))
-    config.num_labels = num_labels
+    if config.pad_token_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+    elif tokenizer.pad_token is None:  # GPT-2's kind; what is padded is masked, so that any id does
+        tokenizer.pad_token = tokenizer.eos_token
+    config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    return tokenizer, config
+
+
+def _model(candidate: Candidate, data: TaskData, config: PreTrainedConfig) -> PreTrainedModel:
+    auto: Any = transformers.AutoModelForSequenceClassification
+    config.num_labels = len(data.labels or (0,))
     config.problem_type = "regression" if data.is_graded else "single_label_classification"
-    config.pad_token_id = tokenizer.pad_token_id  # causal models look for a row's last token with it
     config.dtype = None
     if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(f"{candidate.name} ({config.model_type}) has no classifier in transformers; take another model")
@@ -205,9 +211,9 @@ def _model(candidate: Candidate, data: TaskData, tokenizer: PreTrainedTokenizerB
         model, report = auto.from_pretrained(
             candidate.folder, config=config, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(
-            f"{candidate.name} cannot be read as a model ({str(error).strip().splitlines()[0][:200]}); take another"
+            f"{candidate.name} cannot be read as a model ({str(error).strip().splitlines()[0][:200]}); take a whole one"
         ) from None
     body = f"{model.base_model_prefix}."
     missing = sorted(name for name in report["missing_keys"] if name.startswith(body) and "pooler" not in name)
@@ -216,13 +222,6 @@ def _model(candidate: Candidate, data: TaskData, tokenizer: PreTrainedTokenizerB
             f"{candidate.name} lacks {len(missing)} weights of its body ({missing[0]}, ...); take a whole one"
         )
     return model
-
-
-def _positions(config: PreTrainedConfig) -> int | None:
-    """Tokens that a row may have; None where the architecture sets no limit."""
-    limit = next((getattr(config, name) for name in _POSITIONS if getattr(config, name, None)), None)
-    shifted = config.model_type in ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "data2vec-text")
-    return limit - config.pad_token_id - 1 if limit and shifted else limit
 
 
 class _Encoder:
@@ -285,6 +284,8 @@ def _trainer(
     device: str,
 ) -> transformers.Trainer:
     required("accelerate", "fine-tuning")
+    if settings.precision == "fp16" and device == "cpu":
+        raise UserError("--precision=fp16 needs a GPU; take bf16 or fp32")
     micro = min(settings.micro_batch_size, settings.batch_size)
     if settings.batch_size % micro:
         raise UserError(

@@ -203,6 +203,8 @@ def read_set(data: str, metric: str | None = None) -> TaskData:
         named = {part: list(_read_jsonl(path)) for part, path in _set_files(folder).items()}
         metrics = set_metrics(name, metric)
     labels = tuple(sorted({label for _, _, _, label in named["train"]}))
+    if len(labels) == 1:
+        raise UserError(f"{folder}: the training part has the one label {labels[0]!r}; there is nothing to learn")
     parts = {
         part: [Example(text, pair, _label(label, labels, where)) for where, text, pair, label in rows]
         for part, rows in named.items()
@@ -278,8 +280,6 @@ def _checked(data: TaskData, where: str) -> TaskData:
         if not data.parts.get(part):
             raise UserError(f"{where}: the {part} part of {data.name} is empty; give it examples")
     parts = {part: examples for part, examples in data.parts.items() if examples}
-    if data.labels is not None and len(data.labels) < 2:
-        raise UserError(f"{where}: the training part has the one label {data.labels[0]!r}; there is nothing to learn")
     for part, examples in parts.items():
         if any(not (example.text or example.pair) for example in examples):
             raise UserError(f"{where}: the {part} part of {data.name} has an example without text; mend it")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ki_ds.checkpoint import read_json, write_json
@@ -85,7 +86,9 @@ def run_trials(
             found[trial] = _read(path)
     left = [trial for trial in trials if trial not in found]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show_progress) as progress:
+    for unfinished in out.glob(".*.tmp"):  # of a process that was killed
+        shutil.rmtree(unfinished)
+    with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
         bar = progress.add_task("fine-tuning", total=len(trials), completed=len(found))
 
         def finished(trial: Trial, outcome: Outcome) -> None:
@@ -125,7 +128,6 @@ def _read(path: Path) -> Outcome:
 
 def _run(trial: Trial, data: TaskData, out: Path, device: str, on_step: Callable[[float], None] | None) -> Outcome:
     scratch = out / f".{trial.key}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     try:
         return fine_tune(
             trial.candidate,
@@ -181,7 +183,7 @@ def _take_place(queue: Any, num_places: int, sets: dict[str, TaskData], out: Pat
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if kind == "cuda":  # before this process looks at a GPU: Trainer takes all that it sees
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(number)] if visible else number
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_places))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_places)))  # accelerate reads it
     _HERE.update(kind=kind, sets=sets, out=out)
 
 
