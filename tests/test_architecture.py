@@ -100,6 +100,8 @@ OWNERS = {
     "mwparserfromhell": ["data.wikitext"],
     "sentencepiece": ["data.sentencepieces"],
     "matplotlib": ["figures"],
+    "sklearn": ["evaluation.scores"],
+    "scipy": ["evaluation.scores"],
 }
 
 MAX_FUNCTION_LINES = 80

@@ -6,9 +6,8 @@ import math
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ki_ds.errors import UserError
 
@@ -42,34 +41,29 @@ def score(metric: str, predicted: Sequence[float], labels: Sequence[float]) -> f
     assert len(predicted) == len(labels) > 0
     if metric in GRADED:
         return _correlation(metric, predicted, labels)
-    module = _import("sklearn.metrics")
-    functions: dict[str, Callable[..., float]] = {
-        "accuracy": module.accuracy_score,
-        "matthews": module.matthews_corrcoef,
-    }
-    if metric in functions:
-        return float(functions[metric](labels, predicted))
+    try:
+        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+    except ImportError:
+        raise UserError("scores need scikit-learn, which is missing; pip install 'ki_ds[eval]'") from None
+    if metric == "accuracy":
+        return float(accuracy_score(labels, predicted))
+    if metric == "matthews":
+        return float(matthews_corrcoef(labels, predicted))
     average = {"f1": "binary", "macro_f1": "macro", "micro_f1": "micro"}[metric]
-    return float(module.f1_score(labels, predicted, average=average, zero_division=0))
+    return float(f1_score(labels, predicted, average=average, zero_division=0))
 
 
 def _correlation(metric: str, predicted: Sequence[float], labels: Sequence[float]) -> float:
-    stats = _import("scipy.stats")
+    try:
+        from scipy.stats import pearsonr, spearmanr
+    except ImportError:
+        raise UserError("scores need scipy, which is missing; pip install 'ki_ds[eval]'") from None
     if not all(map(math.isfinite, predicted)) or len(set(predicted)) == 1 or len(set(labels)) == 1:
         return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of nearly constant input
-        found = float({"pearson": stats.pearsonr, "spearman": stats.spearmanr}[metric](predicted, labels).statistic)
+        found = float((pearsonr if metric == "pearson" else spearmanr)(predicted, labels).statistic)
     return found if math.isfinite(found) else 0.0
-
-
-def _import(name: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"scores need {name}, which is missing; pip install 'ki_ds[eval]'") from None
 
 
 def simplest_guess(train: Sequence[float], *, graded: bool) -> float:

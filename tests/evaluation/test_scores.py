@@ -74,7 +74,7 @@ def test_spread():
 
 def test_without_scikit_learn_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-    with pytest.raises(UserError, match=r"scores need sklearn.metrics, which is missing; pip install 'ki_ds\[eval\]'"):
+    with pytest.raises(UserError, match=r"scores need scikit-learn, which is missing; pip install 'ki_ds\[eval\]'"):
         score("accuracy", [1], [1])
 
 
