@@ -183,6 +183,8 @@ def _take_place(queue: Any, num_places: int, sets: dict[str, TaskData], out: Pat
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if kind == "cuda":  # before this process looks at a GPU: Trainer takes all that it sees
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(number)] if visible else number
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # accelerate would take this process for a rank of the job that set them
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_places)))  # accelerate reads it
     _HERE.update(kind=kind, sets=sets, out=out)
 
