@@ -35,9 +35,12 @@ setup(
         "triton": ["triton"],
         "demo": ["gensim"],
         "data": ["datasets", "pyarrow"],
+        "eval": ["accelerate", "scikit-learn", "scipy"],
+        "lm-eval": ["lm-eval"],
         "dev": [
             *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis"),
             *("datasets", "pyarrow"),
+            *("accelerate", "scikit-learn", "scipy"),
             *("ruff", "mypy", "types-PyYAML", "types-psutil"),
         ],
         "peers": ["liger-kernel", "flash-linear-attention", "quack-kernels", "cut-cross-entropy"],

@@ -52,8 +52,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def claimed(run_dir: Path) -> Iterator[None]:
-    """Hold the folder for this job while the context lasts.
+def claimed(run_dir: Path, *, what: str = "run_dir") -> Iterator[None]:
+    """Hold the folder for this job while the context lasts; `what` is the field or option that names it.
 
     Raises:
         UserError: another job that still runs holds it, or it cannot be made.
@@ -62,13 +62,13 @@ def claimed(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"run_dir={run_dir} cannot be written ({error.strerror}); give another folder") from None
+        raise UserError(f"{what}={run_dir} cannot be written ({error.strerror}); give another folder") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"run_dir={run_dir} is in use by a job that still runs; wait for it or give another"
+                f"{what}={run_dir} is in use by a job that still runs; wait for it or give another"
             ) from None
         yield
 

@@ -6,7 +6,7 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ki_ds.errors import UserError
@@ -44,6 +44,23 @@ def draw_training(comparison: Comparison) -> Figure:
                 axis.plot(*zip(*points, strict=True) if points else ([], []), color=colour, linewidth=1)
         axis.set_xlabel("steps")
         axis.set_title(title, color=INK, fontsize="medium")
+    return figure
+
+
+def draw_scores(curves: Mapping[str, Sequence[tuple[int, float, float | None]]], title: str) -> Figure:
+    """Scores in hundredths against steps: (step, mean, standard deviation) by name; a lone point is a level line."""
+    (axis,), figure = _panels(1)
+    for index, (name, points) in enumerate(curves.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        steps, means = [step for step, _, _ in points], [100 * mean for _, mean, _ in points]
+        if len(points) == 1 and steps[0] == 0:
+            axis.axhline(means[0], color=colour, linewidth=1, linestyle=":", label=name)
+        else:
+            errors = [100 * (std or 0.0) for _, _, std in points]
+            axis.errorbar(steps, means, yerr=errors, color=colour, marker=".", capsize=2, linewidth=1.5, label=name)
+    axis.set_xlabel("steps")
+    axis.set_ylabel(title)
+    axis.legend(frameon=False, labelcolor=INK, fontsize="small")
     return figure
 
 

@@ -247,7 +247,7 @@ def _export(run: Run, folder: Path, result: Perplexity | None = None) -> None:
     lm.config.use_cache = True  # of no use in training, but whoever generates with the exported model wants it
     lm.save_pretrained(folder, state_dict=state)
     lm.config.use_cache = False
-    run.data.vocabulary.export(folder)
+    run.data.vocabulary.export(folder, run.config.task)
     totals = run.totals
     record = lineage.describe(
         run.manifest,

@@ -73,6 +73,13 @@ ORDER = [
     "teachers.answers",
     "evaluation.perplexity",
     "evaluation.measure",
+    "evaluation.scores",
+    "evaluation.tasks",
+    "evaluation.reading",
+    "evaluation.finetune",
+    "evaluation.trials",
+    "evaluation.downstream",
+    "evaluation.along",
     "convert.safe_pickle",
     "convert.fairseq",
     "convert.fairseq_to_hf",
@@ -99,6 +106,8 @@ OWNERS = {
     "mwparserfromhell": ["data.wikitext"],
     "sentencepiece": ["data.sentencepieces"],
     "matplotlib": ["figures"],
+    "sklearn": ["evaluation.scores"],
+    "scipy": ["evaluation.scores"],
 }
 
 MAX_FUNCTION_LINES = 80

@@ -2,7 +2,7 @@
 
 import re
 
-from ki_ds.figures import draw_curves, draw_training, png_bytes, svg_text
+from ki_ds.figures import draw_curves, draw_scores, draw_training, png_bytes, svg_text
 from ki_ds.savings import compare, read_run
 from tests.fake_runs import write_run
 
@@ -28,3 +28,15 @@ def test_pictures_need_nothing_from_outside(tmp_path):
     svg = svg_text(figure, name="training")
     assert svg.startswith("<svg")
     assert not re.search(r"(href|src)=\"http", svg)
+
+
+def test_scores_against_steps():
+    figure = draw_scores({"run": [(2, 0.5, 0.1), (4, 0.75, None)], "chance": [(0, 0.25, None)]}, "accuracy")
+    (axis,) = figure.axes
+    drawn = [list(line.get_ydata()) for line in axis.get_lines()]
+    assert [25.0, 25.0] in drawn
+    assert [50.0, 75.0] in drawn
+    assert [40.0, 75.0] in drawn  # the lower ends of the bars
+    assert {text.get_text() for text in axis.get_legend().get_texts()} == {"run", "chance"}
+    assert axis.get_ylabel() == "accuracy"
+    assert png_bytes(figure).startswith(b"\x89PNG")

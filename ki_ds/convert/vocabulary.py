@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,13 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from ki_ds.convert.sources import TOKENIZER_FILES, Source
-from ki_ds.data.tokenize import load_tokenizer, read_fairseq_dict, save_tokenizer, tokenizer_from_fairseq
+from ki_ds.data.tokenize import (
+    begin_with_eos,
+    load_tokenizer,
+    read_fairseq_dict,
+    save_tokenizer,
+    tokenizer_from_fairseq,
+)
 from ki_ds.errors import UserError
 from ki_ds.models import max_positions
 
@@ -52,9 +59,12 @@ def write_vocabulary(source: Source, folder: Path, model: PreTrainedModel, *, to
         for name in TOKENIZER_FILES:
             if (source.tokenizer_dir / name).is_file():
                 shutil.copyfile(source.tokenizer_dir / name, folder / name)
+        _note_positions(folder, max_positions(model))
     else:
         return [*lines, f"no tokenizer: ids mean what {'dict.txt' if lines else 'the training data'} says"]
     lines.append(f"tokenizer of {len(made):,} ids")
+    if source.task == "causal" and begin_with_eos(folder):
+        lines.append(f"the tokenizer puts {made.eos_token} before a text and nothing behind it")
     if (beyond := made.backend_tokenizer.get_vocab_size() - len(made)) > 0:
         lines.append(
             f"the dictionary lacks {beyond:,} pieces of the vocabulary, for which AutoTokenizer gives ids that the "
@@ -65,6 +75,15 @@ def write_vocabulary(source: Source, folder: Path, model: PreTrainedModel, *, to
     if size > len(made):
         lines.append(f"the embedding has {size:,} rows, padded beyond the tokenizer's {len(made):,} ids; kept as it is")
     return lines
+
+
+def _note_positions(folder: Path, limit: int | None) -> None:
+    """Have the copied tokenizer cut texts to the model's positions where it knows no limit of its own."""
+    path = folder / "tokenizer_config.json"
+    if limit is not None and path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["model_max_length"] = min(limit, config.get("model_max_length") or limit)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check_size(source: Source, what: str, num_ids: int, size: int) -> None:

@@ -21,6 +21,7 @@ from ki_ds.data.prepare import open_corpus
 from ki_ds.data.samples import DEFAULT_BREAK_MODE, BlockConfig, BlockDataset, SampleIndex
 from ki_ds.data.store import SpecialIds, TokenStore, is_fairseq_folder, open_shards, open_store
 from ki_ds.data.tokenize import (
+    begin_with_eos,
     load_tokenizer,
     read_fairseq_dict,
     special_ids,
@@ -59,8 +60,11 @@ class Vocabulary:
             return tokenizer_from_fairseq(self.dictionary, self.tokenizer_dir)
         return load_tokenizer(self.tokenizer_dir)
 
-    def export(self, folder: Path) -> None:
-        """Put the tokenizer's files, and a fairseq dictionary, beside an exported model."""
+    def export(self, folder: Path, task: Task) -> None:
+        """Put the tokenizer's files, and a fairseq dictionary, beside an exported model of a task.
+
+        Text gets the ids that the model has seen: behind `<s>` and before `</s>` for mlm, behind `</s>` for causal.
+        """
         if self.dictionary is not None:
             (folder / "dict.txt").write_bytes(self.dictionary.read_bytes())
             if self.tokenizer is not None:
@@ -68,6 +72,8 @@ class Vocabulary:
         elif self.tokenizer_dir is not None:
             for file in self.tokenizer_dir.iterdir():
                 (folder / file.name).write_bytes(file.read_bytes())
+        if task == "causal" and self.tokenizer_dir is not None:
+            begin_with_eos(folder)
 
 
 def dictionary_hash(path: Path) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from ki_ds.data.corpora import Document
-from ki_ds.data.store import SpecialIds, write_errors_are_one_line
+from ki_ds.data.store import SpecialIds, write_atomically, write_errors_are_one_line
 from ki_ds.errors import UserError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which worker processes need not pay
@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # transformers takes seconds to import, which worker processe
 
 TokenizerKind = Literal["bytebpe", "unigram", "sp_bpe"]
 SENTENCEPIECE_FILE = "tokenizer.model"
+# Without one of these AutoTokenizer takes a model's folder for that of an empty vocabulary.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model")
 
 # RoBERTa's names, and its first four ids; the mask comes right after them, before the bytes.
 BOS, PAD, EOS, UNK, MASK = SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -142,6 +144,8 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> "PreTrainedTokeniz
     is_file = folder.is_file() and folder.suffix == ".model"
     if not folder.is_dir() and not is_file and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise UserError(f"tokenizer folder {name} does not exist; name a folder or a model of the hub")
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+        raise UserError(f"no tokenizer can be loaded from {name} ({', '.join(_TOKENIZER_FILES)} are absent)")
     lone = [] if (folder / "tokenizer.json").exists() else sorted(folder.glob("*.model"))
     try:
         if is_file or (len(lone) == 1 and not (folder / "tokenizer_config.json").exists()):
@@ -200,6 +204,28 @@ def _from_vocab_and_merges(folder: Path) -> Any:
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     kind = RobertaTokenizer if MASK in vocabulary and BOS in vocabulary else GPT2Tokenizer
     return kind.from_pretrained(str(folder))
+
+
+def begin_with_eos(folder: Path) -> bool:
+    """Have the tokenizer in a folder put `</s>` before a text and nothing behind it; True where that was a change.
+
+    Causal models are trained on lines that follow `</s>` and end with it. A tokenizer of RoBERTa's kind would begin a
+    prompt with `<s>`, which they have never seen, and end it, so that they go on with another text. Tokenizers that do
+    not end a text with eos stay as they are, and no ids change.
+    """
+    tokenizer = load_tokenizer(folder)
+    eos = tokenizer.eos_token_id
+    if eos is None or tokenizer("").input_ids[-1:] != [eos]:
+        return False
+    token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, eos)]
+    )
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"  # a class of RoBERTa's own would put its tokens back
+    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    write_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return True
 
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> SpecialIds:

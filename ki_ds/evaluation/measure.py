@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ import transformers
 from rich.progress import Progress
 from rich.table import Table
 
+from ki_ds import config as configuration
 from ki_ds.config import DataConfig, LossConfig, Task
 from ki_ds.data.batches import Batch, ValidBatches
 from ki_ds.data.datasets import Vocabulary, check_tokenizer, open_validation
+from ki_ds.data.store import write_atomically
 from ki_ds.errors import UserError
 from ki_ds.evaluation.perplexity import Perplexity, validate
 from ki_ds.loss import LossOutput
@@ -101,6 +104,49 @@ def _load(
     if data.packing:
         model.check_packing()
     return model, checked
+
+
+def data_of_run(name: str) -> tuple[DataConfig, Task]:
+    """What a run of ours was validated on. UserError: it is no run."""
+    path = Path(name) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{name} is no run of ours, whose data would be known; give --data and --task")
+    config = configuration.load(path)
+    return config.data, config.task
+
+
+def given_data(
+    corpora: Sequence[str],
+    task: Task | None,
+    *,
+    tokenizer: str | None,
+    seq_len: int,
+    mask_variants: int,
+    max_samples: int | None,
+) -> tuple[DataConfig, Task]:
+    """The validation sets of corpora named as [DOMAIN=]CORPUS. UserError: the task is missing, or a value is wrong."""
+    if task is None:
+        raise UserError("--data needs --task mlm or --task causal")
+    named: dict[str, str] = {}
+    for given in corpora:
+        name, equals, path = given.partition("=")
+        named.update({name: path} if equals else {Path(given).name: given})
+    data = DataConfig(
+        corpus=next(iter(named.values())),
+        valid=named,
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        valid_mask_variants=mask_variants,
+        max_valid_samples=max_samples,
+    )
+    configuration.validate(configuration.RunConfig(run_dir="unused", task=task, data=data))
+    return data, task
+
+
+def write_figures(measured: Sequence[Measured], path: Path) -> None:
+    """Write sums, rows and perplexities of each model and domain as JSON."""
+    rows = [{"model": row.model, **{name: part.figures for name, part in row.domains.items()}} for row in measured]
+    write_atomically(path, json.dumps(rows, indent=2) + "\n")
 
 
 def table(measured: Sequence[Measured]) -> Table:

@@ -202,7 +202,7 @@ class Evil:
         return (os.system, (f"touch {self.target}",))
 
 
-def test_the_command_on_bad_input_is_one_line(tmp_path):
+def test_the_command_on_bad_input_is_one_line(tmp_path, tokenizer):
     with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
         archive.writestr("a", "b")
     torch.save({"args": Evil(tmp_path / "ran"), "model": {}}, tmp_path / "evil.pt")
@@ -210,6 +210,11 @@ def test_the_command_on_bad_input_is_one_line(tmp_path):
     good = save(tmp_path / "good.pt", Gpt())
     (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:5000])
     (tmp_path / "taken").mkdir()
+    whole, name = Gpt().state(), "decoder.layers.1.fc2.bias"
+    save(tmp_path / "lacking.pt", Gpt(), state={other: tensor for other, tensor in whole.items() if other != name})
+    save(tmp_path / "more.pt", Gpt(), state=whole | {"decoder.layers.1.attn_ln.weight": torch.zeros(3)})
+    save(tmp_path / "wrong.pt", Gpt(), state=whole | {name: torch.zeros(3)})
+    torch.save({"args": {"arch": "bart_large"}, "model": {"encoder.x": torch.zeros(1)}}, tmp_path / "bart.pt")
     before = {p.name for p in tmp_path.iterdir()}
     for words, *arguments in (
         ("pickles posix.system", tmp_path / "evil.pt", tmp_path / "out"),
@@ -217,6 +222,12 @@ def test_the_command_on_bad_input_is_one_line(tmp_path):
         ("zip file without data.pkl", tmp_path / "empty.zip", tmp_path / "out"),
         ("cut.pt", tmp_path / "cut.pt", tmp_path / "out"),
         ("exists already", good, tmp_path / "taken"),
+        ("exists already", good, good),
+        (f"lacks {name} [24]", tmp_path / "lacking.pt", tmp_path / "out"),
+        ("has decoder.layers.1.attn_ln.weight [3]", tmp_path / "more.pt", tmp_path / "out"),
+        (f"{name} is [3], not [24]", tmp_path / "wrong.pt", tmp_path / "out"),
+        ("arch=bart_large", tmp_path / "bart.pt", tmp_path / "out"),
+        ("ids, the model's embedding 101", good, tmp_path / "out", "--tokenizer", tokenizer),
         ("INPUT and OUTPUT are needed", good),
         ("stands alone", good, tmp_path / "out", "--from_hf", tmp_path),
         ("--step=3 has no meaning", good, tmp_path / "out", "--step", "3"),

@@ -116,7 +116,7 @@ class TestSources:
         assert data.vocabulary.tokenizer is None
         assert data.hashes["tokenizer_sha256"] == dictionary_hash(RELEASED / "dict.txt")
         assert data.train.datasets[0].view.num_tokens == 135_496
-        data.vocabulary.export(tmp_path)
+        data.vocabulary.export(tmp_path, task)
         assert dictionary_hash(tmp_path / "dict.txt") == data.vocabulary.sha256
 
     @released
@@ -124,7 +124,7 @@ class TestSources:
         config = DataConfig(corpus=str(RELEASED), seq_len=128, tokenizer=str(GPT2), whole_words=True)
         data = open_datasets(config, "mlm", other_index_dir=tmp_path / "index")
         assert data.hashes["tokenizer_sha256"] == dictionary_hash(RELEASED / "dict.txt")
-        data.vocabulary.export(tmp_path)
+        data.vocabulary.export(tmp_path, "mlm")
         tokenizer = load_tokenizer(tmp_path)
         assert len(tokenizer) == 4129
         store = data.train.datasets[0].view.stores[0]
