@@ -27,7 +27,7 @@ from ki_ds.errors import UserError, ends_cleanly
 from ki_ds.figures import draw_curves, png_bytes
 from ki_ds.savings import Arm, Comparison, compare, read_run
 
-INHERIT_STEPS = {"causal": (100, 200, 300, 400), "mlm": (125, 250, 375, 500)}
+INHERIT_STEPS = {"causal": (75, 150, 225, 300), "mlm": (125, 250, 375, 500)}
 
 
 def jobs(folder: Path, task: str, seeds: Sequence[int], inherit_steps: Sequence[int], tau: float) -> list[Job]:
