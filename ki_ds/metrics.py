@@ -21,7 +21,6 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
-from torch import Tensor
 
 from ki_ds.data.store import write_atomically
 from ki_ds.distributed import all_sum, is_main
@@ -89,11 +88,6 @@ def perplexity(ce_sum: float, num_rows: float) -> float:
     """exp of the mean cross-entropy in nats; infinite rather than an overflow."""
     mean = ce_sum / max(num_rows, 1.0)
     return math.exp(mean) if mean < 700 else math.inf
-
-
-def global_rows(num_rows: int, device: torch.device) -> Tensor:
-    """Labelled rows of the global batch as a 0-d float32 tensor on the device, at least 1; no host sync."""
-    return all_sum(torch.full((), float(num_rows), device=device)).clamp_(min=1.0)
 
 
 class Stopwatch:

@@ -19,10 +19,11 @@ from ki_ds.config import RunConfig
 from ki_ds.data.batches import Batch, TrainBatches
 from ki_ds.distributed import is_main, on_main, rank, say, world_size
 from ki_ds.engine import connect
-from ki_ds.errors import UserError, common_to_all_ranks
+from ki_ds.errors import ResumableError, UserError, common_to_all_ranks
 from ki_ds.evaluation.perplexity import Perplexity, validate
-from ki_ds.metrics import Display, Figures, MetricsLog, Stopwatch, Window, global_rows
+from ki_ds.metrics import Display, Figures, MetricsLog, Stopwatch, Window
 from ki_ds.models import weights_sha256
+from ki_ds.preemption import Preemption
 from ki_ds.run import Run, prepare
 from ki_ds.signals import teacher_tokens
 from ki_ds.teachers.factory import TeacherFacts
@@ -34,6 +35,7 @@ def train(config: RunConfig, *, started: float | None = None) -> None:
 
     Raises:
         UserError: the configuration, the data, the teacher or the run folder cannot be used.
+        ResumableError: a signal asked the run to stop; it is saved.
     """
     with common_to_all_ranks():
         ranks = config.teacher.num_ranks if config.teacher.placement == "ranks" else 0
@@ -50,7 +52,9 @@ def train(config: RunConfig, *, started: float | None = None) -> None:
             return
         if started is not None:
             say(f"first step after {time.monotonic() - started:.1f} s")
-        _loop(run)
+        preemption = Preemption()
+        with preemption.handled():
+            _loop(run, preemption)
         run.engine.close()
 
 
@@ -62,7 +66,7 @@ def _claimed(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _loop(run: Run) -> None:
+def _loop(run: Run, preemption: Preemption) -> None:
     config, totals = run.config, run.totals
     last = min(config.train.stop_at_step or config.train.num_steps, config.train.num_steps)
     say(f"loss backend: {run.manifest['loss_backend']}")
@@ -78,19 +82,22 @@ def _loop(run: Run) -> None:
         for micro_batches in _batches(run, last):
             if run.teacher is not None and totals.step >= run.taught.stop:
                 _free_teacher(run, log)
-            rates = train_step(run, micro_batches, window)
+            rates = train_step(run, micro_batches, window, preemption)
             totals.step += 1
             totals.samples += config.train.global_batch_size
             display.advance(totals.step)
-            at_end = totals.step == last
+            stopping = preemption.agreed() and totals.step < last
+            at_end = stopping or totals.step == last
             if at_end or _due(totals.step, config.train.log_every, config.train.eval_every):
                 _report(run, log, display, watch, window, rates)
                 window = _window(run)
-            if at_end or _due(totals.step, config.train.eval_every):
+            if (at_end and not stopping) or _due(totals.step, config.train.eval_every):
                 _validate(run, log, display)
             if at_end or _due(totals.step, config.train.save_every):
                 totals.seconds = watch.pause()
                 _save(run)
+            if stopping:
+                _stop(run, preemption)
             watch.run()
     _finish(run, last)
 
@@ -119,7 +126,7 @@ def _batches(run: Run, last: int) -> TrainBatches:
     )
 
 
-def train_step(run: Run, micro_batches: list[Batch], window: Window) -> dict[str, float]:
+def train_step(run: Run, micro_batches: list[Batch], window: Window, preemption: Preemption) -> dict[str, float]:
     """One update from one global batch; {alpha, lr} that it used. No host sync."""
     t, config = run.totals.step, run.config
     alpha = schedules.alpha(
@@ -132,7 +139,7 @@ def train_step(run: Run, micro_batches: list[Batch], window: Window) -> dict[str
     lr = schedules.learning_rate(
         t, peak=config.optim.lr, num_steps=config.train.num_steps, warmup_fraction=config.optim.warmup_fraction
     )
-    rows = global_rows(sum(batch.num_rows for batch in micro_batches), run.device)
+    rows = preemption.global_rows(sum(batch.num_rows for batch in micro_batches), run.device)
     for micro_step, batch in enumerate(micro_batches):
         _seed_dropout(config.seed, t, micro_step)
         batch = batch.to(run.device, non_blocking=True)
@@ -258,6 +265,15 @@ def _save(run: Run) -> None:
         lambda folder: _export(run, folder),
         keep=run.config.train.keep_checkpoints,
     )
+
+
+def _stop(run: Run, preemption: Preemption) -> None:
+    """Raise ResumableError on every rank."""
+    with common_to_all_ranks():
+        raise ResumableError(
+            f"stopped by {preemption.reasons()} at step {run.totals.step} of {run.config.train.num_steps}, saved in "
+            f"{run.run_dir}; start it again to go on"
+        )
 
 
 def _finish(run: Run, last: int) -> None:

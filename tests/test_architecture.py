@@ -64,6 +64,7 @@ ORDER = [
     "teachers.ranks",
     "checkpoint",
     "metrics",
+    "preemption",
     "savings",
     "figures",
     "report",
