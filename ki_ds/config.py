@@ -262,6 +262,10 @@ class TrainConfig:
         log_every: steps between lines of metrics.
         keep_checkpoints: newest full checkpoints kept; the best weights are kept beside them.
         stop_at_step: leave after this step with a checkpoint, all schedules unchanged; null runs to the end.
+        bad_step: an update whose loss or gradient is NaN, Inf or a spike is never made; then the run stops with a line
+            (stop), or goes on with the next batch and counts it (skip; after 20 in a row it stops as well).
+        spike_sigmas: a loss or gradient norm that lies so many standard deviations above the mean of the last 128 good
+            updates is a spike; 0 looks for NaN and Inf only.
         changed_config: a run folder with another configuration is refused (refuse), or goes on with the new one
             (allow), e.g. an inheriting run that goes on as plain self-learning.
     """
@@ -275,6 +279,8 @@ class TrainConfig:
     log_every: int = 10
     keep_checkpoints: int = 2
     stop_at_step: int | None = None
+    bad_step: Literal["stop", "skip"] = "stop"
+    spike_sigmas: float = 0.0
     changed_config: Literal["refuse", "allow"] = "refuse"
 
 
@@ -357,6 +363,8 @@ OPERATIONAL_FIELDS = frozenset(
         "train.log_every",
         "train.keep_checkpoints",
         "train.stop_at_step",
+        "train.bad_step",
+        "train.spike_sigmas",
         "train.changed_config",
         "monitor.tensorboard",
         "monitor.csv",

@@ -21,6 +21,7 @@ from ki_ds.distributed import is_main, on_main, rank, say, world_size
 from ki_ds.engine import connect
 from ki_ds.errors import ResumableError, UserError, common_to_all_ranks
 from ki_ds.evaluation.perplexity import Perplexity, validate
+from ki_ds.guard import LONGEST_ROW
 from ki_ds.metrics import Display, Figures, MetricsLog, Stopwatch, Window
 from ki_ds.models import weights_sha256
 from ki_ds.preemption import Preemption
@@ -191,16 +192,29 @@ def _report(
         totals,
         **figures,
         skipped_steps=run.engine.skipped_steps,
+        bad_steps=run.engine.guard.read().num_bad,
         **({"teachers": by_teacher} if by_teacher else {}),
     )
     events = figures | {f"{name}/{key}": each[key] for name, each in by_teacher.items() for key in each}
     run.engine.write_monitor([(f"train/{name}", value, totals.samples) for name, value in events.items()])
     display.figures(totals.step, figures)
-    if not math.isfinite(figures["loss"]):
-        raise UserError(
-            f"the loss is {figures['loss']} at step {totals.step}; lower optim.lr={run.config.optim.lr} and start "
-            "again from the last checkpoint"
-        )
+    _check_health(run)
+
+
+def _check_health(run: Run) -> None:
+    """UserError, the same on every rank, when a bad update was found and the run must not go on or be saved."""
+    found, train = run.engine.guard.read(), run.config.train
+    with common_to_all_ranks():
+        if found.num_bad and train.bad_step == "stop":
+            raise UserError(
+                f"{found}; the update was not made; lower optim.lr={run.config.optim.lr} or take train.bad_step skip, "
+                "and start again from the last checkpoint"
+            )
+        if found.in_a_row >= LONGEST_ROW:
+            raise UserError(
+                f"{found}, the last of {found.in_a_row} bad updates in a row; lower optim.lr={run.config.optim.lr} and "
+                "start again from the last checkpoint"
+            )
 
 
 def _by_teacher(teachers: Sequence[TeacherFacts], found: Figures) -> dict[str, dict[str, float]]:
@@ -256,6 +270,13 @@ def _export(run: Run, folder: Path, result: Perplexity | None = None) -> None:
 
 
 def _save(run: Run) -> None:
+    _check_health(run)
+    if not run.engine.weights_are_finite():
+        with common_to_all_ranks():
+            raise UserError(
+                f"a weight is NaN or Inf at step {run.totals.step}, nothing was saved; lower optim.lr="
+                f"{run.config.optim.lr} and start again from the last checkpoint"
+            )
     state = {"totals": asdict(run.totals), "best_ce": run.best_ce}
     checkpoint.save(
         run.run_dir / "checkpoints",

@@ -53,6 +53,7 @@ ORDER = [
     "signals",
     "objective",
     "models",
+    "guard",
     "engine",
     "lineage",
     "teachers.questions",
