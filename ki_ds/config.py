@@ -239,12 +239,15 @@ class EngineConfig:
         ds_config: DeepSpeed JSON with ZeRO, offload and communication settings only (ds_configs/).
         precision: of the student's weights and activations; losses are always computed in float32.
         activation_checkpointing: recompute activations in the backward pass instead of storing them.
+        watchdog_seconds: a rank that is silent, or makes all others wait, for so long is named and the job ends with
+            the exit code 75; 0 waits for ever.
         num_threads: CPU threads per rank; 0 shares the cores out among the ranks of a host.
     """
 
     ds_config: str = "ds_configs/zero1.json"
     precision: Precision = "fp32"
     activation_checkpointing: bool = False
+    watchdog_seconds: float = 600.0
     num_threads: int = 0
 
 
@@ -355,6 +358,7 @@ OPERATIONAL_FIELDS = frozenset(
         "loss.chunk_rows",
         "engine.ds_config",
         "engine.activation_checkpointing",
+        "engine.watchdog_seconds",
         "engine.num_threads",
         "train.micro_batch_size",
         "train.eval_micro_batch_size",

@@ -76,11 +76,9 @@ class Preemption:
         return bool(self._outcome.item())
 
     def reasons(self) -> str:
-        """Who wished to stop, and why, e.g. "SIGTERM on rank 1". Called by all ranks, once they have agreed."""
+        """Why, e.g. "SIGTERM". Called by all ranks, once they have agreed."""
         found: list[str | None] = [self.reason]
         if world_size() > 1:
             found = [None] * world_size()
             dist.all_gather_object(found, self.reason)
-        if len(set(found)) == 1:
-            return str(found[0])
-        return ", ".join(f"{reason} on rank {each}" for each, reason in enumerate(found) if reason is not None)
+        return ", ".join(dict.fromkeys(reason for reason in found if reason is not None))

@@ -15,6 +15,7 @@ import torch
 
 from ki_ds import checkpoint, lineage, schedules
 from ki_ds import config as configuration
+from ki_ds.bridge import Bridge
 from ki_ds.config import RunConfig
 from ki_ds.data.batches import Batch, TrainBatches
 from ki_ds.distributed import is_main, on_main, rank, say, world_size
@@ -22,6 +23,7 @@ from ki_ds.engine import connect
 from ki_ds.errors import ResumableError, UserError, common_to_all_ranks
 from ki_ds.evaluation.perplexity import Perplexity, validate
 from ki_ds.guard import LONGEST_ROW
+from ki_ds.loss import LossOutput
 from ki_ds.metrics import Display, Figures, MetricsLog, Stopwatch, Window
 from ki_ds.models import weights_sha256
 from ki_ds.preemption import Preemption
@@ -29,6 +31,7 @@ from ki_ds.run import Run, prepare
 from ki_ds.signals import teacher_tokens
 from ki_ds.teachers.factory import TeacherFacts
 from ki_ds.teachers.ranks import teach
+from ki_ds.watchdog import Watchdog
 
 
 def train(config: RunConfig, *, started: float | None = None) -> None:
@@ -41,9 +44,31 @@ def train(config: RunConfig, *, started: float | None = None) -> None:
     with common_to_all_ranks():
         ranks = config.teacher.num_ranks if config.teacher.placement == "ranks" else 0
         device, bridge = connect(config.engine, num_teacher_ranks=ranks)
-    if bridge is not None and bridge.is_teacher:
-        teach(config, bridge, device)
-        return
+    preemption = Preemption()
+    watchdog = Watchdog(
+        bridge.rank if bridge else rank(),
+        bridge.num_students + bridge.num_teachers if bridge else world_size(),
+        preemption,
+        config.engine.watchdog_seconds,
+        teaches=bridge is not None and bridge.is_teacher,
+    )
+    with watchdog, watchdog.naming_lost_ranks():
+        if bridge is not None and bridge.is_teacher:
+            watchdog.at(0, "teaching", watched=False)
+            with preemption.handled():  # its students learn of it and stop; then it leaves too
+                teach(config, bridge, device)
+        else:
+            _train(config, device, bridge, preemption, watchdog, started)
+
+
+def _train(
+    config: RunConfig,
+    device: torch.device,
+    bridge: Bridge | None,
+    preemption: Preemption,
+    watchdog: Watchdog,
+    started: float | None,
+) -> None:
     run_dir = Path(config.run_dir)
     with _claimed(run_dir):
         with common_to_all_ranks():
@@ -53,9 +78,8 @@ def train(config: RunConfig, *, started: float | None = None) -> None:
             return
         if started is not None:
             say(f"first step after {time.monotonic() - started:.1f} s")
-        preemption = Preemption()
         with preemption.handled():
-            _loop(run, preemption)
+            _loop(run, preemption, watchdog)
         run.engine.close()
 
 
@@ -67,7 +91,7 @@ def _claimed(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _loop(run: Run, preemption: Preemption) -> None:
+def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
     config, totals = run.config, run.totals
     last = min(config.train.stop_at_step or config.train.num_steps, config.train.num_steps)
     say(f"loss backend: {run.manifest['loss_backend']}")
@@ -78,8 +102,9 @@ def _loop(run: Run, preemption: Preemption) -> None:
     watch, window = Stopwatch(totals.seconds), _window(run)
     with contextlib.closing(display):
         if totals.step == 0:
-            _validate(run, log, display)
+            _validate(run, log, display, watchdog)
         watch.run()
+        watchdog.at(totals.step + 1, "training")
         for micro_batches in _batches(run, last):
             if run.teacher is not None and totals.step >= run.taught.stop:
                 _free_teacher(run, log)
@@ -93,13 +118,15 @@ def _loop(run: Run, preemption: Preemption) -> None:
                 _report(run, log, display, watch, window, rates)
                 window = _window(run)
             if (at_end and not stopping) or _due(totals.step, config.train.eval_every):
-                _validate(run, log, display)
+                _validate(run, log, display, watchdog)
             if at_end or _due(totals.step, config.train.save_every):
                 totals.seconds = watch.pause()
+                watchdog.at(totals.step, "saving", watched=False)
                 _save(run)
             if stopping:
                 _stop(run, preemption)
             watch.run()
+            watchdog.at(totals.step + 1, "training")
     _finish(run, last)
 
 
@@ -227,11 +254,14 @@ def _by_teacher(teachers: Sequence[TeacherFacts], found: Figures) -> dict[str, d
     }
 
 
-def _validate(run: Run, log: MetricsLog, display: Display) -> None:
+def _validate(run: Run, log: MetricsLog, display: Display, watchdog: Watchdog) -> None:
     """Measure every domain; the figures of the run, and its best weights, are those of the domains it trains on."""
-    by_domain = {
-        domain: validate(batches, run.engine.evaluate, device=run.device) for domain, batches in run.valid.items()
-    }
+
+    def evaluate(batch: Batch) -> LossOutput:
+        watchdog.at(run.totals.step, "validation")
+        return run.engine.evaluate(batch)
+
+    by_domain = {domain: validate(batches, evaluate, device=run.device) for domain, batches in run.valid.items()}
     trained = [found for domain, found in by_domain.items() if domain in run.data.trained_domains]
     result = Perplexity.together(trained or by_domain.values())
     domains = {domain: found.figures for domain, found in by_domain.items()} if len(by_domain) > 1 else {}

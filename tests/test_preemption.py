@@ -4,8 +4,6 @@ import hashlib
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -13,11 +11,11 @@ import pytest
 import torch
 
 from ki_ds import config as configuration
-from ki_ds.distributed import free_port
 from ki_ds.errors import EXIT_RESUMABLE, ResumableError
 from ki_ds.preemption import Preemption
 from ki_ds.train import train
-from tests.tiny import ROOT, environment, records, tiny_config, write_config
+from tests.jobs import ended, start, steps_done, wait_for_step
+from tests.tiny import ROOT, records, tiny_config, write_config
 
 CPU = torch.device("cpu")
 
@@ -74,39 +72,6 @@ def configure(base):
     return make
 
 
-def start(config, world, **extra):
-    """The ranks of a job in a process group of their own, not waited for."""
-    port = free_port()
-    processes = []
-    for rank in range(world):
-        env = environment(
-            RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), **extra
-        )
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "launchers/train_ki.sh", "--config", str(config)]
-        group = processes[0].pid if processes else 0
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=env, cwd=ROOT, process_group=group, **pipes))
-    return processes
-
-
-def steps_done(run_dir):
-    return len(records(run_dir, "train")) if (run_dir / "metrics.jsonl").exists() else 0
-
-
-def wait_for_step(run_dir, step, processes):
-    until = time.monotonic() + 120
-    while steps_done(run_dir) < step:
-        assert time.monotonic() < until
-        assert all(process.poll() is None for process in processes), processes[0].communicate()
-        time.sleep(0.02)
-
-
-def ended(processes):
-    said = [process.communicate(timeout=90) for process in processes]
-    return [p.returncode for p in processes], "".join(out for out, _ in said), "".join(err for _, err in said)
-
-
 def newest_step(run_dir):
     return int((run_dir / "checkpoints" / "latest").read_text().strip()[len("step_") :])
 
@@ -146,8 +111,7 @@ def test_one_rank_or_all_are_signalled(configure, number, target):
     assert codes == [EXIT_RESUMABLE] * 2, errors
     (line,) = errors.strip().splitlines()
     step = newest_step(run_dir)
-    where = "" if target == "group" else f" on rank {target}"
-    assert line.startswith(f"error: stopped by {number.name}{where} at step {step} of 100000, saved in {run_dir}")
+    assert line.startswith(f"error: stopped by {number.name} at step {step} of 100000, saved in {run_dir}")
     assert step >= before
     assert records(run_dir, "train")[-1]["step"] == step  # every step that was done is in the checkpoint
 
