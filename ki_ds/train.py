@@ -29,6 +29,7 @@ from ki_ds.models import weights_sha256
 from ki_ds.preemption import Preemption
 from ki_ds.run import Run, prepare
 from ki_ds.signals import teacher_tokens
+from ki_ds.stragglers import Pace
 from ki_ds.teachers.factory import TeacherFacts
 from ki_ds.teachers.ranks import teach
 from ki_ds.watchdog import Watchdog
@@ -105,10 +106,11 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
             _validate(run, log, display, watchdog)
         watch.run()
         watchdog.at(totals.step + 1, "training")
-        for micro_batches in _batches(run, last):
+        pace = Pace(run.device)
+        for micro_batches in pace.loading(_batches(run, last)):
             if run.teacher is not None and totals.step >= run.taught.stop:
                 _free_teacher(run, log)
-            rates = train_step(run, micro_batches, window, preemption)
+            rates = train_step(run, micro_batches, window, preemption, pace)
             totals.step += 1
             totals.samples += config.train.global_batch_size
             display.advance(totals.step)
@@ -116,6 +118,9 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
             at_end = stopping or totals.step == last
             if at_end or _due(totals.step, config.train.log_every, config.train.eval_every):
                 _report(run, log, display, watch, window, rates)
+                if line := pace.report(totals.step):
+                    say(line)
+                    log.write("straggler", totals, line=line)
                 window = _window(run)
             if (at_end and not stopping) or _due(totals.step, config.train.eval_every):
                 _validate(run, log, display, watchdog)
@@ -154,7 +159,9 @@ def _batches(run: Run, last: int) -> TrainBatches:
     )
 
 
-def train_step(run: Run, micro_batches: list[Batch], window: Window, preemption: Preemption) -> dict[str, float]:
+def train_step(
+    run: Run, micro_batches: list[Batch], window: Window, preemption: Preemption, pace: Pace
+) -> dict[str, float]:
     """One update from one global batch; {alpha, lr} that it used. No host sync."""
     t, config = run.totals.step, run.config
     alpha = schedules.alpha(
@@ -170,9 +177,11 @@ def train_step(run: Run, micro_batches: list[Batch], window: Window, preemption:
     rows = preemption.global_rows(sum(batch.num_rows for batch in micro_batches), run.device)
     for micro_step, batch in enumerate(micro_batches):
         _seed_dropout(config.seed, t, micro_step)
-        batch = batch.to(run.device, non_blocking=True)
-        signal = run.teacher.signal(batch) if run.teacher is not None and alpha > 0 else None
-        out = run.engine.loss(batch, signal, alpha)
+        with pace.computing(alone=config.teacher.placement != "ranks"):
+            batch = batch.to(run.device, non_blocking=True)
+            signal = run.teacher.signal(batch) if run.teacher is not None and alpha > 0 else None
+        with pace.computing(alone=run.engine.zero_stage < 3):
+            out = run.engine.loss(batch, signal, alpha)
         run.engine.backward(out.loss_sum, rows)
         run.engine.step(lr)
         window.add(out, batch.num_tokens, teacher_tokens=teacher_tokens(signal, batch))

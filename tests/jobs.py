@@ -29,7 +29,7 @@ def steps_done(run_dir):
 
 
 def wait_for_step(run_dir, step, processes):
-    until = time.monotonic() + 120
+    until = time.monotonic() + 400
     while steps_done(run_dir) < step:
         assert time.monotonic() < until
         assert all(process.poll() is None for process in processes), processes[0].communicate()
@@ -37,5 +37,5 @@ def wait_for_step(run_dir, step, processes):
 
 
 def ended(processes):
-    said = [process.communicate(timeout=90) for process in processes]
+    said = [process.communicate(timeout=300) for process in processes]
     return [p.returncode for p in processes], "".join(out for out, _ in said), "".join(err for _, err in said)

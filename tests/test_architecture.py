@@ -67,6 +67,7 @@ ORDER = [
     "metrics",
     "preemption",
     "watchdog",
+    "stragglers",
     "savings",
     "figures",
     "report",

@@ -137,7 +137,7 @@ def configure(base):
 
 def faulty(configure, name, fault, victim, *, world=2, program=None, **groups):
     """What a job says, its exit codes, and the seconds from the fault to the end of its last process."""
-    config, run_dir = configure(name, engine={"watchdog_seconds": 8}, **groups)
+    config, run_dir = configure(name, engine={"watchdog_seconds": 12}, **groups)
     processes = start(config, world, *([program] if program else []))
     try:
         wait_for_step(run_dir, 4, processes)
@@ -162,10 +162,10 @@ def faulty(configure, name, fault, victim, *, world=2, program=None, **groups):
 )
 def test_a_rank_that_stops_or_dies(configure, fault, victim):
     codes, errors, seconds, processes = faulty(configure, f"{fault.name}_{victim}", fault, victim)
-    print(f"{fault.name} of rank {victim}: the job ended after {seconds:.1f} s (watchdog_seconds=8)")
+    print(f"{fault.name} of rank {victim}: the job ended after {seconds:.1f} s (watchdog_seconds=12)")
     assert codes[1 - victim] == EXIT_RESUMABLE, errors
     assert codes[victim] == -signal.SIGKILL
-    assert seconds < 30
+    assert seconds < 60
     (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
     assert f"rank {victim} (host {socket.gethostname()}, pid {processes[victim].pid})" in line
     assert "Traceback" not in errors
@@ -176,7 +176,7 @@ def test_a_rank_that_stops_or_dies(configure, fault, victim):
 def test_a_rank_that_hangs(configure, victim):
     program = ["-m", "tests.workers.hanging", str(victim), "6", "hang"]
     codes, errors, seconds, processes = faulty(configure, f"hang_{victim}", None, victim, program=program)
-    print(f"hang of rank {victim}: the job ended after {seconds:.1f} s (watchdog_seconds=8)")
+    print(f"hang of rank {victim}: the job ended after {seconds:.1f} s (watchdog_seconds=12)")
     assert all(code in (EXIT_RESUMABLE, -signal.SIGKILL) for code in codes), errors
     (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
     assert f"since step 6: rank {victim} (host {socket.gethostname()}, pid {processes[victim].pid}) in training" in line
