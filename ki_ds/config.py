@@ -264,6 +264,7 @@ class TrainConfig:
         save_every: steps between checkpoints; the last step is always saved.
         log_every: steps between lines of metrics.
         keep_checkpoints: newest full checkpoints kept; the best weights are kept beside them.
+        keep_every: checkpoints at multiples of so many steps stay for good, besides the newest; null keeps no others.
         stop_at_step: leave after this step with a checkpoint, all schedules unchanged; null runs to the end.
         bad_step: an update whose loss or gradient is NaN, Inf or a spike is never made; then the run stops with a line
             (stop), or goes on with the next batch and counts it (skip; after 20 in a row it stops as well).
@@ -281,6 +282,7 @@ class TrainConfig:
     save_every: int = 1000
     log_every: int = 10
     keep_checkpoints: int = 2
+    keep_every: int | None = None
     stop_at_step: int | None = None
     bad_step: Literal["stop", "skip"] = "stop"
     spike_sigmas: float = 0.0
@@ -366,6 +368,7 @@ OPERATIONAL_FIELDS = frozenset(
         "train.save_every",
         "train.log_every",
         "train.keep_checkpoints",
+        "train.keep_every",
         "train.stop_at_step",
         "train.bad_step",
         "train.spike_sigmas",
@@ -465,6 +468,11 @@ def validate(config: RunConfig) -> None:
     _check_data(config.data)
     _check_teachers(config)
     _check_masking(config)
+    if config.train.keep_every and config.train.keep_every % config.train.save_every:
+        raise UserError(
+            f"train.keep_every={config.train.keep_every} is not a multiple of train.save_every="
+            f"{config.train.save_every}, so that nothing is saved there; change one of them"
+        )
     if config.train.global_batch_size % config.train.micro_batch_size:
         raise UserError(
             f"train.global_batch_size={config.train.global_batch_size} is not a multiple of "

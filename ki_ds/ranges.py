@@ -55,6 +55,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "train.save_every": (1, 2**62, True),
     "train.log_every": (1, 2**62, True),
     "train.keep_checkpoints": (1, 2**31, True),
+    "train.keep_every": (1, 2**62, True),
     "train.stop_at_step": (1, 2**62, True),
     "train.spike_sigmas": (0, 1e6, True),
 }

@@ -71,7 +71,7 @@ def _train(
     started: float | None,
 ) -> None:
     run_dir = Path(config.run_dir)
-    with _claimed(run_dir):
+    with checkpoint.naming_a_full_disk(run_dir), _claimed(run_dir):
         with common_to_all_ranks():
             run = prepare(config, device, bridge)
         if run.totals.step >= config.train.num_steps:
@@ -324,6 +324,7 @@ def _save(run: Run) -> None:
         state,
         lambda folder: _export(run, folder),
         keep=run.config.train.keep_checkpoints,
+        keep_every=run.config.train.keep_every,
     )
 
 

@@ -141,7 +141,7 @@ def weights_by_step(monkeypatch):
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
-def test_bad_steps_change_nothing_at_any_stage(base, inject, monkeypatch, zero, clip):
+def test_bad_steps_change_nothing_at_any_stage(base, inject, monkeypatch, zero, clip, record_property):
     """Ten injections, NaN and Inf in loss or gradient: no weight and no optimizer state moves, 10 of 10."""
     bad = {3, 5, 6, 8, 11, 12, 14, 17, 19, 20}
     value = math.nan if clip else math.inf
@@ -152,6 +152,7 @@ def test_bad_steps_change_nothing_at_any_stage(base, inject, monkeypatch, zero, 
     engine = {"ds_config": str(ROOT / f"ds_configs/{zero}.json")}
     folder = run(base / name, base / "corpus", train=train, engine=engine, optim={"max_grad_norm": clip})
     assert {step for step, moved in changed.items() if not moved} == bad
+    record_property("figure", f"{zero}, clipping {clip:g}: unchanged {len(bad)}/{len(bad)}")
     assert records(folder, "train")[-1]["bad_steps"] == 10
     assert all(math.isfinite(r["loss"]) for r in records(folder, "train") if r["step"] not in bad)
 

@@ -120,7 +120,7 @@ def test_one_rank_or_all_are_signalled(configure, number, target):
     ("zero", "stops"),
     [("zero1", 4), *(pytest.param(zero, 20, marks=pytest.mark.slow) for zero in ("zero0", "zero1", "zero2", "zero3"))],
 )
-def test_stopped_at_random_moments_no_step_is_lost_or_done_twice(configure, zero, stops):
+def test_stopped_at_random_moments_no_step_is_lost_or_done_twice(configure, zero, stops, record_property):
     """In one process, which a thread signals: at the first step, in a save, in a validation, wherever it falls."""
     choose = random.Random(0)
     num_steps = 12 * stops
@@ -148,7 +148,7 @@ def test_stopped_at_random_moments_no_step_is_lost_or_done_twice(configure, zero
     whole_config, whole = configure(f"whole_{zero}_{stops}", **groups)
     train(configuration.load(whole_config))
     assert weights(run_dir) == weights(whole)
-    print(f"{stops}/{stops} stops resumed, saved at steps {saved[1:]}: the same weights as never stopped")
+    record_property("figure", f"{zero}: {stops}/{stops} stops resumed, weights as never stopped")
 
 
 def signal_after_a_step(run_dir, step, pause, number):

@@ -79,7 +79,7 @@ def test_one_rank_alone_is_no_straggler():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [None, 0, 1])
-def test_for_real(base, victim):
+def test_for_real(base, victim, record_property):
     """One of two ranks takes twice as long from step 200 on; 200 steps before are clean."""
     name = f"slow_{victim}"
     train = {"num_steps": 260, "eval_every": 1000, "save_every": 1000, "log_every": 5}
@@ -95,7 +95,7 @@ def test_for_real(base, victim):
     assert codes == [0, 0], errors
     assert steps_done(base / name) == 52
     found = [(r["step"], r["line"]) for r in records(base / name, "straggler")]
-    print(f"slowed rank {victim} from step 200 on, named: {found}")
+    record_property("figure", f"rank {victim} slowed from step 200 on: named at {[step for step, _ in found]}")
     named = [(step, line) for step, line in found if "is slow" in line]
     assert not [step for step, _ in named if step < 200]
     if victim is not None:

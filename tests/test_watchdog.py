@@ -160,9 +160,9 @@ def faulty(configure, name, fault, victim, *, world=2, program=None, **groups):
         pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
     ],
 )
-def test_a_rank_that_stops_or_dies(configure, fault, victim):
+def test_a_rank_that_stops_or_dies(configure, fault, victim, record_property):
     codes, errors, seconds, processes = faulty(configure, f"{fault.name}_{victim}", fault, victim)
-    print(f"{fault.name} of rank {victim}: the job ended after {seconds:.1f} s (watchdog_seconds=12)")
+    record_property("figure", f"{fault.name} of rank {victim}: ended after {seconds:.1f} s (watchdog_seconds 12)")
     assert codes[1 - victim] == EXIT_RESUMABLE, errors
     assert codes[victim] == -signal.SIGKILL
     assert seconds < 60
@@ -173,10 +173,10 @@ def test_a_rank_that_stops_or_dies(configure, fault, victim):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_hangs(configure, victim):
+def test_a_rank_that_hangs(configure, victim, record_property):
     program = ["-m", "tests.workers.hanging", str(victim), "6", "hang"]
     codes, errors, seconds, processes = faulty(configure, f"hang_{victim}", None, victim, program=program)
-    print(f"hang of rank {victim}: the job ended after {seconds:.1f} s (watchdog_seconds=12)")
+    record_property("figure", f"hang of rank {victim}: ended after {seconds:.1f} s (watchdog_seconds 12)")
     assert all(code in (EXIT_RESUMABLE, -signal.SIGKILL) for code in codes), errors
     (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
     assert f"since step 6: rank {victim} (host {socket.gethostname()}, pid {processes[victim].pid}) in training" in line
