@@ -1,6 +1,6 @@
 # make demo [TASK=mlm|causal] [SIZE=full|smoke]   from raw text to a student that paid less
 # make test                                       the default test suite, a few minutes on two cores
-# make test-faults                                the promises of docs/reliability.md with their figures (half an hour)
+# make test-faults                                the promises of docs/reliability.md with their figures
 # make check                                      ruff, mypy and the tests: what CI runs
 PYTHON ?= python3
 VENV   ?= .venv

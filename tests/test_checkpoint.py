@@ -399,7 +399,7 @@ def test_what_the_writers_say_of_a_full_disk_is_one_line(tmp_path):
         OSError(28, "No space left on device"),
         RuntimeError("PytorchStreamWriter failed writing file data/0"),
     ):
-        with pytest.raises(UserError, match="cannot be written .*make room"), checkpoint.naming_a_full_disk(tmp_path):
+        with pytest.raises(UserError, match=r"cannot be written .*make room"), checkpoint.naming_a_full_disk(tmp_path):
             raise error
     for other in (FileNotFoundError(2, "No such file"), RuntimeError("shapes differ")):
         with pytest.raises(type(other), match=str(other.args[-1])), checkpoint.naming_a_full_disk(tmp_path):
