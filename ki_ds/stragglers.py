@@ -19,8 +19,8 @@ import torch
 from ki_ds.distributed import all_sum, rank, world_size
 
 Item = TypeVar("Item")
-WINDOW = 20  # steps whose median is compared
-FACTOR = 1.5  # of the other ranks' median from which a rank is a straggler,
+WINDOW = 12  # steps whose lower quartile is compared: a rank that is slow now and then is not a slow rank
+FACTOR = 1.5  # of the other ranks' quartile from which a rank is a straggler,
 SHARE = 0.1  # if what it takes longer is that much of a step
 
 
@@ -67,28 +67,34 @@ class Pace:
         """A line when a rank becomes a straggler, or is none any more. Called by all ranks; waits for the device."""
         if world_size() == 1:
             return None
-        medians = torch.zeros(world_size(), device=self._device)
+        quartiles = torch.zeros(world_size(), device=self._device)
         if len(self._steps) == WINDOW:
-            medians[rank()] = statistics.median(map(_seconds, self._steps))
-        medians = all_sum(medians)
+            quartiles[rank()] = lower_quartile(map(_seconds, self._steps))
+        quartiles = all_sum(quartiles)
         if len(self._began) < WINDOW:
             return None
-        return self.compare(medians.tolist(), step, (self._began[-1] - self._began[0]) / (WINDOW - 1))
+        return self.compare(quartiles.tolist(), step, (self._began[-1] - self._began[0]) / (WINDOW - 1))
 
-    def compare(self, medians: list[float], step: int, step_seconds: float) -> str | None:
-        """As `report`, from the ranks' medians and the seconds that a whole step takes."""
-        slowest = max(range(len(medians)), key=medians.__getitem__)
-        others = statistics.median(value for number, value in enumerate(medians) if number != slowest)
-        is_slow = medians[slowest] > max(FACTOR * others, others + SHARE * step_seconds)
+    def compare(self, quartiles: list[float], step: int, step_seconds: float) -> str | None:
+        """As `report`, from the ranks' quartiles and the seconds that a whole step takes."""
+        slowest = max(range(len(quartiles)), key=quartiles.__getitem__)
+        others = statistics.median(value for number, value in enumerate(quartiles) if number != slowest)
+        is_slow = quartiles[slowest] > max(FACTOR * others, others + SHARE * step_seconds)
         before, self._named = self._named, slowest if is_slow else None
         if self._named == before:
             return None
         if self._named is None:
             return f"rank {before} keeps up again at step {step}"
         return (
-            f"warning: rank {slowest} is slow: at step {step} its data and forward take {medians[slowest] * 1e3:.0f} "
-            f"ms, those of the other ranks {others * 1e3:.0f} ms (medians of {WINDOW} steps); look at its host"
+            f"warning: rank {slowest} is slow: at step {step} its data and forward take {quartiles[slowest] * 1e3:.0f} "
+            f"ms, those of the other ranks {others * 1e3:.0f} ms (lower quartiles of {WINDOW} steps); look at its host"
         )
+
+
+def lower_quartile(values: Iterable[float]) -> float:
+    """The value that a quarter of them lies below."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 4]
 
 
 def _seconds(parts: list[float | tuple[torch.cuda.Event, torch.cuda.Event]]) -> float:
