@@ -68,7 +68,7 @@ def main() -> int:
         promise, selections = ROWS[row]
         began = time.monotonic()
         found = [test(selection, short=arguments.short) for selection in selections]
-        passed, bad, skipped = (sum(each[i] for each in found) for i in range(3))
+        passed, bad, skipped = (sum(numbers) for numbers in list(zip(*found, strict=True))[:3])
         figures = [figure for each in found for figure in each[3]]
         kept = f"{passed}/{passed + bad}" + (f", {skipped} skipped" if skipped else "")
         all_kept &= passed > 0 and not bad
