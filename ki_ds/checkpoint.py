@@ -14,6 +14,7 @@ anything is unpickled, and takes the newest intact one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,13 +24,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
+
 from ki_ds.data.store import sync_folder, write_atomically
 from ki_ds.distributed import barrier, from_main, is_main, say, world_size
 from ki_ds.errors import UserError
 
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_WRITER_WORDS = ("PytorchStreamWriter", "inline_container", "unexpected pos", "No space left", "File too large")
+
 
 class EngineState(Protocol):
     """What a checkpoint needs of an engine (see `ki_ds.engine.StudentEngine`)."""
+
+    zero_stage: int
 
     def save(self, folder: Path, tag: str) -> None: ...
     def load(self, folder: Path, tag: str, *, saved_world: int) -> None: ...
@@ -73,11 +81,37 @@ def claimed(run_dir: Path, *, what: str = "run_dir") -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def naming_a_full_disk(run_dir: Path) -> Iterator[None]:
+    """What the system says when a file cannot be written becomes a UserError, on the rank that it happens to.
+
+    PyTorch's and safetensors' writers say it in errors of their own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in _CANNOT_WRITE
+        if not full and not any(word in str(error) for word in _WRITER_WORDS):
+            raise
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).splitlines()[0]
+        raise UserError(
+            f"run_dir={run_dir} cannot be written ({reason}); the checkpoint before is untouched: make room, and start "
+            "it again to go on from there"
+        ) from None
+
+
 # --- saving -----------------------------------------------------------------------------------------------------
 
 
 def save(
-    root: Path, step: int, engine: EngineState, state: dict[str, Any], export: Callable[[Path], None], *, keep: int
+    root: Path,
+    step: int,
+    engine: EngineState,
+    state: dict[str, Any],
+    export: Callable[[Path], None],
+    *,
+    keep: int,
+    keep_every: int | None = None,
 ) -> Path:
     """Write checkpoint `step` and return its folder. Called by all ranks, on a file system they share.
 
@@ -85,7 +119,8 @@ def save(
         root: RUN_DIR/checkpoints.
         state: the loop's own state, as JSON.
         export: writes the Hugging Face folder; called by all ranks, writes on rank 0.
-        keep: newest checkpoints that stay; older ones are removed once this one is whole.
+        keep: newest checkpoints that stay; older ones are removed once this one is whole,
+        keep_every: but for those at multiples of so many steps.
     """
     name = f"step_{step:08d}"
     temporary, final = root / f".{name}.tmp", root / name
@@ -97,7 +132,7 @@ def save(
     export(temporary / "hf")
     barrier()
     if is_main():
-        write_json(temporary / "state.json", {**state, "step": step, "world_size": world_size()})
+        write_json(temporary / "state.json", {**state, **_saved_by(step, engine)})
         write_json(temporary / "manifest.json", {"files": _hash_files(temporary)})
         sync_folder(temporary)
         shutil.rmtree(final, ignore_errors=True)
@@ -107,9 +142,14 @@ def save(
         for redone in [other for other in _names(root) if other > name]:
             shutil.rmtree(root / redone)  # of a part of the run that was damaged and is done again
         for old in _names(root)[:-keep]:
-            shutil.rmtree(root / old)
+            if not keep_every or int(old.removeprefix("step_")) % keep_every:
+                shutil.rmtree(root / old)
     barrier()
     return final
+
+
+def _saved_by(step: int, engine: EngineState) -> dict[str, Any]:
+    return {"step": step, "world_size": world_size(), "zero_stage": engine.zero_stage}
 
 
 def _hash_files(folder: Path) -> dict[str, list[int | str]]:
@@ -206,7 +246,17 @@ def newest_intact(root: Path) -> Path | None:
 
 
 def load(folder: Path, engine: EngineState) -> dict[str, Any]:
-    """Restore the engine from a checkpoint and return the loop's state. Called by all ranks."""
+    """Restore the engine from a checkpoint and return the loop's state. Called by all ranks.
+
+    Raises:
+        UserError: it was saved at a ZeRO stage whose shards this one cannot read.
+    """
     state = read_json(folder / "state.json")
+    saved, now = state.get("zero_stage", engine.zero_stage), engine.zero_stage
+    if saved != now and {saved, now} != {1, 2}:
+        raise UserError(
+            f"{folder} was saved at ZeRO stage {saved}, engine.ds_config has stage {now}; only 1 and 2 read each "
+            f"other's shards: go on with stage {saved}, or start another run from {folder}/hf (model.init pretrained)"
+        )
     engine.load(folder, "engine", saved_world=state["world_size"])
     return state

@@ -241,12 +241,15 @@ class EngineConfig:
         ds_config: DeepSpeed JSON with ZeRO, offload and communication settings only (ds_configs/).
         precision: of the student's weights and activations; losses are always computed in float32.
         activation_checkpointing: recompute activations in the backward pass instead of storing them.
+        watchdog_seconds: a rank that is silent, or makes all others wait, for so long is named and the job ends with
+            the exit code 75; 0 waits for ever.
         num_threads: CPU threads per rank; 0 shares the cores out among the ranks of a host.
     """
 
     ds_config: str = "ds_configs/zero1.json"
     precision: Precision = "fp32"
     activation_checkpointing: bool = False
+    watchdog_seconds: float = 600.0
     num_threads: int = 0
 
 
@@ -263,7 +266,12 @@ class TrainConfig:
         save_every: steps between checkpoints; the last step is always saved.
         log_every: steps between lines of metrics.
         keep_checkpoints: newest full checkpoints kept; the best weights are kept beside them.
+        keep_every: checkpoints at multiples of so many steps stay for good, besides the newest; null keeps no others.
         stop_at_step: leave after this step with a checkpoint, all schedules unchanged; null runs to the end.
+        bad_step: an update whose loss or gradient is NaN, Inf or a spike is never made; then the run stops with a line
+            (stop), or goes on with the next batch and counts it (skip; after 20 in a row it stops as well).
+        spike_sigmas: a loss or gradient norm that lies so many standard deviations above the mean of the last 128 good
+            updates is a spike; 0 looks for NaN and Inf only.
         changed_config: a run folder with another configuration is refused (refuse), or goes on with the new one
             (allow), e.g. an inheriting run that goes on as plain self-learning.
     """
@@ -276,7 +284,10 @@ class TrainConfig:
     save_every: int = 1000
     log_every: int = 10
     keep_checkpoints: int = 2
+    keep_every: int | None = None
     stop_at_step: int | None = None
+    bad_step: Literal["stop", "skip"] = "stop"
+    spike_sigmas: float = 0.0
     changed_config: Literal["refuse", "allow"] = "refuse"
 
 
@@ -351,6 +362,7 @@ OPERATIONAL_FIELDS = frozenset(
         "loss.chunk_rows",
         "engine.ds_config",
         "engine.activation_checkpointing",
+        "engine.watchdog_seconds",
         "engine.num_threads",
         "train.micro_batch_size",
         "train.eval_micro_batch_size",
@@ -358,7 +370,10 @@ OPERATIONAL_FIELDS = frozenset(
         "train.save_every",
         "train.log_every",
         "train.keep_checkpoints",
+        "train.keep_every",
         "train.stop_at_step",
+        "train.bad_step",
+        "train.spike_sigmas",
         "train.changed_config",
         "monitor.tensorboard",
         "monitor.csv",
@@ -455,6 +470,11 @@ def validate(config: RunConfig) -> None:
     _check_data(config.data)
     _check_teachers(config)
     _check_masking(config)
+    if config.train.keep_every and config.train.keep_every % config.train.save_every:
+        raise UserError(
+            f"train.keep_every={config.train.keep_every} is not a multiple of train.save_every="
+            f"{config.train.save_every}, so that nothing is saved there; change one of them"
+        )
     if config.train.global_batch_size % config.train.micro_batch_size:
         raise UserError(
             f"train.global_batch_size={config.train.global_batch_size} is not a multiple of "

@@ -26,6 +26,7 @@ from ki_ds.bridge import Bridge, split_world
 from ki_ds.config import EngineConfig, MonitorConfig, OptimConfig, RunConfig
 from ki_ds.data.batches import Batch
 from ki_ds.distributed import (
+    all_sum,
     barrier,
     free_port,
     is_main,
@@ -35,6 +36,7 @@ from ki_ds.distributed import (
     world_size,
 )
 from ki_ds.errors import UserError
+from ki_ds.guard import Guard
 from ki_ds.loss import LossOutput
 from ki_ds.models import InheritanceModel
 from ki_ds.signals import Signal
@@ -61,6 +63,7 @@ _OWNED_BY = {
     "activation_checkpointing": "engine.activation_checkpointing",
 }
 _HALVES = ("fp16", "bf16")
+_GUARD = "guard.json"
 
 
 def start(config: EngineConfig) -> torch.device:
@@ -201,6 +204,11 @@ def _refuse_foreign_settings(settings: dict[str, Any], run: RunConfig) -> None:
                 f"engine.ds_config={path} sets {half}.enabled={enabled}, engine.precision={run.engine.precision} "
                 "decides; leave it out of the JSON"
             )
+    if settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("ratio", 1) != 1:
+        raise UserError(  # a second optimizer, which could not leave a bad update out
+            f"engine.ds_config={path} sets offload_optimizer.ratio, with which a bad update cannot be left out as a "
+            "whole; leave it out of the JSON"
+        )
     if run.engine.precision != "fp32" and zero_stage(settings) == 0:
         # fp16 gradients would be unscaled twice, and Adam would start at its second step
         raise UserError(
@@ -277,10 +285,16 @@ class StudentEngine:
         self.model = model
         if run.engine.activation_checkpointing:
             model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._precision = run.engine.precision
+        self.guard = Guard(device, spike_sigmas=run.train.spike_sigmas, stop=run.train.bad_step == "stop")
+        self._loss = torch.zeros((), device=device)
+        self._judged = False
+        self._optimizer = make_optimizer(model, run.optim)
+        self._optimizer.register_step_pre_hook(lambda *_: self._judge())
         self._engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=[p for p in model.parameters() if p.requires_grad],
-            optimizer=make_optimizer(model, run.optim),
+            optimizer=self._optimizer,
             config=complete_ds_config(settings, run, world=world_size()),
         )
 
@@ -293,13 +307,44 @@ class StudentEngine:
 
         DeepSpeed averages gradients over the ranks, which are not means here, so that average is undone.
         """
+        self._loss += loss_sum.detach() / global_rows
         self._engine.backward(loss_sum * (world_size() / global_rows), scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> None:
-        """End a micro-step; after the last one of a global batch, update the weights."""
+        """End a micro-step; after the last one of a global batch, update the weights unless the update is bad."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return
+        self._judged, self._loss = False, all_sum(self._loss)
+        if self.zero_stage == 0:  # before its gradients are clipped; in the other stages DeepSpeed has the norm
+            self._engine._global_grad_norm = nn.utils.get_total_norm(
+                [p.grad for p in self.model.parameters() if p.grad is not None]
+            )
         self._engine.step()
+        if not self._judged:
+            self.guard.left_out(self._engine.global_steps, self._loss, bad=self._precision != "fp16")
+        self._loss = torch.zeros_like(self._loss)
+
+    def _judge(self) -> None:
+        """Called before the first part of an update is made: let the optimizer leave the whole of it out if it is bad.
+
+        DeepSpeed never comes here with a gradient whose overflow it has found itself.
+        """
+        if self._judged:
+            return
+        owner = self._engine if self.zero_stage == 0 else self._engine.optimizer
+        norm = torch.as_tensor(owner._global_grad_norm, dtype=torch.float32, device=self.device)
+        verdict = self.guard.judge(self._engine.global_steps + 1, self._loss, norm)
+        self._optimizer.found_inf = verdict  # type: ignore[attr-defined] # as torch's GradScaler hands it over
+        self._judged = True
+
+    def weights_are_finite(self) -> bool:
+        """Whether no weight is NaN or Inf on any rank, which agree. Waits for the device."""
+        shards = [getattr(p, "ds_tensor", p) for p in self.model.parameters()]
+        bad = torch.stack([(~shard.isfinite()).any() for shard in shards]).sum().float()
+        return not all_sum(bad).item()
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossOutput:
@@ -337,6 +382,8 @@ class StudentEngine:
     def save(self, folder: Path, tag: str) -> None:
         """Write the engine's sharded state (weights, optimizer, counters) to folder/tag. Called by all ranks."""
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        if is_main():
+            (folder / tag / _GUARD).write_text(json.dumps(self.guard.state()), encoding="utf-8")
 
     def load(self, folder: Path, tag: str, *, saved_world: int) -> None:
         """Restore what `save` wrote with `saved_world` ranks: bit for bit with as many, to float32 with others.
@@ -344,6 +391,8 @@ class StudentEngine:
         Raises:
             UserError: DeepSpeed cannot load it.
         """
+        if (folder / tag / _GUARD).exists():
+            self.guard.load(json.loads((folder / tag / _GUARD).read_text(encoding="utf-8")))
         if self.zero_stage == 0 or saved_world == world_size():  # stage 0 has no shards
             self._load(folder, tag)
             return

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 
 EXIT_USER_ERROR = 2
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: started again, the run goes on
 
 
 class UserError(ValueError):
@@ -18,6 +19,13 @@ class UserError(ValueError):
     """
 
     said_by_main = False
+    exit_code = EXIT_USER_ERROR
+
+
+class ResumableError(UserError):
+    """The run was ended from outside: the same command, given again, goes on from its last checkpoint."""
+
+    exit_code = EXIT_RESUMABLE
 
 
 def own_rank(env: Mapping[str, str]) -> str:
@@ -36,7 +44,7 @@ def common_to_all_ranks() -> Iterator[None]:
 
 
 def ends_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a command's main: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Wrap a command's main: a `UserError` becomes one line on stderr and exit code 2 (75 if resumable), Ctrl-C 130."""
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> int:
@@ -45,7 +53,7 @@ def ends_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
         except UserError as error:
             if not error.said_by_main or own_rank(os.environ) == "0":
                 print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-            return EXIT_USER_ERROR
+            return error.exit_code
         except KeyboardInterrupt:
             print("interrupted; call it again to go on", file=sys.stderr, flush=True)
             return 130

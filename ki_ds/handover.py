@@ -48,7 +48,8 @@ class HandOver:
         ahead = torch.where(mean < 0, ahead + 1, 0.0)
         alpha = torch.minimum(alpha, (-torch.expm1(-mean)).clamp(min=FLOOR))
         alpha = torch.where(ahead >= PATIENCE, 0.0, alpha)
-        state = torch.where(rows > 0, torch.stack([gaps, weights, alpha, ahead, steps]), self._state)
+        known = (rows > 0) & gap.isfinite()  # else no row was taught, or the update is bad
+        state = torch.where(known, torch.stack([gaps, weights, alpha, ahead, steps]), self._state)
         state[4] = steps + 1
         self._state = torch.where(self._state[2] == 0, self._state, state)
         self._pending.zero_()

@@ -36,12 +36,40 @@ def main(argv: list[str]) -> None:
 
 def _run(argv: list[str], started: float) -> None:
     with common_to_all_ranks():
+        restarts, argv = _take_max_restarts(argv)
+        if restarts is not None:
+            _supervise(argv, restarts)
+            return
         config = configuration.parse(argv or DEMO)
         if not argv and not Path(config.data.corpus).is_dir():
             raise UserError(f"the demo's {config.data.corpus} is not there; run `make demo` first, or give --config")
     from ki_ds.train import train
 
     train(config, started=started)
+
+
+def _supervise(argv: list[str], restarts: int) -> None:
+    if any(name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_STEP_NUM_TASKS")):
+        raise UserError(
+            f"--max_restarts {restarts} was given to a rank; give it to bash launchers/train_ki.sh, which starts them"
+        )
+    from ki_ds.supervisor import run_supervised
+
+    run_supervised(argv or DEMO, max_restarts=restarts)
+
+
+def _take_max_restarts(argv: list[str]) -> tuple[int | None, list[str]]:
+    """The value of `--max_restarts N` (or =N), None where it is not given, and the other arguments."""
+    value, rest, arguments = None, [], iter(argv)
+    for argument in arguments:
+        name, _, text = argument.partition("=")
+        if name != "--max_restarts":
+            rest.append(argument)
+            continue
+        value = text or next(arguments, "")
+        if not value.isdecimal():
+            raise UserError(f"--max_restarts {value} is no number of restarts; give 0 or more")
+    return None if value is None else int(value), rest
 
 
 def _without_local_rank(argv: list[str]) -> list[str]:

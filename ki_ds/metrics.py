@@ -21,7 +21,6 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
-from torch import Tensor
 
 from ki_ds.data.store import write_atomically
 from ki_ds.distributed import all_sum, is_main
@@ -58,23 +57,28 @@ class Window:
     """Sums since the last line of metrics; nothing is read back from the device before `close`."""
 
     def __init__(self, device: torch.device, *, num_teachers: int = 0):
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
         self._teachers_T4 = torch.zeros(num_teachers, 4, dtype=torch.float64, device=device)
         self._tokens = np.zeros(1 + num_teachers)
 
     def add(self, out: LossOutput, num_tokens: int, *, teacher_tokens: Sequence[int] = ()) -> None:
-        """Count one micro-batch of this rank; `teacher_tokens` as of `ki_ds.signals.teacher_tokens`."""
-        row = (out.loss_sum.detach(), out.ce_sum, out.kl_sum, out.num_rows)
-        self._sums += torch.stack([value.double() for value in row])
+        """Count one micro-batch of this rank; `teacher_tokens` as of `ki_ds.signals.teacher_tokens`.
+
+        One whose loss is no number is left out of the means.
+        """
+        row = torch.stack([value.detach().double() for value in (out.loss_sum, out.ce_sum, out.kl_sum, out.num_rows)])
+        finite = row.isfinite().all()
+        self._sums[:4] += torch.where(finite, row, 0)
+        self._sums[4] += ~finite
         if out.teachers.shape == self._teachers_T4.shape:  # not those of an average
-            self._teachers_T4 += out.teachers
+            self._teachers_T4 += torch.where(finite, out.teachers, 0)
         self._tokens[: 1 + len(teacher_tokens)] += [num_tokens, *teacher_tokens]
 
     def close(self) -> Figures:
         """The figures over all ranks. Waits for the device."""
         sums = torch.cat([self._sums, self._teachers_T4.view(-1), torch.from_numpy(self._tokens).to(self._sums)])
-        loss, ce, kl, rows, *rest = all_sum(sums).tolist()
-        rows, told = max(rows, 1.0), self._teachers_T4.numel()
+        loss, ce, kl, rows, bad, *rest = all_sum(sums).tolist()
+        rows, told = math.nan if bad and not rows else max(rows, 1.0), self._teachers_T4.numel()
         tokens, *teacher_tokens = map(int, rest[told:])
         teachers = [_told(*rest[first : first + 4]) for first in range(0, told, 4)]
         return Figures({"loss": loss / rows, "ce": ce / rows, "kl": kl / rows}, tokens, teacher_tokens, teachers)
@@ -89,11 +93,6 @@ def perplexity(ce_sum: float, num_rows: float) -> float:
     """exp of the mean cross-entropy in nats; infinite rather than an overflow."""
     mean = ce_sum / max(num_rows, 1.0)
     return math.exp(mean) if mean < 700 else math.inf
-
-
-def global_rows(num_rows: int, device: torch.device) -> Tensor:
-    """Labelled rows of the global batch as a 0-d float32 tensor on the device, at least 1; no host sync."""
-    return all_sum(torch.full((), float(num_rows), device=device)).clamp_(min=1.0)
 
 
 class Stopwatch:

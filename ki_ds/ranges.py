@@ -46,6 +46,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "optim.warmup_fraction": (0, 1, False),
     "optim.max_grad_norm": (0, 1e9, True),
     "engine.num_threads": (0, 4096, True),
+    "engine.watchdog_seconds": (0, 1e9, True),
     "train.num_steps": (1, 2**62, True),
     "train.global_batch_size": (1, 2**40, True),
     "train.micro_batch_size": (1, 2**30, True),
@@ -54,7 +55,9 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "train.save_every": (1, 2**62, True),
     "train.log_every": (1, 2**62, True),
     "train.keep_checkpoints": (1, 2**31, True),
+    "train.keep_every": (1, 2**62, True),
     "train.stop_at_step": (1, 2**62, True),
+    "train.spike_sigmas": (0, 1e6, True),
 }
 
 

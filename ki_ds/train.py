@@ -16,18 +16,24 @@ import torch
 from torch import Tensor
 
 from ki_ds import checkpoint, lineage, schedules
+from ki_ds.bridge import Bridge
 from ki_ds.config import RunConfig
 from ki_ds.data.batches import Batch, TrainBatches, with_next
 from ki_ds.distributed import is_main, on_main, rank, say, world_size
 from ki_ds.engine import connect
-from ki_ds.errors import UserError, common_to_all_ranks
+from ki_ds.errors import ResumableError, UserError, common_to_all_ranks
 from ki_ds.evaluation.perplexity import Perplexity, validate
-from ki_ds.metrics import Display, Figures, MetricsLog, Stopwatch, Window, global_rows
+from ki_ds.guard import LONGEST_ROW
+from ki_ds.loss import LossOutput
+from ki_ds.metrics import Display, Figures, MetricsLog, Stopwatch, Window
 from ki_ds.models import weights_sha256
+from ki_ds.preemption import Preemption
 from ki_ds.run import Run, prepare
 from ki_ds.signals import teacher_tokens
+from ki_ds.stragglers import Pace
 from ki_ds.teachers.factory import TeacherFacts
 from ki_ds.teachers.ranks import teach
+from ki_ds.watchdog import Watchdog
 
 
 def train(config: RunConfig, *, started: float | None = None) -> None:
@@ -35,15 +41,38 @@ def train(config: RunConfig, *, started: float | None = None) -> None:
 
     Raises:
         UserError: the configuration, the data, the teacher or the run folder cannot be used.
+        ResumableError: a signal asked the run to stop; it is saved.
     """
     with common_to_all_ranks():
         ranks = config.teacher.num_ranks if config.teacher.placement == "ranks" else 0
         device, bridge = connect(config.engine, num_teacher_ranks=ranks)
-    if bridge is not None and bridge.is_teacher:
-        teach(config, bridge, device)
-        return
+    preemption = Preemption()
+    watchdog = Watchdog(
+        bridge.rank if bridge else rank(),
+        bridge.num_students + bridge.num_teachers if bridge else world_size(),
+        preemption,
+        config.engine.watchdog_seconds,
+        teaches=bridge is not None and bridge.is_teacher,
+    )
+    with watchdog, watchdog.naming_lost_ranks():
+        if bridge is not None and bridge.is_teacher:
+            watchdog.at(0, "teaching", watched=False)
+            with preemption.handled():  # its students learn of it and stop; then it leaves too
+                teach(config, bridge, device)
+        else:
+            _train(config, device, bridge, preemption, watchdog, started)
+
+
+def _train(
+    config: RunConfig,
+    device: torch.device,
+    bridge: Bridge | None,
+    preemption: Preemption,
+    watchdog: Watchdog,
+    started: float | None,
+) -> None:
     run_dir = Path(config.run_dir)
-    with _claimed(run_dir):
+    with checkpoint.naming_a_full_disk(run_dir), _claimed(run_dir):
         with common_to_all_ranks():
             run = prepare(config, device, bridge)
         if run.totals.step >= config.train.num_steps:
@@ -51,7 +80,8 @@ def train(config: RunConfig, *, started: float | None = None) -> None:
             return
         if started is not None:
             say(f"first step after {time.monotonic() - started:.1f} s")
-        _loop(run)
+        with preemption.handled():
+            _loop(run, preemption, watchdog)
         run.engine.close()
 
 
@@ -63,7 +93,7 @@ def _claimed(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _loop(run: Run) -> None:
+def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
     config, totals = run.config, run.totals
     last = min(config.train.stop_at_step or config.train.num_steps, config.train.num_steps)
     say(f"loss backend: {run.manifest['loss_backend']}")
@@ -74,26 +104,36 @@ def _loop(run: Run) -> None:
     watch, window = Stopwatch(totals.seconds), _window(run)
     with contextlib.closing(display):
         if totals.step == 0:
-            _validate(run, log, display)
+            _validate(run, log, display, watchdog)
         watch.run()
-        for micro_batches, upcoming in with_next(_batches(run, last)):
+        watchdog.at(totals.step + 1, "training")
+        pace = Pace(run.device)
+        for micro_batches, upcoming in pace.loading(with_next(_batches(run, last))):
             if run.teacher is not None and totals.step >= run.taught.stop:
                 _free_teacher(run, log)
-            rates = train_step(run, micro_batches, window, upcoming=upcoming)
+            rates = train_step(run, micro_batches, window, preemption, pace, upcoming=upcoming)
             totals.step += 1
             totals.samples += config.train.global_batch_size
             display.advance(totals.step)
-            at_end = totals.step == last
+            stopping = preemption.agreed() and totals.step < last
+            at_end = stopping or totals.step == last
             if at_end or _due(totals.step, config.train.log_every, config.train.eval_every):
                 _report(run, log, display, watch, window, rates)
                 run.notice_hand_over()
+                if line := pace.report(totals.step):
+                    say(line)
+                    log.write("straggler", totals, line=line)
                 window = _window(run)
-            if at_end or _due(totals.step, config.train.eval_every):
-                _validate(run, log, display)
+            if (at_end and not stopping) or _due(totals.step, config.train.eval_every):
+                _validate(run, log, display, watchdog)
             if at_end or _due(totals.step, config.train.save_every):
                 totals.seconds = watch.pause()
+                watchdog.at(totals.step, "saving", watched=False)
                 _save(run)
+            if stopping:
+                _stop(run, preemption)
             watch.run()
+            watchdog.at(totals.step + 1, "training")
     _finish(run, last)
 
 
@@ -122,7 +162,13 @@ def _batches(run: Run, last: int) -> TrainBatches:
 
 
 def train_step(
-    run: Run, micro_batches: list[Batch], window: Window, *, upcoming: list[Batch] | None = None
+    run: Run,
+    micro_batches: list[Batch],
+    window: Window,
+    preemption: Preemption,
+    pace: Pace,
+    *,
+    upcoming: list[Batch] | None = None,
 ) -> dict[str, float | Tensor]:
     """One update from one global batch; {alpha, lr} that it used. No host sync.
 
@@ -133,15 +179,17 @@ def train_step(
     lr = schedules.learning_rate(
         t, peak=config.optim.lr, num_steps=config.train.num_steps, warmup_fraction=config.optim.warmup_fraction
     )
-    rows = global_rows(sum(batch.num_rows for batch in micro_batches), run.device)
+    rows = preemption.global_rows(sum(batch.num_rows for batch in micro_batches), run.device)
     following = upcoming[0] if upcoming and t + 1 in run.taught else None
     for micro_step, (batch, next_batch) in enumerate(zip(micro_batches, [*micro_batches[1:], following], strict=True)):
         _seed_dropout(config.seed, t, micro_step)
-        batch = batch.to(run.device, non_blocking=True)
-        signal = run.teacher.signal(batch) if run.teacher is not None and t in run.taught else None
+        with pace.computing(alone=config.teacher.placement != "ranks"):
+            batch = batch.to(run.device, non_blocking=True)
+            signal = run.teacher.signal(batch) if run.teacher is not None and t in run.taught else None
         if run.teacher is not None and next_batch is not None:
             run.teacher.ask(next_batch)
-        out = run.engine.loss(batch, signal, alpha)
+        with pace.computing(alone=run.engine.zero_stage < 3):
+            out = run.engine.loss(batch, signal, alpha)
         run.engine.backward(out.loss_sum, rows)
         run.engine.step(lr)
         window.add(out, batch.num_tokens, teacher_tokens=teacher_tokens(signal, batch))
@@ -198,16 +246,29 @@ def _report(
         totals,
         **figures,
         skipped_steps=run.engine.skipped_steps,
+        bad_steps=run.engine.guard.read().num_bad,
         **({"teachers": by_teacher} if by_teacher else {}),
     )
     events = figures | {f"{name}/{key}": each[key] for name, each in by_teacher.items() for key in each}
     run.engine.write_monitor([(f"train/{name}", value, totals.samples) for name, value in events.items()])
     display.figures(totals.step, figures)
-    if not math.isfinite(figures["loss"]):
-        raise UserError(
-            f"the loss is {figures['loss']} at step {totals.step}; lower optim.lr={run.config.optim.lr} and start "
-            "again from the last checkpoint"
-        )
+    _check_health(run)
+
+
+def _check_health(run: Run) -> None:
+    """UserError, the same on every rank, when a bad update was found and the run must not go on or be saved."""
+    found, train = run.engine.guard.read(), run.config.train
+    with common_to_all_ranks():
+        if found.num_bad and train.bad_step == "stop":
+            raise UserError(
+                f"{found}; the update was not made; lower optim.lr={run.config.optim.lr} or take train.bad_step skip, "
+                "and start again from the last checkpoint"
+            )
+        if found.in_a_row >= LONGEST_ROW:
+            raise UserError(
+                f"{found}, the last of {found.in_a_row} bad updates in a row; lower optim.lr={run.config.optim.lr} and "
+                "start again from the last checkpoint"
+            )
 
 
 def _by_teacher(teachers: Sequence[TeacherFacts], found: Figures) -> dict[str, dict[str, float]]:
@@ -220,11 +281,14 @@ def _by_teacher(teachers: Sequence[TeacherFacts], found: Figures) -> dict[str, d
     }
 
 
-def _validate(run: Run, log: MetricsLog, display: Display) -> None:
+def _validate(run: Run, log: MetricsLog, display: Display, watchdog: Watchdog) -> None:
     """Measure every domain; the figures of the run, and its best weights, are those of the domains it trains on."""
-    by_domain = {
-        domain: validate(batches, run.engine.evaluate, device=run.device) for domain, batches in run.valid.items()
-    }
+
+    def evaluate(batch: Batch) -> LossOutput:
+        watchdog.at(run.totals.step, "validation")
+        return run.engine.evaluate(batch)
+
+    by_domain = {domain: validate(batches, evaluate, device=run.device) for domain, batches in run.valid.items()}
     trained = [found for domain, found in by_domain.items() if domain in run.data.trained_domains]
     result = Perplexity.together(trained or by_domain.values())
     domains = {domain: found.figures for domain, found in by_domain.items()} if len(by_domain) > 1 else {}
@@ -263,6 +327,13 @@ def _export(run: Run, folder: Path, result: Perplexity | None = None) -> None:
 
 
 def _save(run: Run) -> None:
+    _check_health(run)
+    if not run.engine.weights_are_finite():
+        with common_to_all_ranks():
+            raise UserError(
+                f"a weight is NaN or Inf at step {run.totals.step}, nothing was saved; lower optim.lr="
+                f"{run.config.optim.lr} and start again from the last checkpoint"
+            )
     state: dict[str, Any] = {"totals": asdict(run.totals), "best_ce": run.best_ce}
     if run.handover is not None:
         state["handover"] = {"start_step": run.config.inherit.start_step, "state": run.handover.state()}
@@ -273,7 +344,17 @@ def _save(run: Run) -> None:
         state,
         lambda folder: _export(run, folder),
         keep=run.config.train.keep_checkpoints,
+        keep_every=run.config.train.keep_every,
     )
+
+
+def _stop(run: Run, preemption: Preemption) -> None:
+    """Raise ResumableError on every rank."""
+    with common_to_all_ranks():
+        raise ResumableError(
+            f"stopped by {preemption.reasons()} at step {run.totals.step} of {run.config.train.num_steps}, saved in "
+            f"{run.run_dir}; start it again to go on"
+        )
 
 
 def _finish(run: Run, last: int) -> None:

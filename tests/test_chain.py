@@ -118,8 +118,10 @@ def test_ranks_that_a_launcher_leaves_behind_are_ended(tmp_path, launcher):
 def test_a_chain_that_is_terminated_takes_its_job_with_it(tmp_path, launcher):
     folder = launcher(ORPHANS + "wait")
     script = (
-        "import sys; from pathlib import Path; from ki_ds.chain import Job, run_job; sys.executable = sys.argv[1]\n"
-        "run_job(Job('student', Path(sys.argv[2]), ()), num_ranks=2)"
+        "import sys; from pathlib import Path\n"
+        "from ki_ds.chain import Job, run_job; from ki_ds.errors import ends_cleanly\n"
+        "sys.executable = sys.argv[1]; job = Job('student', Path(sys.argv[2]), ())\n"
+        "sys.exit(ends_cleanly(lambda: run_job(job, num_ranks=2))())"
     )
     command = [PYTHON, "-c", script, str(folder / "python"), str(tmp_path / "run")]
     process = subprocess.Popen(command, env=environment(), cwd=ROOT)
@@ -129,5 +131,5 @@ def test_a_chain_that_is_terminated_takes_its_job_with_it(tmp_path, launcher):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 143
+    assert process.wait(timeout=30) == 75
     assert not alive(int((folder / "orphan").read_text()))

@@ -9,6 +9,7 @@ import pytest
 
 from ki_ds import checkpoint
 from ki_ds.errors import UserError
+from tests.tiny import run_ranks, tiny_config, write_config
 
 KILLED = 77
 
@@ -16,7 +17,8 @@ KILLED = 77
 class FakeEngine:
     """An engine whose state is a number, kept in two shards."""
 
-    def __init__(self, state: int = 0):
+    def __init__(self, state: int = 0, zero_stage: int = 1):
+        self.zero_stage = zero_stage
         self.state = state
         self.loaded_world: int | None = None
 
@@ -135,7 +137,13 @@ def test_what_is_saved_comes_back(tmp_path):
     assert checkpoint.newest_intact(tmp_path) == folder
     engine = FakeEngine()
     state = checkpoint.load(folder, engine)
-    assert state == {"best_ce": 2.5, "totals": {"step": 40, "seconds": 1.25}, "step": 40, "world_size": 1}
+    assert state == {
+        "best_ce": 2.5,
+        "totals": {"step": 40, "seconds": 1.25},
+        "step": 40,
+        "world_size": 1,
+        "zero_stage": 1,
+    }
     assert (engine.state, engine.loaded_world) == (40, 1)
     assert (folder / "hf" / "model.safetensors").read_bytes() == b"weights" * 100
     assert (tmp_path / "latest").read_text() == "step_00000040\n"
@@ -150,6 +158,26 @@ def test_the_newest_stay(tmp_path, keep):
         save(tmp_path, step, keep=keep)
     assert names(tmp_path) == ["step_00000002", "step_00000004", "step_00000010", "step_00000012"][-keep:]
     assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_milestones_stay_besides_the_newest(tmp_path):
+    for step in range(2, 22, 2):
+        checkpoint.save(tmp_path, step, FakeEngine(step), {}, export, keep=2, keep_every=8)
+    assert [int(name.removeprefix("step_")) for name in names(tmp_path)] == [8, 16, 18, 20]
+
+
+@pytest.mark.parametrize("saved", range(4))
+@pytest.mark.parametrize("now", range(4))
+def test_shards_of_another_stage_are_read_or_refused(tmp_path, saved, now):
+    folder = checkpoint.save(tmp_path, 2, FakeEngine(2, saved), {}, export, keep=1)
+    engine = FakeEngine(0, now)
+    if saved == now or {saved, now} == {1, 2}:
+        checkpoint.load(folder, engine)
+        assert engine.state == 2
+    else:
+        with pytest.raises(UserError, match=rf"saved at ZeRO stage {saved}, engine.ds_config has stage {now}"):
+            checkpoint.load(folder, engine)
+        assert engine.state == 0
 
 
 def test_a_step_that_is_saved_again_is_replaced(tmp_path):
@@ -177,7 +205,7 @@ def test_damaged_newer_ones_do_not_push_out_the_one_just_written(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_killed_anywhere_in_a_save_a_whole_checkpoint_loads(tmp_path, keep):
+def test_killed_anywhere_in_a_save_a_whole_checkpoint_loads(tmp_path, keep, record_property):
     """At every mkdir, write, fsync, rename and removal: the one before loads, or the new one, and a next save works."""
     root = tmp_path / "checkpoints"
     before, new = root / "step_00000002", root / "step_00000004"
@@ -198,6 +226,7 @@ def test_killed_anywhere_in_a_save_a_whole_checkpoint_loads(tmp_path, keep):
         save(root, 4, keep=keep)
         assert checkpoint.newest_intact(root) == new
         assert [p for p in root.iterdir() if p.name.endswith(".tmp")] == []
+    record_property("figure", f"killed at {len(outcomes)} points, {len(outcomes)} resumed")
     assert outcomes == sorted(outcomes)  # from one moment on it is the new one
     assert {before, new} == set(outcomes)
 
@@ -231,7 +260,7 @@ def test_an_error_in_a_save_comes_out_and_leaves_the_one_before(tmp_path, moment
 # --- damage ---
 
 
-def test_every_flipped_bit_is_noticed(tmp_path):
+def test_every_flipped_bit_is_noticed(tmp_path, record_property):
     folder = save(tmp_path, 2)
     choose = random.Random(0)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -239,13 +268,14 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     missed = []
     for path in files:
         original = path.read_bytes()
-        for _ in range(40):
+        for _ in range(150):
             data, place, bit = bytearray(original), choose.randrange(len(original)), choose.randrange(8)
             data[place] ^= 1 << bit
             path.write_bytes(data)
             if checkpoint.damage(folder) is None:
                 missed.append((path.name, place, bit))
         path.write_bytes(original)
+    record_property("figure", f"{7 * 150 - len(missed)}/{7 * 150} flips noticed")
     assert missed == []
     assert checkpoint.damage(folder) is None
 
@@ -359,3 +389,32 @@ def test_json_files(tmp_path):
             checkpoint.read_json(path)
     with pytest.raises(UserError, match=r"none\.json cannot be read"):
         checkpoint.read_json(tmp_path / "none.json")
+
+
+# --- a full disk ---
+
+
+def test_what_the_writers_say_of_a_full_disk_is_one_line(tmp_path):
+    for error in (
+        OSError(28, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0"),
+    ):
+        with pytest.raises(UserError, match=r"cannot be written .*make room"), checkpoint.naming_a_full_disk(tmp_path):
+            raise error
+    for other in (FileNotFoundError(2, "No such file"), RuntimeError("shapes differ")):
+        with pytest.raises(type(other), match=str(other.args[-1])), checkpoint.naming_a_full_disk(tmp_path):
+            raise other
+
+
+@pytest.mark.parametrize("num_offsets", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_disk_that_is_full_in_the_middle_of_a_save(base, num_offsets, record_property):
+    """At offsets from the first byte of the smallest file to the last but one of the largest."""
+    name = f"full_{num_offsets}"
+    config = tiny_config(base / name, base / "corpus", train={"num_steps": 4, "save_every": 2, "eval_every": 100})
+    file = write_config(base / f"{name}.yaml", config)
+    offsets = [str(int(8 * 20_000 ** (i / num_offsets))) for i in range(num_offsets)]
+    (result,) = run_ranks(["-m", "tests.workers.full_disk", str(file), *offsets], world=1)
+    assert result.returncode == 0, result.stderr[-2000:]
+    survived = json.loads(result.stdout.splitlines()[-1])
+    record_property("figure", f"{len(survived)}/{num_offsets} full disks survived")
+    assert [str(offset) for offset in survived] == offsets, result.stdout

@@ -63,13 +63,13 @@ def stages(monkeypatch, tmp_path):
         run_dir.mkdir(parents=True)
         (run_dir / "run.json").write_text(json.dumps({"status": "finished"}))
         seen.append(f"train {run_dir}")
-        return 0
+        return 0, None
 
     def write_report(specs, out, **_):
         seen.append(f"report {' '.join(map(str, specs))} -> {out}")
 
     monkeypatch.setattr(demo, "build_store", build_store)
-    monkeypatch.setattr(chain, "_run_group", run_group)
+    monkeypatch.setattr(chain, "run_group", run_group)
     monkeypatch.setattr(demo, "write_report", write_report)
     monkeypatch.setattr(demo, "text_table", lambda comparison: "the table")
     return seen
@@ -93,16 +93,16 @@ def test_the_demo_goes_through_its_stages_and_trains_nothing_twice(stages, capsy
 
 
 def test_an_interrupted_demo_goes_on_where_it_was(stages, monkeypatch):
-    complete = chain._run_group
+    complete = chain.run_group
 
     def fails_in_the_last(command, environment):
-        return 1 if "runs/demo_mlm/inherit" in command else complete(command, environment)
+        return (1, None) if "runs/demo_mlm/inherit" in command else complete(command, environment)
 
-    monkeypatch.setattr(chain, "_run_group", fails_in_the_last)
+    monkeypatch.setattr(chain, "run_group", fails_in_the_last)
     with pytest.raises(ValueError, match="inherit stopped with exit code 1"):
         run_demo("mlm")
     assert stages[-1] == "train runs/demo_mlm/self"  # no report of a demo that is not done
     stages.clear()
-    monkeypatch.setattr(chain, "_run_group", complete)
+    monkeypatch.setattr(chain, "run_group", complete)
     run_demo("mlm")
     assert [stage.split()[0] for stage in stages] == ["corpus", "train", "report"]

@@ -84,6 +84,14 @@ def test_a_step_without_taught_rows_changes_nothing_but_the_count():
     assert float(handover.alpha) == 1.0
 
 
+def test_a_loss_that_is_no_number_changes_nothing_but_the_count():
+    handover = HandOver(CPU)
+    after(handover, [0.7])
+    before = handover.state()
+    after(handover, [math.nan])
+    assert handover.state() == [*before[:4], 2.0]
+
+
 def test_several_teachers_count_by_their_rows():
     handover = HandOver(CPU)
     handover.add(torch.cat([told(1.0, rows=30), told(-1.0, rows=10)]))

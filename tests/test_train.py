@@ -111,6 +111,16 @@ def test_another_number_of_ranks_goes_on_from_the_same_state(base):
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
+@pytest.mark.parametrize(("first", "second"), [("zero1", "zero2"), ("zero2", "zero1")])
+def test_another_zero_stage_goes_on_from_the_same_state(base, first, second):
+    name = f"{first}_then_{second}"
+    inherit(base, name, engine={"ds_config": f"ds_configs/{first}.json"}, train={"stop_at_step": 4})
+    part = inherit(base, name, engine={"ds_config": f"ds_configs/{second}.json"})
+    whole = inherit(base, f"{name}_whole", engine={"ds_config": f"ds_configs/{first}.json"})
+    losses = [[r["loss"] for r in records(d, "train")] for d in (part, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_a_finished_run_is_not_repeated(base, capsys):
     before = weights_hash(inherit(base, "again"))
     lines = (base / "again" / "metrics.jsonl").read_text()

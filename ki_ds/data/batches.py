@@ -8,6 +8,7 @@ positions, M those of some samples.
 """
 
 import itertools
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self, TypeVar
@@ -214,6 +215,12 @@ def _received(found: Batch | _Parcel | UserError) -> Batch:
     return found.unpack() if isinstance(found, _Parcel) else found
 
 
+def _leave_signals_to_the_rank(_worker: int) -> None:
+    """Launchers signal whole process trees, and Ctrl-C a whole group: the loader ends when its rank does."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class TrainBatches:
     """Iterates over steps start_step..num_steps-1 (without end if `num_steps` is None), each a list of this
     rank's micro-batches, `accumulation_steps` of them.
@@ -270,6 +277,7 @@ class TrainBatches:
             num_workers=self.num_workers,
             prefetch_factor=2 if self.num_workers else None,
             pin_memory=self.pin_memory,
+            worker_init_fn=_leave_signals_to_the_rank,
             # The loader draws a seed; from torch's own generator it would move the dropout of a resumed run.
             generator=torch.Generator(),
         )

@@ -23,12 +23,13 @@ from ki_ds.bridge import Bridge
 from ki_ds.config import RunConfig
 from ki_ds.data.batches import Batch, TrainBatches
 from ki_ds.data.datasets import open_datasets
-from ki_ds.errors import UserError
+from ki_ds.errors import ResumableError, UserError
 from ki_ds.signals import HiddenSignal, Signal, Teacher
 from ki_ds.teachers.factory import TeacherFacts, make_teachers
 from ki_ds.teachers.many import Assignment, hidden_answers
 
 _REMIND_SECONDS = 30.0
+_LET_STUDENTS_LEAVE_SECONDS = 3.0  # a launcher reports the first exit code that it sees: theirs tells more
 _HANDED_OVER = "handed_over"  # the note with which the students end a teaching whose last step nobody knew
 _END = -1  # instead of a micro-batch's number: no other follows
 
@@ -40,12 +41,14 @@ def teach(config: RunConfig, bridge: Bridge, device: torch.device) -> None:
     """Answer this rank's students until alpha is 0 or the run ends.
 
     Raises:
-        UserError: the data or the teacher cannot be used, or a student is gone; the students say why, as they end.
+        UserError: the data or the teacher cannot be used.
+        ResumableError: a student is gone; the students say why, as they end.
     """
     try:
         _teach(config, bridge, device)
     except ConnectionError:
-        error = UserError("a student rank is gone; start the job again to go on from its last checkpoint")
+        time.sleep(_LET_STUDENTS_LEAVE_SECONDS)
+        error = ResumableError("a student rank is gone; start the job again to go on from its last checkpoint")
         error.said_by_main = True
         raise error from None
 
@@ -233,14 +236,15 @@ class RanksTeacher(Teacher):
                 self._remind(time.monotonic() - began)
         self._waited += time.monotonic() - began
         if isinstance(found, ConnectionError):
-            raise UserError(f"{self._name} is gone; start the job again to go on from the last checkpoint") from None
+            line = f"{self._name} is gone; start the job again to go on from the last checkpoint"
+            raise ResumableError(line) from None
         assert found is not None, "more was asked than there are steps to teach"
         return found
 
     def _remind(self, waited: float) -> None:
         """Say that the teacher is slow; UserError when it is too slow."""
         if self._patience and waited >= self._patience:
-            raise UserError(
+            raise ResumableError(
                 f"{self._name} has sent nothing for {waited:.0f} s (teacher.patience={self._patience:g}); look at its "
                 "host, then start the job again to go on from the last checkpoint"
             )

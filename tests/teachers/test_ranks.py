@@ -11,7 +11,7 @@ import pytest
 
 from ki_ds import config as configuration
 from ki_ds.distributed import free_port
-from ki_ds.errors import UserError
+from ki_ds.errors import EXIT_RESUMABLE, UserError
 from tests.tiny import ROOT, environment, records, tiny_config, train_ranks, write_config
 
 STEPS = {"num_steps": 20, "eval_every": 20, "save_every": 20}
@@ -139,7 +139,7 @@ def test_a_teacher_that_dies_or_hangs_ends_the_run_by_name(configure, fault):
         for process in processes:
             process.kill()
             process.wait()
-    assert student.returncode == 2
+    assert student.returncode == EXIT_RESUMABLE
     last = errors.strip().splitlines()[-1]
     what = "is gone" if fault == signal.SIGKILL else "has sent nothing for"
     assert last.startswith("error: teacher rank 1 (")
@@ -163,7 +163,7 @@ def test_a_teacher_whose_student_is_gone_ends_too(configure):
         for process in processes:
             process.kill()
             process.wait()
-    assert teacher.returncode == 2
+    assert teacher.returncode == EXIT_RESUMABLE
     assert "Traceback" not in errors
 
 
@@ -182,7 +182,7 @@ def test_a_teacher_whose_student_is_refused_ends_too(configure):
     run_dir.mkdir()
     (run_dir / "stranger").touch()
     student, teacher = train_ranks(config, world=2)
-    assert (student.returncode, teacher.returncode) == (2, 2)
+    assert (student.returncode, teacher.returncode) == (2, EXIT_RESUMABLE)
     assert "holds stranger but no run" in student.stderr
     assert "Traceback" not in teacher.stderr
 

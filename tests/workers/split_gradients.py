@@ -14,8 +14,8 @@ from ki_ds import config as configuration
 from ki_ds.data.batches import TrainBatches
 from ki_ds.distributed import leave, rank, world_size
 from ki_ds.engine import StudentEngine, start
-from ki_ds.metrics import global_rows
 from ki_ds.models import InheritanceModel, RowLM, build_lm
+from ki_ds.preemption import Preemption
 from ki_ds.run import load_data
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -68,7 +68,7 @@ def gradients_of(corpus_dir: str, stage: str, accumulation: int) -> dict[str, to
     )
     (micro_batches,) = list(batches)
     assert len(micro_batches) == accumulation
-    rows = global_rows(sum(batch.num_rows for batch in micro_batches), device)
+    rows = Preemption().global_rows(sum(batch.num_rows for batch in micro_batches), device)
     for i, batch in enumerate(micro_batches):
         with torch.no_grad():
             signal = teacher.signal(batch)

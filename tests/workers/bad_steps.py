@@ -1,0 +1,42 @@
+"""One run in which the gradients of updates 3 and 6 are NaN; prints the updates that changed no weight.
+
+usage: bad_steps.py CONFIG.yaml
+"""
+
+import json
+import math
+import sys
+
+import torch
+
+from ki_ds import config as configuration
+from ki_ds.distributed import leave, rank
+from ki_ds.engine import StudentEngine
+from ki_ds.train import train
+
+
+def main(file: str) -> None:
+    unchanged = []
+    backward, step = StudentEngine.backward, StudentEngine.step
+
+    def bad(self, loss_sum, rows):
+        last_rank = rank() == torch.distributed.get_world_size() - 1
+        value = math.nan if last_rank and self._engine.global_steps + 1 in (3, 6) else 1.0
+        backward(self, loss_sum * value, rows)
+
+    def watched(self, lr):
+        before = [getattr(p, "ds_tensor", p).detach().clone() for p in self.model.parameters()]
+        done = self._engine.global_steps
+        step(self, lr)
+        after = [getattr(p, "ds_tensor", p) for p in self.model.parameters()]
+        if self._engine.global_steps > done and all(map(torch.equal, before, after)):
+            unchanged.append(self._engine.global_steps)
+
+    StudentEngine.backward, StudentEngine.step = bad, watched
+    train(configuration.load(file))
+    print(json.dumps(unchanged), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+    leave(0)

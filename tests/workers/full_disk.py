@@ -1,0 +1,57 @@
+"""One run whose disk is full after so many bytes of a file, in its second save, once for each offset.
+
+usage: full_disk.py CONFIG.yaml OFFSET...; prints the offsets after which the run went on from its first checkpoint.
+"""
+
+import dataclasses
+import json
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+from ki_ds import checkpoint
+from ki_ds import config as configuration
+from ki_ds import train as training
+from ki_ds.distributed import leave
+from ki_ds.errors import UserError
+
+
+def main(file: str, offsets: list[int]) -> None:
+    config = configuration.load(file)
+    run_dir, whole = Path(config.run_dir), Path(config.run_dir + "_begun")
+    first = dataclasses.replace(config, train=dataclasses.replace(config.train, stop_at_step=2))
+    training.train(first)
+    shutil.copytree(run_dir, whole)
+    save, survived = checkpoint.save, []
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for offset in offsets:
+        shutil.rmtree(run_dir)
+        shutil.copytree(whole, run_dir)
+
+        def save_on_a_full_disk(*arguments, _offset=offset, **options):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (_offset, hard))
+            try:
+                return save(*arguments, **options)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+        checkpoint.save = save_on_a_full_disk
+        try:
+            training.train(config)
+            line = "no error"
+        except UserError as error:
+            line = str(error)
+        checkpoint.save = save
+        newest = checkpoint.newest_intact(run_dir / "checkpoints")
+        if "cannot be written" in line and newest is not None and newest.name == "step_00000002":
+            training.train(config)
+            survived.append(offset)
+        else:
+            print(f"offset {offset}: {line}; newest {newest}", flush=True)
+    print(json.dumps(survived), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], [int(offset) for offset in sys.argv[2:]])
+    leave(0)
