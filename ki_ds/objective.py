@@ -68,13 +68,13 @@ def _routed_loss(
     elif len(heads) == len(parts):
         outs = [linear_multi_teacher_loss(hidden_ND, weight_VD, labels_N, alpha=alpha, teachers=heads, **student)]
     else:
-        rows = [part.rows_M for part in parts]
-        losses = [loss_of(part.signal, alpha) for part in parts] + [linear_inheritance_loss]
         outs = [
-            loss(hidden_ND[rows_M], weight_VD, labels_N[rows_M], **student)
-            for loss, rows_M in zip(losses, [*rows, _others(rows, hidden_ND)], strict=True)
-            if len(rows_M)
+            loss_of(part.signal, alpha)(hidden_ND[part.rows_M], weight_VD, labels_N[part.rows_M], **student)
+            for part in parts
         ]
+        others = _others([part.rows_M for part in parts], hidden_ND)
+        if len(others):
+            outs.append(linear_inheritance_loss(hidden_ND[others], weight_VD, labels_N[others], **student))
     asked = torch.cat([out.teachers for out in outs])
     told = dict(zip((part.teacher for part in parts), asked, strict=False))  # nothing where alpha is 0
     teachers_T4 = torch.stack([told.get(number, asked.new_zeros(4)) for number in range(signal.num_teachers)])

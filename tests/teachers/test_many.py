@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from ki_ds.teachers.factory import make_teacher, make_teachers
 from ki_ds.teachers.many import Assignment, ManyTeachers, hidden_answers
 from ki_ds.teachers.questions import Questions
 from tests.data.test_batches import BlockDataset, write_store
-from tests.tiny import records, run, tiny_config, tiny_corpus, train_ranks, write_config
+from tests.tiny import ROOT, records, run, tiny_config, tiny_corpus, train_ranks, write_config
 
 CPU = torch.device("cpu")
 QUIET = {"dropout": 0.0, "attention_dropout": 0.0}
@@ -214,6 +215,16 @@ def test_each_teacher_runs_on_the_sequences_of_its_domains_alone(mixed):
         assert part.rows_M.tolist() == torch.isin(owners, torch.tensor(sequences)).nonzero()[:, 0].tolist()
         assert part.num_tokens == int(mixed.lengths[sequences].sum())
         assert len(part.signal.hidden_ND) == len(part.rows_M)
+
+
+def test_a_teacher_whose_sequences_have_no_labelled_row_is_not_asked(mixed):
+    owners = mixed.rows_N // mixed.input_ids_BL.shape[1]
+    kept = (owners != 1) & (owners != 4)
+    batch = replace(mixed, rows_N=mixed.rows_N[kept], row_labels_N=mixed.row_labels_N[kept])
+    teachers = [Recorder(), Recorder()]
+    signal = ManyTeachers(teachers, Assignment((frozenset({1}), frozenset({0, 2})), (1.0, 1.0))).signal(batch)
+    assert [len(each.asked) for each in teachers] == [0, 1]
+    assert [part.teacher for part in signal.parts] == [1]
 
 
 def test_one_teacher_for_all_domains_is_asked_about_the_batch_as_it_is(mixed):
@@ -426,6 +437,10 @@ def test_entries_are_routed_too_and_beside_hidden_states(base, both, caches, tmp
         found[0].backward()
     folder = run(base / "many_kinds", base / "corpus", **reading(both, [caches[0], tmp_path / "B"]))
     told = [record["teachers"] for record in records(folder, "train")[:4]]
+    engine = {"ds_config": str(ROOT / "ds_configs" / "zero3.json")}
+    sharded = run(base / "many_kinds_3", base / "corpus", **reading(both, [caches[0], tmp_path / "B"]), engine=engine)
+    for ours, theirs in zip(figures(sharded), figures(folder), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
     assert next(each["A"].keys() for each in told if "A" in each) == {"kl", "ce", "teacher_ce", "rows", "tokens"}
     assert next(each["B"].keys() for each in told if "B" in each) == {"kl", "ce", "rows", "tokens"}
 
