@@ -10,13 +10,16 @@ Shape suffixes: B sequences, L positions, N labelled rows in order, D hidden siz
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -68,6 +71,15 @@ _PRESET_ONLY = [
     *("num_layers", "hidden_size", "num_heads", "ffn_size", "num_positions", "vocab_multiple"),
     *("dropout", "attention_dropout", "init_std"),
 ]
+
+
+def quieten() -> None:
+    """Keep warnings and bars of transformers, and of what it imports, off a command's screen."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():  # accelerate imports deepspeed, which would say that it finds no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 # --- building ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,7 +24,7 @@ from ki_ds.convert.sources import Source, open_source
 from ki_ds.convert.vocabulary import write_vocabulary
 from ki_ds.data.store import check_space, is_fairseq_folder, open_store, sync_folder, write_errors_are_one_line
 from ki_ds.errors import UserError
-from ki_ds.models import DTYPES, load_lm, max_positions, weights_sha256
+from ki_ds.models import DTYPES, load_lm, max_positions, quieten, weights_sha256
 
 # Largest difference of logits, of those up to 10; in proportion beyond.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -54,8 +53,7 @@ def convert(path: Path, output: Path, options: Options, *, say: Callable[[str], 
         UserError: the input cannot be converted exactly, the output exists or cannot be written, or the written
             model does not agree with its source. Nothing is left under `output` then.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quieten()
     if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists already; remove it or give another folder")
     source = open_source(path, step=options.step, config=options.config, dictionary=options.dictionary)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import transformers
 import yaml
 
 from ki_ds.convert.card import sizes
 from ki_ds.convert.sources import TOKENIZER_FILES, task_of
 from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash
 from ki_ds.errors import UserError
-from ki_ds.models import RowLM, check_vocabulary, load_lm, model_folder, read_config
+from ki_ds.models import RowLM, check_vocabulary, load_lm, model_folder, quieten, read_config
 
 
 def describe(path: Path) -> list[str]:
@@ -21,8 +20,7 @@ def describe(path: Path) -> list[str]:
     Raises:
         UserError: it is missing, no masked or causal language model, or its logits are not a linear projection.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quieten()
     if not path.is_dir():
         raise UserError(f"--from_hf={path} is no folder; name a Hugging Face folder, a run or a checkpoint of ours")
     folder = model_folder(str(path))

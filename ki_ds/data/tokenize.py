@@ -215,7 +215,7 @@ def begin_with_eos(folder: Path) -> bool:
     """
     tokenizer = load_tokenizer(folder)
     eos = tokenizer.eos_token_id
-    if eos is None or tokenizer("").input_ids[-1:] != [eos]:
+    if eos is None or tokenizer("a").input_ids[-1:] != [eos]:
         return False
     token = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
-import os
 import random
 import time
 import warnings
@@ -28,7 +26,7 @@ from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash
 from ki_ds.errors import UserError
 from ki_ds.evaluation.scores import score
 from ki_ds.evaluation.tasks import Example, Settings, TaskData
-from ki_ds.models import max_positions, model_folder, read_config, weights_sha256
+from ki_ds.models import max_positions, model_folder, quieten, read_config, weights_sha256
 
 RANDOM = "random initialisation"
 
@@ -141,6 +139,7 @@ def fine_tune(
     """
     started = time.monotonic()
     quieten()
+    warnings.filterwarnings("ignore", module=r"transformers|accelerate|torch\.optim|torch\.utils\.data")
     transformers.set_seed(seed)
     tokenizer, config = _tokenizer_and_config(candidate)
     model = _model(candidate, data, config)
@@ -170,16 +169,6 @@ def fine_tune(
         share_cut=encode.num_cut / encode.num_encoded,
         num_parameters=model.num_parameters(),
     )
-
-
-def quieten() -> None:
-    """Keep transformers' warnings (that a head is new) and bars off the screen."""
-    if not torch.cuda.is_available():  # accelerate imports deepspeed, which else warns that it finds no GPU
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"transformers|torch\.optim|torch\.utils\.data")
 
 
 # --- model and tokenizer ----------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from rich.progress import Progress
 from rich.table import Table
 
@@ -20,7 +19,7 @@ from ki_ds.data.store import write_atomically
 from ki_ds.errors import UserError
 from ki_ds.evaluation.perplexity import Perplexity, validate
 from ki_ds.loss import LossOutput
-from ki_ds.models import DTYPES, InheritanceModel, check_vocabulary, load_lm, max_positions, model_folder
+from ki_ds.models import DTYPES, InheritanceModel, check_vocabulary, load_lm, max_positions, model_folder, quieten
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ def measure(
     Raises:
         UserError: the data or a model cannot be used, or a model has another tokenizer or too few positions.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quieten()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     valid, vocabulary, _ = open_validation(data, task, other_index_dir=index_dir)
     batches = {

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import sentencepiece
 from ki_ds.data.corpora import Document
 from ki_ds.data.store import SpecialIds, open_store
 from ki_ds.data.tokenize import (
+    begin_with_eos,
     load_tokenizer,
     read_fairseq_dict,
     save_tokenizer,
@@ -187,6 +189,44 @@ class TestLoading:
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat"]
         tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
         assert special_ids(tokenizer) == SpecialIds(bos=2, pad=0, eos=3, unk=1, mask=4)
+
+
+class TestBeginWithEos:
+    def test_causal_models_have_their_texts_behind_eos(self, trained, tmp_path):
+        folder, tokenizer = trained
+        copy = shutil.copytree(folder, tmp_path / "copy")
+        assert begin_with_eos(copy)
+        again = load_tokenizer(copy)
+        inner = tokenizer("the cat", add_special_tokens=False).input_ids
+        assert again("the cat").input_ids == [2, *inner]
+        assert again("the cat", "the cat").input_ids == [2, *inner, 2, *inner]
+        assert tokenizer_hash(again) == tokenizer_hash(tokenizer)
+        assert not begin_with_eos(copy)
+
+    def test_a_class_that_puts_its_own_tokens(self, tmp_path):
+        from transformers import AutoTokenizer, RobertaTokenizer
+
+        words = ["<s>", "<pad>", "</s>", "<unk>", "a", "b", "<mask>"]
+        RobertaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(tmp_path)
+        assert AutoTokenizer.from_pretrained(tmp_path)("ab").input_ids == [0, 4, 5, 2]
+        assert begin_with_eos(tmp_path)
+        assert AutoTokenizer.from_pretrained(tmp_path)("ab").input_ids == [2, 4, 5]
+
+    def test_others_stay_as_they_are(self, tmp_path):
+        from transformers import GPT2Tokenizer
+
+        tokenizer = GPT2Tokenizer(vocab={"a": 0, "b": 1, "<|endoftext|>": 2}, merges=[])
+        tokenizer.save_pretrained(tmp_path)
+        before = (tmp_path / "tokenizer.json").read_bytes()
+        assert not begin_with_eos(tmp_path)
+        assert (tmp_path / "tokenizer.json").read_bytes() == before
+
+    def test_a_models_folder_without_a_tokenizer(self, tmp_path):
+        from transformers import RobertaConfig
+
+        RobertaConfig().save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=r"no tokenizer can be loaded from .*tokenizer\.json.* are absent"):
+            load_tokenizer(tmp_path)
 
 
 class TestHash:
