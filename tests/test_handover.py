@@ -30,22 +30,22 @@ def after(handover, gaps, rows=10.0):
     return alphas
 
 
-def test_alpha_is_the_share_by_which_the_teachers_perplexity_is_lower():
+def test_alpha_is_what_the_fourth_power_of_the_perplexities_ratio_lacks_to_1():
     handover = HandOver(CPU)
     assert float(handover.alpha) == 1.0
-    (alpha,) = after(handover, [0.5])
-    assert alpha == pytest.approx(1 - math.exp(4.0) / math.exp(4.5), rel=1e-6)
+    (alpha,) = after(handover, [0.2])
+    assert alpha == pytest.approx(1 - (math.exp(4.0) / math.exp(4.2)) ** 4, rel=1e-6)
 
 
 def test_the_gap_is_a_moving_average_weighted_by_rows():
     handover = HandOver(CPU)
-    handover.add(told(2.0, rows=30))
-    handover.add(told(1.0, rows=10))  # another micro-batch of the same step
+    handover.add(told(0.8, rows=30))
+    handover.add(told(0.4, rows=10))  # another micro-batch of the same step
     handover.settle()
-    assert float(handover.alpha) == pytest.approx(1 - math.exp(-1.75), rel=1e-6)
-    (alpha,) = after(handover, [0.5], rows=20)
-    mean = (DECAY * 70 + 10) / (DECAY * 40 + 20)
-    assert alpha == pytest.approx(1 - math.exp(-mean), rel=1e-6)
+    assert float(handover.alpha) == pytest.approx(1 - math.exp(-4 * 0.7), rel=1e-6)
+    (alpha,) = after(handover, [0.2], rows=20)
+    mean = (DECAY * 28 + 4) / (DECAY * 40 + 20)
+    assert alpha == pytest.approx(1 - math.exp(-4 * mean), rel=1e-6)
 
 
 def test_alpha_never_rises_and_stays_above_0_until_it_is_sure():
@@ -96,7 +96,7 @@ def test_several_teachers_count_by_their_rows():
     handover = HandOver(CPU)
     handover.add(torch.cat([told(1.0, rows=30), told(-1.0, rows=10)]))
     handover.settle()
-    assert float(handover.alpha) == pytest.approx(1 - math.exp(-0.5), rel=1e-6)
+    assert float(handover.alpha) == pytest.approx(1 - math.exp(-4 * 0.5), rel=1e-6)
 
 
 def test_a_restored_state_goes_on_bit_for_bit():
