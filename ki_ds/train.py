@@ -23,6 +23,7 @@ from ki_ds.errors import UserError, common_to_all_ranks
 from ki_ds.evaluation.perplexity import Perplexity, validate
 from ki_ds.metrics import Display, MetricsLog, Stopwatch, Window, global_rows
 from ki_ds.models import weights_sha256
+from ki_ds.profiling import each, part, profiled_steps
 from ki_ds.run import Run, prepare
 from ki_ds.teachers.ranks import teach
 
@@ -69,15 +70,19 @@ def _loop(run: Run) -> None:
         config.monitor.progress, title=run.run_dir.name, num_steps=config.train.num_steps, start_step=totals.step
     )
     watch, window = Stopwatch(totals.seconds), Window(run.device)
-    with contextlib.closing(display):
+    with (
+        contextlib.closing(display),
+        profiled_steps(config.monitor.profile_steps if is_main() else 0, run.run_dir / "profile") as count_step,
+    ):
         if totals.step == 0:
             _validate(run, log, display)
         watch.run()
-        for micro_batches in _batches(run, last):
+        for micro_batches in each("data", _batches(run, last)):
             if run.teacher is not None and totals.step >= run.taught.stop:
                 _free_teacher(run, log)
             rates = train_step(run, micro_batches, window)
             totals.step += 1
+            count_step()
             totals.samples += config.train.global_batch_size
             display.advance(totals.step)
             at_end = totals.step == last
@@ -130,10 +135,14 @@ def train_step(run: Run, micro_batches: list[Batch], window: Window) -> dict[str
     for micro_step, batch in enumerate(micro_batches):
         _seed_dropout(config.seed, t, micro_step)
         batch = batch.to(run.device, non_blocking=True)
-        signal = run.teacher.signal(batch) if run.teacher is not None and alpha > 0 else None
-        out = run.engine.loss(batch, signal, alpha)
-        run.engine.backward(out.loss_sum, rows)
-        run.engine.step(lr)
+        with part("teacher"):
+            signal = run.teacher.signal(batch) if run.teacher is not None and alpha > 0 else None
+        with part("student forward"):
+            out = run.engine.loss(batch, signal, alpha)
+        with part("backward"):
+            run.engine.backward(out.loss_sum, rows)
+        with part("optimizer"):
+            run.engine.step(lr)
         window.add(out, batch.num_tokens, taught=signal is not None)
     return {"alpha": alpha, "lr": lr}
 

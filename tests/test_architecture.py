@@ -11,6 +11,7 @@ from tests.tiny import ROOT
 ORDER = [
     "errors",
     "memory",
+    "profiling",
     "config",
     "schedules",
     "distributed",
