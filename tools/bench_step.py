@@ -75,7 +75,7 @@ def _shape(name: str, layers: int, hidden: int, heads: int, ffn: int) -> dict[st
 SIZES = {
     "tiny": Size(
         *("mlm", _shape("roberta_base", 2, 32, 2, 64), _shape("roberta_base", 1, 16, 2, 32), 32, 4),
-        **{"vocab_size": 600, "dropout": 0.0, "num_tokens": 20_000},  # type: ignore[arg-type]
+        **{"vocab_size": 640, "dropout": 0.0, "num_tokens": 20_000},  # type: ignore[arg-type]
     ),
     "cpu": Size("mlm", _shape("roberta_base", 4, 256, 4, 1024), _shape("roberta_base", 2, 128, 2, 512), 128, 16),
     "cpu_causal": Size("causal", _shape("gpt_124m", 4, 256, 4, 1024), _shape("gpt_124m", 2, 128, 2, 512), 128, 16),
