@@ -299,12 +299,15 @@ class MonitorConfig:
         tensorboard: write TensorBoard events to RUN_DIR/monitor.
         csv: write one CSV a metric to RUN_DIR/monitor.
         wandb_project: Weights & Biases project; null sends nothing. The key is read from the environment only.
+        profile_steps: steps of this start, from the third on, that torch's profiler watches on rank 0; RUN_DIR/profile
+            then holds the trace and the share of each part of a step. 0 profiles nothing.
         progress: the progress bar on rank 0; auto shows it on a terminal and prints plain lines elsewhere.
     """
 
     tensorboard: bool = False
     csv: bool = False
     wandb_project: str | None = None
+    profile_steps: int = 0
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
 
 
@@ -378,6 +381,7 @@ OPERATIONAL_FIELDS = frozenset(
         "monitor.tensorboard",
         "monitor.csv",
         "monitor.wandb_project",
+        "monitor.profile_steps",
         "monitor.progress",
     }
 )

@@ -38,6 +38,7 @@ from ki_ds.distributed import (
 from ki_ds.errors import UserError
 from ki_ds.guard import Guard
 from ki_ds.loss import LossOutput
+from ki_ds.memory import keep_freed_memory
 from ki_ds.models import InheritanceModel
 from ki_ds.signals import Signal
 
@@ -112,6 +113,7 @@ def _own_device() -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
+    keep_freed_memory()
     return torch.device("cpu")
 
 

@@ -37,6 +37,7 @@ from ki_ds.data.batches import IGNORE_INDEX, Batch
 from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
 from ki_ds.objective import loss_of
+from ki_ds.profiling import part
 from ki_ds.signals import HiddenSignal, Signal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -411,17 +412,18 @@ class InheritanceModel(RowLM):
 
         def objective(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
             nonlocal sums
-            out = loss_of(signal, alpha)(
-                hidden_ND,
-                weight_VD,
-                batch.row_labels_N,
-                student_bias=bias_V,
-                tau=self.tau,
-                chunk_rows=self.loss.chunk_rows,
-                num_classes=self.num_classes,
-                label_smoothing=self.loss.label_smoothing if self.training else 0.0,
-                backend=self.loss.backend,
-            )
+            with part("loss"):
+                out = loss_of(signal, alpha)(
+                    hidden_ND,
+                    weight_VD,
+                    batch.row_labels_N,
+                    student_bias=bias_V,
+                    tau=self.tau,
+                    chunk_rows=self.loss.chunk_rows,
+                    num_classes=self.num_classes,
+                    label_smoothing=self.loss.label_smoothing if self.training else 0.0,
+                    backend=self.loss.backend,
+                )
             sums = (out.ce_sum, out.kl_sum, out.num_rows, out.teachers)
             return out.loss_sum
 

@@ -57,6 +57,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "train.keep_checkpoints": (1, 2**31, True),
     "train.keep_every": (1, 2**62, True),
     "train.stop_at_step": (1, 2**62, True),
+    "monitor.profile_steps": (0, 1000, True),
     "train.spike_sigmas": (0, 1e6, True),
 }
 

@@ -28,6 +28,7 @@ from ki_ds.loss import LossOutput
 from ki_ds.metrics import Display, Figures, MetricsLog, Stopwatch, Window
 from ki_ds.models import weights_sha256
 from ki_ds.preemption import Preemption
+from ki_ds.profiling import each, part, profiled_steps
 from ki_ds.run import Run, prepare
 from ki_ds.signals import teacher_tokens
 from ki_ds.stragglers import Pace
@@ -102,17 +103,21 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
         config.monitor.progress, title=run.run_dir.name, num_steps=config.train.num_steps, start_step=totals.step
     )
     watch, window = Stopwatch(totals.seconds), _window(run)
-    with contextlib.closing(display):
+    with (
+        contextlib.closing(display),
+        profiled_steps(config.monitor.profile_steps if is_main() else 0, run.run_dir / "profile") as count_step,
+    ):
         if totals.step == 0:
             _validate(run, log, display, watchdog)
         watch.run()
         watchdog.at(totals.step + 1, "training")
         pace = Pace(run.device)
-        for micro_batches, upcoming in pace.loading(with_next(_batches(run, last))):
+        for micro_batches, upcoming in pace.loading(each("data", with_next(_batches(run, last)))):
             if run.teacher is not None and totals.step >= run.taught.stop:
                 _free_teacher(run, log)
             rates = train_step(run, micro_batches, window, preemption, pace, upcoming=upcoming)
             totals.step += 1
+            count_step()
             totals.samples += config.train.global_batch_size
             display.advance(totals.step)
             stopping = preemption.agreed() and totals.step < last
@@ -183,15 +188,17 @@ def train_step(
     following = upcoming[0] if upcoming and t + 1 in run.taught else None
     for micro_step, (batch, next_batch) in enumerate(zip(micro_batches, [*micro_batches[1:], following], strict=True)):
         _seed_dropout(config.seed, t, micro_step)
-        with pace.computing(alone=config.teacher.placement != "ranks"):
+        with part("teacher"), pace.computing(alone=config.teacher.placement != "ranks"):
             batch = batch.to(run.device, non_blocking=True)
             signal = run.teacher.signal(batch) if run.teacher is not None and t in run.taught else None
         if run.teacher is not None and next_batch is not None:
             run.teacher.ask(next_batch)
-        with pace.computing(alone=run.engine.zero_stage < 3):
+        with part("student forward"), pace.computing(alone=run.engine.zero_stage < 3):
             out = run.engine.loss(batch, signal, alpha)
-        run.engine.backward(out.loss_sum, rows)
-        run.engine.step(lr)
+        with part("backward"):
+            run.engine.backward(out.loss_sum, rows)
+        with part("optimizer"):
+            run.engine.step(lr)
         window.add(out, batch.num_tokens, teacher_tokens=teacher_tokens(signal, batch))
         if run.handover is not None:
             run.handover.add(out.teachers)

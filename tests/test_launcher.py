@@ -1,5 +1,6 @@
 """launchers/train_ki.sh: read by bash and by Python, started in every way that the README names."""
 
+import gc
 import json
 import os
 import py_compile
@@ -119,6 +120,22 @@ def test_without_arguments_it_is_the_demos_inheriting_run(called):
     run = parse(arguments)
     assert (run.run_dir, run.task, run.inherit.schedule) == ("runs/demo_mlm/inherit", "mlm", "linear")
     assert all(os.path.isabs(path) for path in arguments[1::2])
+
+
+def test_garbage_is_looked_for_again_once_everything_is_imported(tmp_path, monkeypatch):
+    seen = {}
+
+    def train(config, *, started):
+        seen.update(enabled=gc.isenabled(), frozen=gc.get_freeze_count(), run_dir=config.run_dir, started=started)
+
+    monkeypatch.setattr("ki_ds.train.train", train)
+    (tmp_path / "corpus").mkdir()
+    try:
+        launcher._run(["--run_dir", "runs/x", "--data.corpus", str(tmp_path / "corpus")], 1.5)
+        assert seen.pop("frozen") > 1000
+        assert seen == {"enabled": True, "run_dir": "runs/x", "started": 1.5}
+    finally:
+        gc.unfreeze()
 
 
 # --- the whole, for real ---

@@ -65,8 +65,9 @@ class Row:
 # ------------------------------------------------------------------------------------------------ the text
 
 
-def write_text(folder: Path, num_tokens: int, *, split: str = "train") -> None:
+def write_text(folder: Path, num_tokens: int, *, split: str = "train", vocab_size: int = VOCAB_SIZE) -> None:
     """A fairseq split of random text, `split`.bin and `split`.idx, with the dict.txt that belongs to it."""
+    num_symbols = vocab_size - (VOCAB_SIZE - NUM_SYMBOLS)
     folder.mkdir(parents=True, exist_ok=True)
     check_space(folder, 3 * num_tokens)
     random = np.random.default_rng(SEED)
@@ -77,7 +78,7 @@ def write_text(folder: Path, num_tokens: int, *, split: str = "train") -> None:
     with (folder / f"{split}.bin").open("wb") as file:
         for first in range(0, num_lines, WINDOW):
             ends = np.cumsum(sizes[first : first + WINDOW], dtype=np.int64)
-            tokens = random.integers(4, VOCAB_SIZE - 1, int(ends[-1]), np.uint16)
+            tokens = random.integers(4, vocab_size - 1, int(ends[-1]), np.uint16)
             tokens[ends - 1] = SPECIAL_IDS.eos
             file.write(tokens.astype("<u2").tobytes())
     with (folder / f"{split}.idx").open("wb") as file:
@@ -85,7 +86,7 @@ def write_text(folder: Path, num_tokens: int, *, split: str = "train") -> None:
         file.write(sizes.tobytes())
         for starts in pointer_windows((sizes[i : i + WINDOW] for i in range(0, num_lines, WINDOW)), 2):
             file.write(starts[:-1].astype("<i8").tobytes())
-    (folder / "dict.txt").write_text("".join(f"{i} {NUM_SYMBOLS - i}\n" for i in range(NUM_SYMBOLS)), encoding="utf-8")
+    (folder / "dict.txt").write_text("".join(f"{i} {num_symbols - i}\n" for i in range(num_symbols)), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------- what a process measures
@@ -111,9 +112,7 @@ def our_batches(folder: Path, task: Any, seq_len: int, num_workers: int) -> Iter
 
 def released_batches(folder: Path, checkout: Path, seq_len: int, num_workers: int) -> Iterator[tuple[int, int]]:
     """(samples, tokens) of each batch of the released masked-LM task, put together of its own data sets."""
-    for name, kind in {"float": float, "int": int, "bool": bool, "object": object, "long": int}.items():
-        if name not in np.__dict__:  # names that NumPy has dropped since
-            setattr(np, name, kind)
+    give_numpy_its_old_names()
     # the package itself would import every model: its data modules need none
     package: Any = types.ModuleType("fairseq")
     package.__path__ = [str(checkout / "fairseq")]
@@ -151,6 +150,13 @@ def released_batches(folder: Path, checkout: Path, seq_len: int, num_workers: in
     while True:
         for batch in iterator.next_epoch_itr(shuffle=True):
             yield int(batch["nsentences"]), int(batch["ntokens"])
+
+
+def give_numpy_its_old_names() -> None:
+    """The names that the released code uses and NumPy has dropped since."""
+    for name, kind in {"float": float, "int": int, "bool": bool, "object": object, "long": int}.items():
+        if name not in np.__dict__:
+            setattr(np, name, kind)
 
 
 def speed(batches: Iterator[tuple[int, int]], seconds: float) -> dict[str, float]:

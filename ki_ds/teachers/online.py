@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ki_ds.data.batches import Batch
+from ki_ds.memory import give_freed_memory_back
 from ki_ds.models import RowLM
 from ki_ds.signals import HiddenSignal, Teacher
 
@@ -36,3 +37,4 @@ class OnlineTeacher(Teacher):
         self._model = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        give_freed_memory_back()

@@ -128,6 +128,7 @@ MEASURE = """
 import gc, json, sys, psutil, torch
 from ki_ds.config import TeacherConfig
 from ki_ds.data.batches import Sample, collate
+from ki_ds.memory import keep_freed_memory
 from ki_ds.teachers.factory import make_teacher
 
 def resident():
@@ -135,6 +136,7 @@ def resident():
     return psutil.Process().memory_info().rss
 
 torch.set_num_threads(1)
+keep_freed_memory()
 limits = {"tokenizer_sha256": "", "num_classes": 8192, "seq_len": 8}
 teacher, facts = make_teacher(TeacherConfig(path=sys.argv[1]), "causal", **limits, device=torch.device("cpu"))
 ids = torch.arange(8).numpy()
