@@ -37,12 +37,12 @@ def command(bench, monkeypatch, capsys, tmp_path):
 def test_every_placement_trains_to_the_same_losses(command):
     code, out, _, written = command("--steps", "4", "--teacher_steps", "4")
     assert code == 0
-    alone, online, ranks, hidden, topk = written["rows"]
-    assert [row["loss"] for row in (ranks, hidden)] == [online["loss"]] * 2
-    assert [row["valid_ce"] for row in (ranks, hidden)] == [online["valid_ce"]] * 2
+    alone, online, overlap, ranks, hidden, topk = written["rows"]
+    assert [row["loss"] for row in (overlap, ranks, hidden)] == [online["loss"]] * 3
+    assert [row["valid_ce"] for row in (overlap, ranks, hidden)] == [online["valid_ce"]] * 3
     assert topk["valid_ce"] == pytest.approx(online["valid_ce"], rel=0.05)
     assert len({row["valid_ce"] for row in (alone, online, topk)}) == 3
-    assert [len(row["teacher_mib"]) for row in written["rows"]] == [0, 0, 1, 0, 0]
+    assert [len(row["teacher_mib"]) for row in written["rows"]] == [0, 0, 0, 1, 0, 0]
     assert ranks["bytes_per_row"] == 16 * 4
     assert hidden["bytes_per_row"] > 16 * 4
     assert 40 <= topk["bytes_per_row"] < hidden["bytes_per_row"]

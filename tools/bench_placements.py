@@ -152,13 +152,14 @@ def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
     rows = [
         Row("self-learning", {}),
         Row("online", taught),
+        Row("overlap", taught | {"teacher.placement": "overlap"}),
         Row("ranks, 1 teacher", taught | {"teacher.placement": "ranks"}, 2, 4.0 * size.teacher),
         Row("cache, hidden fp32", taught | {"teacher.placement": "cache", "teacher.path": folder / "hidden"}),
         Row("cache, top-10", taught | {"teacher.placement": "cache", "teacher.path": folder / "topk"}),
     ]
     print("writing the caches", flush=True)
-    cache(rows[3], options, folder / "hidden", ["--kind", "hidden", "--dtype", "fp32"])
-    cache(rows[4], options, folder / "topk", ["--kind", "topk", "--topk", "10"])
+    cache(rows[-2], options, folder / "hidden", ["--kind", "hidden", "--dtype", "fp32"])
+    cache(rows[-1], options, folder / "topk", ["--kind", "topk", "--topk", "10"])
     for repeat in range(args.repeats):
         for number, row in enumerate(rows):
             print(f"{repeat + 1}/{args.repeats} {row.name}", flush=True)
