@@ -296,6 +296,14 @@ def test_a_run_reports_each_teacher_and_counts_what_it_really_saw(online):
     assert len(records(online, "teacher_freed")) == 1
 
 
+def test_the_automatic_hand_over_weighs_all_teachers_together(base, both):
+    """Two steps of `auto`, with the teachers a micro-batch ahead: taught, and told apart."""
+    groups = both | {"inherit": {"schedule": "auto"}, "teacher": {"placement": "overlap"}}
+    first, second = records(run(base / "many_auto", base / "corpus", **groups, train={"num_steps": 2}), "train")
+    assert first["alpha"] > 0 < second["alpha"]
+    assert set(first["teachers"]) | set(second["teachers"]) == {"A", "B"}
+
+
 def test_that_a_domain_learns_alone_is_said_once(base, both, capsys):
     run(base / "many_said", base / "corpus", **both, train={"num_steps": 1})
     assert capsys.readouterr().out.count("rows of C have no teacher: they learn from their labels alone") == 1
