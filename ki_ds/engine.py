@@ -319,11 +319,12 @@ class StudentEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return
-        self._judged, self._loss = False, all_sum(self._loss)
+        self._judged, norm = False, torch.zeros_like(self._loss)
         if self.zero_stage == 0:  # before its gradients are clipped; in the other stages DeepSpeed has the norm
-            self._engine._global_grad_norm = nn.utils.get_total_norm(
-                [p.grad for p in self.model.parameters() if p.grad is not None]
-            )
+            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self._loss, norm_sum = all_sum(torch.stack([self._loss, norm.float()])).unbind()
+        if self.zero_stage == 0:
+            self._engine._global_grad_norm = norm_sum / world_size()  # the same bits on every rank
         self._engine.step()
         if not self._judged:
             self.guard.left_out(self._engine.global_steps, self._loss, bad=self._precision != "fp16")
