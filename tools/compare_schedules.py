@@ -30,10 +30,14 @@ from ki_ds.savings import Arm, Comparison, compare, read_run
 INHERIT_STEPS = {"causal": (75, 150, 225, 300), "mlm": (125, 250, 375, 500)}
 
 
-def jobs(folder: Path, task: str, seeds: Sequence[int], inherit_steps: Sequence[int], tau: float) -> list[Job]:
+def jobs(
+    folder: Path, task: str, seeds: Sequence[int], inherit_steps: Sequence[int], tau: float, teacher_steps: int | None
+) -> list[Job]:
     """The teacher first, then every seed's runs; the arm is the part of the name before the slash."""
     recipe, corpus = f"handover_{task}.yaml", {"data.corpus": folder / "corpus"}
-    made = [Job("teacher", folder / "teacher", (recipe, f"handover_{task}_teacher.yaml"), {**corpus, "seed": 100})]
+    longer: dict[str, object] = {} if teacher_steps is None else {"train.num_steps": teacher_steps}
+    recipes = (recipe, f"handover_{task}_teacher.yaml")
+    made = [Job("teacher", folder / "teacher", recipes, {**corpus, **longer, "seed": 100})]
     taught = {"teacher.path": folder / "teacher", "inherit.tau": tau}
     arms: dict[str, dict[str, object]] = {"none": {}, "auto": {**taught, "inherit.schedule": "auto"}}
     for steps in inherit_steps:
@@ -71,6 +75,10 @@ def table(rows: Sequence[dict], teacher_ppl: float) -> Table:
 def _shown(name: str, values: object) -> str:
     if not isinstance(values, list):
         return str(values or "")
+    if name == "inherit_steps" and None in values:
+        values = [value for value in values if value is not None]
+        if not values:
+            return "never handed over"
     if None in values:
         return f"{values.count(None)} of {len(values)} never got there"
     form = {"final_ppl": "{:.1f}", "inherit_steps": "{:.0f}"}.get(name, "{:.1%}")
@@ -84,16 +92,18 @@ def main() -> None:
     parser.add_argument("--task", choices=tuple(INHERIT_STEPS), default="causal")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every arm, seeds 1 to N")
     parser.add_argument("--inherit_steps", type=int, nargs="+", help="T_inherit of the linear arms")
+    parser.add_argument("--teacher_steps", type=int, help="another number of steps for the teacher")
     parser.add_argument("--tau", type=float, default=1.0, help="temperature of all arms")
     parser.add_argument("--out", type=Path, help="folder; runs/handover_TASK")
     arguments = parser.parse_args()
-    if arguments.seeds < 1:
-        raise UserError(f"--seeds {arguments.seeds} is not positive; give at least 1")
+    for name in ("seeds", "teacher_steps"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise UserError(f"--{name} {getattr(arguments, name)} is not positive; give at least 1")
     folder = arguments.out or Path("runs") / f"handover_{arguments.task}"
     steps = arguments.inherit_steps or INHERIT_STEPS[arguments.task]
     spec = TokenizerSpec(vocab_size=VOCAB_SIZES[arguments.task])
     build_store([gensim_dump_path()], spec, folder / "corpus", valid_fraction=VALID_FRACTION)
-    planned = jobs(folder, arguments.task, range(1, arguments.seeds + 1), steps, arguments.tau)
+    planned = jobs(folder, arguments.task, range(1, arguments.seeds + 1), steps, arguments.tau, arguments.teacher_steps)
     for number, job in enumerate(planned, start=1):
         print(f"[{number}/{len(planned)}] {job.name}", flush=True)
         run_job(job, num_ranks=1)
