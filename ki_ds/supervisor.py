@@ -80,6 +80,8 @@ def run_group(command: list[str], environment: dict[str, str]) -> tuple[int, str
     Returns:
         The command's exit code, and the name of the signal that this process got.
     """
+    # a rank's variables, where this process has trained itself, are not the launcher's
+    environment = {name: value for name, value in environment.items() if name not in ("RANK", "LOCAL_RANK")}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     received: list[str] = []
 
