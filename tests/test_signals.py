@@ -29,7 +29,7 @@ def public_methods(kind):
 def test_every_teacher_has_the_protocols_methods_and_no_others(kind):
     """The trainer must not come to depend on what only one kind of teacher can do."""
     promised, given = public_methods(Teacher), public_methods(kind)
-    assert issubclass(kind, Teacher)
+    assert Teacher in kind.__mro__
     assert promised.keys() == {"ask", "signal", "figures", "free"} >= given.keys() >= {"signal", "free"}
     for name, method in given.items():
         expected, found = inspect.signature(promised[name]), inspect.signature(inspect.unwrap(method))
