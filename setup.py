@@ -43,6 +43,6 @@ setup(
             *("accelerate", "scikit-learn", "scipy"),
             *("ruff", "mypy", "types-PyYAML", "types-psutil"),
         ],
-        "peers": ["liger-kernel", "flash-linear-attention", "quack-kernels", "cut-cross-entropy"],
+        "peers": ["accelerate", "liger-kernel", "flash-linear-attention", "quack-kernels", "cut-cross-entropy"],
     },
 )

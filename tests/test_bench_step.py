@@ -123,10 +123,10 @@ def test_ratios_are_taken_turn_by_turn(bench):
     student, teacher = bench.Account(6e9, 1e9, 1e9, 3000, 0), bench.Account(1e9, 0.0, 0.2e9, 900, 0)
     lines = bench.ratio_lines(rows, student, teacher)
     assert lines == [
-        "inheriting over self-learning: time 1.200 (1.000-2.000)",
+        "inheriting over self-learning: time 1.200 (1.000-2.000), CPU 1.200 (1.000-2.000)",
         "  FLOPs, nominal 1 + 2 P_T / 6 P_S: 1.100; times 1.05: 1.155",
         "  FLOPs, as computed (heads on labelled rows): 1.050; times 1.05: 1.103",
-        "HF Trainer over ours, inheriting: time 2.00 (1.00-3.00)",
+        "HF Trainer over ours, inheriting: time 2.00 (1.00-3.00), CPU 2.00 (1.00-3.00)",
     ]
     table = bench.table(list(rows.values()), student, teacher, 1e12).splitlines()
     assert table[2] == "| ours, inheriting | 400.0 (200.0-600.0) | 200.0 | 2,500 | 1.00 | 6.0% | 6.3% | 10 |"

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -137,8 +138,8 @@ def cache(row: Row, options: dict[str, Any], out: Path, kind: list[str]) -> None
     row.bytes_per_row = num_bytes / num_rows
 
 
-def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
-    """All rows, in turns."""
+def measure(args: argparse.Namespace, folder: Path, keep: Callable[[list[Row]], None]) -> list[Row]:
+    """All rows, in turns; `keep` gets them after every round."""
     size = SIZES[args.size]
     if not args.corpus:
         write_text(folder / "text", size.num_tokens, vocab_size=size.vocab_size)
@@ -164,6 +165,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
         for number, row in enumerate(rows):
             print(f"{repeat + 1}/{args.repeats} {row.name}", flush=True)
             train(row, options, folder / f"run_{number}_{repeat}", args.steps)
+        keep(rows)
     return rows
 
 
@@ -207,11 +209,15 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "command": " ".join(sys.argv),
     }
+
+    def keep(rows: list[Row]) -> None:
+        """Write what there is: a run that is cut short keeps it."""
+        if out:
+            shown = [{k: v for k, v in asdict(row).items() if k != "options"} for row in rows]
+            out.write_text(json.dumps({**heading, "rows": shown}, indent=1))
+
     with tempfile.TemporaryDirectory(prefix="bench_placements_") as folder:
-        rows = measure(args, Path(folder))
-    if out:
-        shown = [{k: v for k, v in asdict(row).items() if k != "options"} for row in rows]
-        out.write_text(json.dumps({**heading, "rows": shown}, indent=1))
+        rows = measure(args, Path(folder), keep)
     print("\n" + ", ".join(f"{key} {value}" for key, value in heading.items() if key != "command") + "\n")
     print(table(rows))
 

@@ -247,9 +247,14 @@ def start_workers(names: list[str], job: Job, size: Size, checkout: Path | None)
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def paired(first: Row, second: Row) -> list[float]:
+def paired(first: Row, second: Row, what: str = "seconds") -> list[float]:
     """The ratio of two rows' times, turn by turn."""
-    return [a / b for a, b in zip(first.seconds, second.seconds, strict=True)]
+    return [a / b for a, b in zip(getattr(first, what), getattr(second, what), strict=True)]
+
+
+def both(first: Row, second: Row, digits: int) -> str:
+    """The ratio in wall time and in CPU time, which suffers less from a busy machine."""
+    return f"time {spread(paired(first, second), digits)}, CPU {spread(paired(first, second, 'cpu_seconds'), digits)}"
 
 
 def share_lines(rows: list[Row]) -> list[str]:
@@ -270,12 +275,12 @@ def ratio_lines(rows: dict[str, Row], student: Account, teacher: Account) -> lis
     if OURS in rows and ALONE in rows:
         nominal = 1 + 2 * teacher.dense_parameters / (6 * student.dense_parameters)
         exact = 1 + teacher.forward / (3 * student.forward)
-        lines.append(f"inheriting over self-learning: time {spread(paired(rows[OURS], rows[ALONE]), 3)}")
+        lines.append(f"inheriting over self-learning: {both(rows[OURS], rows[ALONE], 3)}")
         lines.append(f"  FLOPs, nominal 1 + 2 P_T / 6 P_S: {nominal:.3f}; times 1.05: {1.05 * nominal:.3f}")
         lines.append(f"  FLOPs, as computed (heads on labelled rows): {exact:.3f}; times 1.05: {1.05 * exact:.3f}")
     if OURS in rows:
         others = [row for row in rows.values() if row.name not in (OURS, ALONE, GEMM)]
-        lines += [f"{row.name} over ours, inheriting: time {spread(paired(row, rows[OURS]), 2)}" for row in others]
+        lines += [f"{row.name} over ours, inheriting: {both(row, rows[OURS], 2)}" for row in others]
     return lines
 
 
