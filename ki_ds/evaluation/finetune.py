@@ -66,7 +66,7 @@ class Candidate:
         except UserError as error:
             raise UserError(f"{name} has no usable tokenizer: {error}; or give one with --tokenizer") from None
         _check_ids(found, config, name)
-        weights = weights_sha256(folder) if Path(folder).is_dir() else str(getattr(config, "_commit_hash", name))
+        weights = weights_sha256(folder) if Path(folder).is_dir() else (getattr(config, "_commit_hash", None) or name)
         return cls(name, folder, tokenizer or folder, _architecture(config, found), weights)
 
     def untrained(self, name: str = RANDOM) -> Candidate:

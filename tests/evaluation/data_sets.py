@@ -1,12 +1,14 @@
 """Small downstream sets that a tiny model can learn, and models to be fine-tuned."""
 
 import dataclasses
+import importlib.util
 import random
 
 import transformers as hf
 
 from ki_ds.data.tokenize import load_tokenizer
 from ki_ds.evaluation.tasks import Example, TaskData
+from tests.tiny import ROOT
 
 SUBJECTS = ("the cat", "a dog", "one old man", "her sister", "every child", "some student")
 
@@ -66,3 +68,11 @@ def gpt2_folder(folder):
     config = hf.GPT2Config(vocab_size=258, n_positions=64, n_embd=16, n_layer=1, n_head=2)
     hf.GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
+
+
+def tool():
+    """The module of tools/evaluate.py."""
+    spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools/evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,7 +1,6 @@
 """Settings are chosen on the validation part, baselines are always there, and the command goes on where it was."""
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from ki_ds.evaluation.downstream import MAJORITY, choose, evaluate, majority_row
 from ki_ds.evaluation.finetune import RANDOM, Candidate, Outcome
 from ki_ds.evaluation.scores import score
 from ki_ds.evaluation.tasks import Example, Grid, Settings
-from tests.evaluation.data_sets import animals, graded
+from tests.evaluation.data_sets import animals, graded, tool
 from tests.tiny import ROOT, environment
 
 GRID = Grid((1e-3, 1e-2), (4, 8))
@@ -111,14 +110,6 @@ def test_two_evaluations_in_one_folder(tmp_path, monkeypatch):
 
 
 # --- the command ------------------------------------------------------------------------------------------------
-
-
-def tool():
-    """The command's module, in this process: its imports take seconds."""
-    spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools/evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
