@@ -15,6 +15,10 @@ STACKS = {
     "demo_causal.yaml": [],
     "demo_causal_teacher.yaml": ["demo_causal.yaml"],
     "demo_causal_inherit.yaml": ["demo_causal.yaml"],
+    "handover_mlm.yaml": [],
+    "handover_mlm_teacher.yaml": ["handover_mlm.yaml"],
+    "handover_causal.yaml": [],
+    "handover_causal_teacher.yaml": ["handover_causal.yaml"],
     "demo_smoke.yaml": ["demo_mlm.yaml"],
     "demo_smoke_inherit.yaml": ["demo_mlm.yaml", "demo_mlm_inherit.yaml", "demo_smoke.yaml"],
 }

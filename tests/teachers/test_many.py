@@ -358,8 +358,9 @@ def check_alike(apart, together):
     assert seen[0] == seen[1]
 
 
-def test_ranks_of_their_own_are_bitwise_the_teachers_in_the_process(base, both, online):
-    check_alike(in_ranks(base, "many_ranks", both, students=1, placement="ranks"), online)
+def test_ranks_of_their_own_are_bitwise_the_teachers_in_the_process(base, both):
+    apart = in_ranks(base, "many_ranks", both, students=1, placement="ranks")
+    check_alike(apart, in_ranks(base, "many_together", both, students=1))
 
 
 @pytest.mark.slow
