@@ -81,6 +81,18 @@ def claimed(run_dir: Path, *, what: str = "run_dir") -> Iterator[None]:
         yield
 
 
+def in_use(run_dir: Path) -> bool:
+    """Whether a job that still runs holds the folder."""
+    try:
+        with (run_dir / ".lock").open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def naming_a_full_disk(run_dir: Path) -> Iterator[None]:
     """What the system says when a file cannot be written becomes a UserError, on the rank that it happens to.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -154,8 +155,9 @@ class TeacherConfig:
             `num_ranks` of the launcher's ranks for itself, which run ahead.
         dtype: the teacher's weights; auto takes fp16 on a GPU (as the paper does) and fp32 on a CPU, or what a cache
             was written with.
-        topk_semantics: a cache's K entries are renormalised (as in the paper), or what they leave over is one more
-            class (tail).
+        topk: of the teacher's distribution only its K largest entries count (Fig. 1c); null takes all. A cache has a K
+            of its own.
+        topk_semantics: K entries are renormalised (as in the paper), or what they leave over is one more class (tail).
         num_ranks: ranks of the job that run the teacher (placement ranks).
         ahead: micro-batches that a teacher rank may be ahead of a student.
         patience: seconds without a word from a teacher rank after which the job ends; 0 waits for ever, and says so.
@@ -164,6 +166,7 @@ class TeacherConfig:
     path: str | None = None
     placement: Literal["online", "overlap", "cache", "ranks"] = "online"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    topk: int | None = None
     topk_semantics: Literal["renormalise", "tail"] = "renormalise"
     num_ranks: int = 1
     ahead: int = 2
@@ -409,9 +412,18 @@ def parse(argv: list[str]) -> RunConfig:
         UserError: an unknown key, a wrong type, or values that cannot go together; it names value, rule and fix.
         SystemExit: after --help or --print_config.
     """
+    return _validated(lambda parser: parser.parse_args(argv))
+
+
+def of_groups(groups: dict[str, Any]) -> RunConfig:
+    """The validated run of a nested dict, as a YAML file has it. Raises UserError as `parse` does."""
+    return _validated(lambda parser: parser.parse_object(groups))
+
+
+def _validated(read: Callable[[jsonargparse.ArgumentParser], jsonargparse.Namespace]) -> RunConfig:
     parser = _parser()
     try:
-        groups = parser.instantiate(parser.parse_args(argv))
+        groups = parser.instantiate(read(parser))
     except jsonargparse.ArgumentError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"configuration: {reason}; --help lists every field with its meaning") from None
@@ -527,13 +539,28 @@ def _check_teachers(config: RunConfig) -> None:
         if teacher.path is not None:
             raise UserError(f"teacher.path={teacher.path} and teachers are both given; put it into the list")
         check_entries(config.teachers, list(dict.fromkeys(source.name for source in config.data.all_sources)))
-    if teacher.placement != "cache" and teacher.topk_semantics != TeacherConfig.topk_semantics:
+    if teacher.topk is not None:
+        _check_topk(config)
+    elif teacher.placement != "cache" and teacher.topk_semantics != TeacherConfig.topk_semantics:
         raise UserError(
-            f"teacher.topk_semantics={teacher.topk_semantics} has no meaning with "
-            f"teacher.placement={teacher.placement}; leave it out"
+            f"teacher.topk_semantics={teacher.topk_semantics} has no meaning without teacher.topk or "
+            "teacher.placement=cache; leave it out"
         )
     if teacher.placement != "online" and not config.all_teachers:
         raise UserError(f"teacher.placement={teacher.placement} needs a folder; give teacher.path")
+
+
+def _check_topk(config: RunConfig) -> None:
+    given = f"teacher.topk={config.teacher.topk}"
+    if not config.all_teachers:
+        raise UserError(f"{given} needs a teacher; give teacher.path, or leave it out")
+    if config.teacher.placement in ("cache", "ranks"):
+        why = "whose K is its own" if config.teacher.placement == "cache" else "which sends hidden states"
+        raise UserError(f"{given} has no meaning with teacher.placement={config.teacher.placement}, {why}; leave it out")
+    if config.inherit.schedule == "auto":
+        raise UserError(f"{given} hides the whole teacher from inherit.schedule=auto; leave it out, or take linear")
+    if len(config.all_teachers) > 1 and config.all_teachers[0].domains is None:
+        raise UserError(f"{given}: K entries cannot be averaged over teachers; leave it out, or give each domains")
 
 
 def _check_data(data: DataConfig) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ki_ds.chain import Job, run_job
+from ki_ds.chain import Job, local_places, run_jobs
 from ki_ds.config import Task
 from ki_ds.data.corpora import gensim_dump_path
 from ki_ds.data.prepare import TokenizerSpec, build_store
@@ -49,18 +49,15 @@ def run_demo(task: Task, *, size: str = "full", seed: int = 1) -> None:
     """
     started = time.monotonic()
     folder = demo_folder(task, size, seed)
-    num_ranks = torch.cuda.device_count() or 2
     print(
-        f"[1/5] corpus: Wikipedia articles -> {VOCAB_SIZES[task]} byte-level BPE tokens -> {folder}/corpus", flush=True
+        f"[1/3] corpus: Wikipedia articles -> {VOCAB_SIZES[task]} byte-level BPE tokens -> {folder}/corpus", flush=True
     )
     spec = TokenizerSpec(vocab_size=VOCAB_SIZES[task])
     build_store([gensim_dump_path()], spec, folder / "corpus", valid_fraction=VALID_FRACTION)
     jobs = demo_jobs(task, size, seed)
-    titles = ["a small teacher, trained alone", "a larger student, alone", "the same student, inheriting"]
-    for number, (job, title) in enumerate(zip(jobs, titles, strict=True), start=2):
-        print(f"[{number}/5] {title}: {job.run_dir}", flush=True)
-        run_job(job, num_ranks=num_ranks)
-    print(f"[5/5] report: {folder}/report.html", flush=True)
+    print("[2/3] runs: a small teacher and a larger student, each alone, then the same student inheriting", flush=True)
+    run_jobs(jobs, local_places(torch.cuda.device_count() or 2))
+    print(f"[3/3] report: {folder}/report.html", flush=True)
     comparison = write_report([job.run_dir for job in jobs[1:]], folder / "report.html")
     Console().print(text_table(comparison))
     print(f"whole demo: {(time.monotonic() - started) / 60:.1f} minutes in this call")

@@ -28,6 +28,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "model.dropout": (0, 1, False),
     "model.attention_dropout": (0, 1, False),
     "model.init_std": (1e-9, 10, True),
+    "teacher.topk": (1, 2**31, True),
     "teacher.num_ranks": (1, 2**20, True),
     "teacher.ahead": (1, 1024, True),
     "teacher.patience": (0, 1e9, True),

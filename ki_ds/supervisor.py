@@ -91,7 +91,7 @@ def run_group(command: list[str], environment: dict[str, str]) -> tuple[int, str
             _send(process.pid, signal.SIGTERM)
 
     try:
-        with _handled(handle):
+        with signals_handled(handle):
             while process.poll() is None and len(received) < 2:
                 time.sleep(0.05)
     finally:
@@ -100,7 +100,8 @@ def run_group(command: list[str], environment: dict[str, str]) -> tuple[int, str
 
 
 @contextlib.contextmanager
-def _handled(handle: Callable[[int, object], None]) -> Iterator[None]:
+def signals_handled(handle: Callable[[int, object], None]) -> Iterator[None]:
+    """Let `handle` have this process's SIGTERM, SIGINT and SIGUSR1 while the context lasts."""
     before = {number: signal.signal(number, handle) for number in _SIGNALS}
     try:
         yield

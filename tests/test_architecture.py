@@ -56,10 +56,12 @@ ORDER = [
     "signals",
     "objective",
     "models",
+    "paper",
     "guard",
     "engine",
     "lineage",
     "teachers.questions",
+    "teachers.topk",
     "teachers.cache_files",
     "teachers.cache",
     "teachers.online",
@@ -102,6 +104,8 @@ ORDER = [
     "launcher",
     "chain",
     "demo",
+    "experiment",
+    "reproduce",
 ]
 
 # Heavy or optional packages, and the only modules that may name them.

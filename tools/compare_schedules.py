@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ki_ds import checkpoint
-from ki_ds.chain import Job, run_job
+from ki_ds.chain import Job, local_places, run_jobs
 from ki_ds.data.corpora import gensim_dump_path
 from ki_ds.data.prepare import TokenizerSpec, build_store
 from ki_ds.demo import VALID_FRACTION, VOCAB_SIZES
@@ -104,9 +104,7 @@ def main() -> None:
     spec = TokenizerSpec(vocab_size=VOCAB_SIZES[arguments.task])
     build_store([gensim_dump_path()], spec, folder / "corpus", valid_fraction=VALID_FRACTION)
     planned = jobs(folder, arguments.task, range(1, arguments.seeds + 1), steps, arguments.tau, arguments.teacher_steps)
-    for number, job in enumerate(planned, start=1):
-        print(f"[{number}/{len(planned)}] {job.name}", flush=True)
-        run_job(job, num_ranks=1)
+    run_jobs(planned, local_places(1))
     comparison = compare([read_run(f"{job.name.split('/')[0]}={job.run_dir}") for job in planned[1:]])
     rows = [figures(arm, comparison) for arm in comparison.arms]
     checkpoint.write_json(folder / "comparison.json", {"arms": rows})

@@ -12,7 +12,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ki_ds.config import TeacherConfig
 from ki_ds.data.batches import Batch
@@ -21,8 +20,7 @@ from ki_ds.errors import UserError
 from ki_ds.signals import HiddenSignal, Signal, Teacher, TopKSignal
 from ki_ds.teachers.cache_files import HIDDEN_DTYPES, CacheFiles, Columns, Manifest, read_head
 from ki_ds.teachers.questions import Questions, input_hashes
-
-_ROWS_AT_ONCE = 1024  # whose logits exist together while a cache is written
+from ki_ds.teachers.topk import largest_entries
 
 
 class CachedTeacher(Teacher):
@@ -107,13 +105,9 @@ def encode(signal: HiddenSignal, key: dict[str, Any]) -> Columns:
     """
     if key["kind"] == "hidden":
         return _encode_hidden(signal.hidden_ND, key["dtype"])
-    ids, log_probs = [], []
-    for hidden in signal.hidden_ND.split(_ROWS_AT_ONCE):  # one empty part where there are no rows
-        logits = F.linear(hidden, signal.weight_VD, signal.bias_V)[:, : key["num_classes"]].float()
-        top = torch.log_softmax(logits / key["inherit.tau"], dim=-1).topk(key["topk"], dim=-1)
-        ids.append(top.indices.cpu().numpy().astype(token_dtype(key["num_classes"])))
-        log_probs.append(top.values.half().cpu().numpy())
-    return {"ids": np.concatenate(ids), "log_probs": np.concatenate(log_probs)}
+    num_classes = key["num_classes"]
+    ids, log_probs = largest_entries(signal, topk=key["topk"], tau=key["inherit.tau"], num_classes=num_classes)
+    return {"ids": ids.cpu().numpy().astype(token_dtype(num_classes)), "log_probs": log_probs.half().cpu().numpy()}
 
 
 def _encode_hidden(hidden_ND: Tensor, dtype: str) -> Columns:

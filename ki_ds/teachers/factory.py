@@ -34,6 +34,7 @@ from ki_ds.teachers.many import Assignment, ManyTeachers
 from ki_ds.teachers.online import OnlineTeacher
 from ki_ds.teachers.overlap import OverlappedTeacher
 from ki_ds.teachers.questions import Questions
+from ki_ds.teachers.topk import TopKTeacher
 
 _LARGEST_PADDING = 1024  # output classes beyond the tokenizer's ids that can still be padding
 
@@ -79,15 +80,26 @@ def make_teachers(
         for number, entry in enumerate(entries)
     ]
     facts = [found for _, found in made]
+    teachers = [_cut(teacher, config, data.vocabulary.size) for teacher, _ in made]
     if config.teachers is None:
-        return _placed(made[0][0], config.teacher, device), facts
+        return _placed(teachers[0], config.teacher, device), facts
     _check_average(assignment, facts)
     names = _names([entry.domains for entry in entries], [entry.path for entry in entries])
     facts = [
         replace(found, name=name, domains=entry.domains, share=entry.share)
         for found, name, entry in zip(facts, names, entries, strict=True)
     ]
-    return _placed(ManyTeachers([teacher for teacher, _ in made], assignment), config.teacher, device), facts
+    return _placed(ManyTeachers(teachers, assignment), config.teacher, device), facts
+
+
+def _cut(teacher: Teacher, config: RunConfig, num_classes: int) -> Teacher:
+    """The teacher with its K largest entries alone, where the run asks for that."""
+    topk, semantics = config.teacher.topk, config.teacher.topk_semantics
+    if topk is None:
+        return teacher
+    if topk > num_classes:
+        raise UserError(f"teacher.topk={topk} exceeds the {num_classes:,} ids of the vocabulary; lower it")
+    return TopKTeacher(teacher, topk=topk, tau=config.inherit.tau, num_classes=num_classes, semantics=semantics)
 
 
 def _placed(teacher: Teacher, config: TeacherConfig, device: torch.device) -> Teacher:
