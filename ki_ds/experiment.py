@@ -22,6 +22,7 @@ from ki_ds.errors import UserError
 from ki_ds.models import PRESETS
 from ki_ds.paper import teaching_share
 
+PAPER_ADAPT_SHARE = 0.032  # 4k of 125k steps
 ROOT = RECIPES.parent.parent
 Tree = dict[str, Any]
 
@@ -34,7 +35,8 @@ class Arm:
         model: a preset of Table 6.
         inherits: the run of the recipe that teaches it, or {domain: run}.
         adapts: the run of the recipe from whose weights it starts.
-        data: the domain it trains on, or entries as of data.sources with domains as paths.
+        data: the domain it trains on, or entries as of data.sources with domains as paths; max_tokens is that of the
+            paper's scale and shrinks with the tokens that a run reads.
         valid: domains it is measured on; those it trains on.
         once: trained with the first seed only, for the students of all seeds.
         baseline: left out on request.
@@ -121,7 +123,7 @@ class Scale:
     models: dict[str, Tree] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     inherit_share: float | None = None
-    adapt_share: float = 0.032
+    adapt_share: float = PAPER_ADAPT_SHARE
     texts: dict[str, str] = field(default_factory=dict)
     valid_fraction: float = 0.005
 
@@ -220,12 +222,14 @@ def _configuration(
     """The groups of a run's configuration, without its seed."""
     arm = recipe.runs[name]
     groups = _read(RECIPES / f"{recipe.family}.yaml")
+    paper_tokens = _tokens(groups)
     groups["model"]["name"], groups["optim"]["lr"] = arm.model, PRESETS[arm.model].peak_lr
     groups = _laid_over(groups, scale.settings.get(groups["task"], {}))
     groups = _laid_over(groups, scale.models.get(arm.model, {}))
     for factors in (scale.times, arm.times, {"steps": scale.adapt_share} if arm.adapts else {}):
         _multiply(groups, factors, where=name)
-    groups = _laid_over(groups, {"data": _data(arm, corpora), **_teaching(recipe, name, scale, groups, folders)})
+    shrunk = _tokens(groups) / paper_tokens / (PAPER_ADAPT_SHARE if arm.adapts else 1)
+    groups = _laid_over(groups, {"data": _data(arm, corpora, shrunk), **_teaching(recipe, name, scale, groups, folders)})
     if arm.adapts:
         groups["model"] = {"name": str(folders[arm.adapts] / "best"), "init": "pretrained"}
     for key, value in arm.set.items():
@@ -235,8 +239,16 @@ def _configuration(
     return groups
 
 
-def _data(arm: Arm, corpora: Mapping[str, Path]) -> Tree:
+def _tokens(groups: Tree) -> float:
+    """Tokens that a run reads."""
+    return groups["train"]["num_steps"] * groups["train"]["global_batch_size"] * groups["data"]["seq_len"]
+
+
+def _data(arm: Arm, corpora: Mapping[str, Path], shrunk: float) -> Tree:
     sources = [{**source, "path": str(corpora[source["path"]]), "domain": source["path"]} for source in arm.sources]
+    for source in sources:
+        if "max_tokens" in source:
+            source["max_tokens"] = round(source["max_tokens"] * shrunk)
     trained = list(dict.fromkeys(source["path"] for source in arm.sources))
     return {"sources": sources, "valid": {domain: str(corpora[domain]) for domain in arm.valid or trained}}
 
