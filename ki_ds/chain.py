@@ -70,11 +70,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Place:
-    """Some of the hosts or GPUs: what DeepSpeed's launcher is told, and how many ranks that makes."""
+    """Some of the hosts, GPUs or cores: what DeepSpeed's launcher is told, and how many ranks that makes.
+
+    `num_threads` of a rank, where jobs share the cores of a host without GPUs; 0 leaves it to the run.
+    """
 
     name: str
     arguments: tuple[str, ...]
     num_ranks: int
+    num_threads: int = 0
 
 
 def local_places(num_ranks: int | None = None, parallel: int = 1) -> list[Place]:
@@ -89,7 +93,8 @@ def local_places(num_ranks: int | None = None, parallel: int = 1) -> list[Place]
     num_gpus = torch.cuda.device_count()
     if not num_gpus:
         ranks = num_ranks or 1
-        return [Place(f"part {n}", ("--num_gpus", str(ranks)), ranks) for n in range(1, parallel + 1)]
+        threads = max(1, len(os.sched_getaffinity(0)) // (parallel * ranks)) if parallel > 1 else 0
+        return [Place(f"part {n}", ("--num_gpus", str(ranks)), ranks, threads) for n in range(1, parallel + 1)]
     ranks = num_ranks or num_gpus // parallel
     if ranks < 1 or ranks * parallel > num_gpus:
         raise UserError(
@@ -234,6 +239,7 @@ def _start(job: Job, place: Place, number: str, to_log: bool, max_restarts: int)
     where = f" on {place.name}" if to_log else ""
     print(f"{number} {job.name}{where}{f', going on from step {step:,}' if step else ''}: {job.run_dir}", flush=True)
     arguments = ["--max_restarts", str(max_restarts), *job.arguments()]
+    arguments += ["--engine.num_threads", str(place.num_threads)] if place.num_threads else []
     # a port of its own: DeepSpeed's default may be taken by another job of this host
     deepspeed = [*place.arguments, "--master_port", free_port()]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}

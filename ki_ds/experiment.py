@@ -133,7 +133,7 @@ class Scale:
 
 def experiments() -> list[str]:
     """The ids of all recipes of experiments."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml") if "runs" in _read(path))
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if "\nruns:" in path.read_text(encoding="utf-8"))
 
 
 def scales() -> list[str]:

@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -7,36 +8,56 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from ki_ds import chain
-from ki_ds.chain import LAUNCHER, RECIPES, Job
-from ki_ds.errors import UserError
+from ki_ds.chain import LAUNCHER, RECIPES, Job, hostfile_places, local_places, read_hostfile, run_jobs
+from ki_ds.errors import ResumableError, UserError
 from tests.tiny import ROOT, environment
 
 PYTHON = sys.executable
-FINISHES = """
-run_dir="$(sed -n '/^--run_dir$/{n;p}' "$HERE/arguments")"
-mkdir -p "$run_dir" && echo '{"status": "finished"}' > "$run_dir/run.json"
+# Stands for `python launchers/train_ki.sh`: notes how it was started, then does what FAKE says.
+LAUNCHER_TEXT = """
+import json, os, pathlib, signal, subprocess, sys, time
+words = sys.argv[1:]
+run_dir = pathlib.Path(words[words.index("--run_dir") + 1])
+here = pathlib.Path(__file__).parent
+note = {"words": words, "deepspeed": os.environ["KI_DS_ARGS"], "path": os.environ["PATH"], "began": time.time()}
+run_dir.mkdir(parents=True, exist_ok=True)
+signal.signal(signal.SIGTERM, lambda *_: ((run_dir / "asked").touch(), sys.exit(75)))
+(run_dir / "notes.json").write_text(json.dumps(note))
+print("a line of", run_dir.name, flush=True)
+exec((here / "body.py").read_text())
 """
-# Leaves a rank behind that would run on, as DeepSpeed's launcher does when it is killed.
-ORPHANS = 'sleep 300 & echo $! > "$HERE/orphan"\n'
+FINISHES = """
+time.sleep(0.3)
+(run_dir / "run.json").write_text('{"status": "finished"}')
+(run_dir / "ended").write_text(str(time.time()))
+"""
 
 
 @pytest.fixture
 def launcher(tmp_path, monkeypatch):
-    """launcher(bash) makes `deepspeed` a script that notes its arguments and then does that."""
-    folder = tmp_path / "bin"
+    """launcher(body) lets every job run that Python instead of a training."""
+    folder = tmp_path / "launcher"
     folder.mkdir()
+    script = folder / "train.py"
+    script.write_text(LAUNCHER_TEXT)
+    monkeypatch.setattr(chain, "LAUNCHER", script)
 
     def make(body: str) -> Path:
-        path = folder / "deepspeed"
-        note = 'HERE="$(dirname "$0")"; printf "%s\\n" "$@" > "$HERE/arguments"; echo x >> "$HERE/calls"\n'
-        path.write_text("#!/usr/bin/env bash\n" + note + body)
-        path.chmod(0o755)
-        return folder
+        (folder / "body.py").write_text(body)
+        return script
 
-    monkeypatch.setattr(sys, "executable", str(folder / "python"))
     return make
+
+
+def job(tmp_path, name, *, after=(), **fields):
+    return Job(name, tmp_path / name, fields=fields, after=tuple(str(tmp_path / each) for each in after))
+
+
+def note(tmp_path, name):
+    return json.loads((tmp_path / name / "notes.json").read_text())
 
 
 def finished(run_dir, status="finished"):
@@ -45,19 +66,23 @@ def finished(run_dir, status="finished"):
     return run_dir
 
 
-def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+# --- jobs ---------------------------------------------------------------------------------------------------------
 
 
 def test_recipes_come_first_and_single_fields_win():
-    job = Job("student", Path("runs/s"), ("base.yaml", "over.yaml"), {"optim.lr": 3e-4, "teacher.path": Path("runs/t")})
-    assert job.arguments() == [
+    one = Job("student", Path("runs/s"), ("base.yaml", "over.yaml"), {"optim.lr": 3e-4, "teacher.path": Path("runs/t")})
+    assert one.arguments() == [
         *("--config", str(RECIPES / "base.yaml")),
         *("--config", str(RECIPES / "over.yaml")),
         *("--run_dir", "runs/s"),
         *("--optim.lr", "0.0003"),
         *("--teacher.path", "runs/t"),
     ]
+
+
+def test_a_whole_configuration_is_a_recipe_beside_the_run():
+    one = Job("student", Path("runs/s"), groups={"run_dir": "runs/s"})
+    assert one.arguments() == ["--config", "runs/s.yaml"]
 
 
 def test_a_run_is_finished_when_it_says_so(tmp_path):
@@ -69,67 +94,160 @@ def test_a_run_is_finished_when_it_says_so(tmp_path):
         chain.is_finished(tmp_path / "run")
 
 
+# --- running ------------------------------------------------------------------------------------------------------
+
+
 def test_a_finished_run_is_not_started_again(tmp_path, launcher, capsys):
-    folder = launcher("exit 1")
-    chain.run_job(Job("teacher", finished(tmp_path / "run"), ()), num_ranks=2)
-    assert not (folder / "calls").exists()
-    assert f"teacher: finished before, in {tmp_path / 'run'}" in capsys.readouterr().out
+    launcher("sys.exit(1)")
+    finished(tmp_path / "teacher")
+    run_jobs([job(tmp_path, "teacher")], local_places(2))
+    assert not (tmp_path / "teacher" / "notes.json").exists()
+    assert f"teacher: finished before, in {tmp_path / 'teacher'}" in capsys.readouterr().out
 
 
-def test_a_run_is_started_by_deepspeed_on_that_many_ranks(tmp_path, launcher):
-    folder = launcher(FINISHES)
-    job = Job("student", tmp_path / "run", ("demo_mlm.yaml",), {"seed": 7})
-    chain.run_job(job, num_ranks=3)
-    said = (folder / "arguments").read_text().splitlines()
-    assert 0 < int(said.pop(3)) < 65536  # a port of its own
-    assert said == ["--num_gpus", "3", "--master_port", str(LAUNCHER), *job.arguments()]
-    chain.run_job(job, num_ranks=3)
-    assert (folder / "calls").read_text() == "x\n"  # the second call repeated nothing
+def test_a_job_is_told_its_ranks_its_port_and_its_fields(tmp_path, launcher):
+    launcher(FINISHES)
+    one = job(tmp_path, "student", seed=7)
+    run_jobs([one], local_places(3), max_restarts=2)
+    found = note(tmp_path, "student")
+    assert found["words"] == ["--max_restarts", "2", *one.arguments()]
+    *words, port = found["deepspeed"].split()
+    assert words == ["--num_gpus", "3", "--master_port"]
+    assert 0 < int(port) < 65536
+    assert found["path"].startswith(f"{Path(PYTHON).parent}:")  # this environment's deepspeed is found first
 
 
-def test_the_interpreter_of_this_environment_is_found_first(tmp_path, launcher):
-    folder = launcher(FINISHES + 'echo "$PATH" > "$HERE/path"')
-    chain.run_job(Job("student", tmp_path / "run", ()), num_ranks=1)
-    assert (folder / "path").read_text().startswith(f"{folder}:")
+def test_a_configuration_is_written_before_its_job_starts(tmp_path, launcher):
+    launcher("words = None; time.sleep(0)" + FINISHES)
+    one = Job("s", tmp_path / "s", fields={"run_dir": tmp_path / "s"}, groups={"seed": 5})
+    run_jobs([one], local_places())
+    assert (tmp_path / "s.yaml").read_text() == "seed: 5\n"
 
 
-def test_a_job_that_fails_is_named_with_its_exit_code(tmp_path, launcher):
-    launcher("exit 3")
-    with pytest.raises(UserError, match="student stopped with exit code 3 before its last step; call it again"):
-        chain.run_job(Job("student", tmp_path / "run", ()), num_ranks=2)
+def test_a_job_waits_for_those_that_it_needs_and_independent_ones_run_side_by_side(tmp_path, launcher):
+    launcher(FINISHES)
+    jobs = [job(tmp_path, "student", after=["teacher"]), job(tmp_path, "alone"), job(tmp_path, "teacher")]
+    run_jobs(jobs, local_places(parallel=2))
+    ended = float((tmp_path / "teacher" / "ended").read_text())
+    assert note(tmp_path, "student")["began"] > ended
+    assert note(tmp_path, "alone")["began"] < ended
+    assert note(tmp_path, "teacher")["began"] < float((tmp_path / "alone" / "ended").read_text())
 
 
-@pytest.mark.parametrize("status", [None, "running"])
-def test_exit_code_0_without_a_finished_run_is_a_failure_too(tmp_path, launcher, status):
-    launcher("exit 0")
-    if status:
-        finished(tmp_path / "run", status)
-    with pytest.raises(UserError, match="student stopped with exit code 0 before its last step"):
-        chain.run_job(Job("student", tmp_path / "run", ()), num_ranks=2)
+def test_side_by_side_each_job_has_a_log(tmp_path, launcher, capfd):
+    launcher(FINISHES)
+    run_jobs([job(tmp_path, "a"), job(tmp_path, "b")], local_places(parallel=2))
+    assert (tmp_path / "a.log").read_text() == "a line of a\n"
+    assert "a line of" not in capfd.readouterr().out
+    launcher(FINISHES)
+    run_jobs([job(tmp_path, "c")], local_places())
+    assert "a line of c" in capfd.readouterr().out
 
 
-def test_ranks_that_a_launcher_leaves_behind_are_ended(tmp_path, launcher):
-    folder = launcher(ORPHANS + "exit 1")
-    with pytest.raises(UserError, match="exit code 1"):
-        chain.run_job(Job("student", tmp_path / "run", ()), num_ranks=2)
-    assert not alive(int((folder / "orphan").read_text()))
+@pytest.mark.parametrize(("code", "kind"), [(2, UserError), (75, ResumableError), (1, ResumableError), (0, ResumableError)])
+def test_the_first_failure_is_named_and_the_others_are_asked_to_save(tmp_path, launcher, code, kind):
+    launcher(f"(time.sleep(1), sys.exit({code})) if run_dir.name == 'bad' else time.sleep(60)")
+    jobs = [job(tmp_path, "bad"), job(tmp_path, "good"), job(tmp_path, "later", after=["bad"])]
+    with pytest.raises(kind, match=f"bad ended with exit code {code} before its last step; .*bad.log says why"):
+        run_jobs(jobs, local_places(parallel=2))
+    assert (tmp_path / "good" / "asked").exists()
+    assert not (tmp_path / "later").exists()
 
 
-def test_a_chain_that_is_terminated_takes_its_job_with_it(tmp_path, launcher):
-    folder = launcher(ORPHANS + "wait")
-    script = (
-        "import sys; from pathlib import Path\n"
-        "from ki_ds.chain import Job, run_job; from ki_ds.errors import ends_cleanly\n"
-        "sys.executable = sys.argv[1]; job = Job('student', Path(sys.argv[2]), ())\n"
-        "sys.exit(ends_cleanly(lambda: run_job(job, num_ranks=2))())"
+def chain_in_a_process(tmp_path, script):
+    """A chain of one endless job, in a process of its own, once the job runs."""
+    text = (
+        "import sys; from pathlib import Path; from ki_ds import chain\n"
+        "from ki_ds.errors import ends_cleanly\n"
+        "chain.LAUNCHER = Path(sys.argv[1]); job = chain.Job('student', Path(sys.argv[2]))\n"
+        "sys.exit(ends_cleanly(lambda: chain.run_jobs([job], chain.local_places()))())"
     )
-    command = [PYTHON, "-c", script, str(folder / "python"), str(tmp_path / "run")]
-    process = subprocess.Popen(command, env=environment(), cwd=ROOT)
+    process = subprocess.Popen([PYTHON, "-c", text, str(script), str(tmp_path / "run")], env=environment(), cwd=ROOT)
     until = time.monotonic() + 300
-    while not (folder / "orphan").exists() or not (folder / "orphan").read_text():
+    while not (tmp_path / "run" / "pid").exists() or not (tmp_path / "run" / "pid").read_text():
         assert time.monotonic() < until
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 75
-    assert not alive(int((folder / "orphan").read_text()))
+    return process, int((tmp_path / "run" / "pid").read_text())
+
+
+ENDLESS = "(run_dir / 'pid').write_text(str(os.getpid())); time.sleep(300)"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_chain_that_is_stopped_or_killed_has_its_job_save_and_leave(tmp_path, launcher, signum):
+    process, pid = chain_in_a_process(tmp_path, launcher(ENDLESS))
+    process.send_signal(signum)
+    assert process.wait(timeout=60) == (-signal.SIGKILL if signum == signal.SIGKILL else 75)
+    until = time.monotonic() + 60
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert (tmp_path / "run" / "asked").exists()
+
+
+def test_a_run_that_somebody_else_trains_is_waited_for(tmp_path, launcher, capsys):
+    launcher(FINISHES)
+    other = (
+        "import fcntl, sys, time; from pathlib import Path; run = Path(sys.argv[1]); run.mkdir()\n"
+        "lock = (run / '.lock').open('w'); fcntl.flock(lock, fcntl.LOCK_EX); print('held', flush=True); time.sleep(1)\n"
+        "(run / 'run.json').write_text('{\"status\": \"finished\"}')"
+    )
+    process = subprocess.Popen([PYTHON, "-c", other, str(tmp_path / "run")], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    run_jobs([job(tmp_path, "run")], local_places())
+    assert process.wait() == 0
+    assert not (tmp_path / "run" / "notes.json").exists()
+    assert "run: finished before" in capsys.readouterr().out
+
+
+# --- places -------------------------------------------------------------------------------------------------------
+
+
+def test_a_host_without_gpus_has_as_many_places_as_asked_for():
+    assert [place.arguments for place in local_places(2, 3)] == [("--num_gpus", "2")] * 3
+    assert [(place.num_ranks, place.num_threads) for place in local_places()] == [(1, 0)]
+
+
+def test_jobs_side_by_side_share_the_cores(tmp_path, launcher, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    assert [place.num_threads for place in local_places(2, 3)] == [2, 2, 2]
+    assert [place.num_threads for place in local_places(1, 24)] == [1] * 24
+    launcher(FINISHES)
+    run_jobs([job(tmp_path, "a"), job(tmp_path, "b")], local_places(3, 2))
+    assert note(tmp_path, "a")["words"][-2:] == ["--engine.num_threads", "2"]
+
+
+def test_gpus_are_parted_equally(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert [(p.arguments[1], p.num_ranks) for p in local_places(parallel=2)] == [
+        ("localhost:0,1,2,3", 4),
+        ("localhost:4,5,6,7", 4),
+    ]
+    assert [place.arguments[1] for place in local_places(1, 2)] == ["localhost:0", "localhost:1"]
+    with pytest.raises(UserError, match="3 jobs of 4 GPUs were asked for, this host has 8; lower"):
+        local_places(4, 3)
+
+
+def test_hosts_are_parted_equally(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# nodes\nw1 slots=2\nw2 slots=2\n\nw3 slots=2\nw4 slots=1\n")
+    places = hostfile_places(path, parallel=2)
+    assert [(p.arguments, p.num_ranks) for p in places] == [
+        (("--hostfile", str(path), "--include", "w1:0,1@w2:0,1"), 4),
+        (("--hostfile", str(path), "--include", "w3:0,1@w4:0"), 3),
+    ]
+    with pytest.raises(UserError, match="4 hosts, not a multiple of --parallel 3"):
+        hostfile_places(path, parallel=3)
+    with pytest.raises(UserError, match="w4 has 1 slots, --num_gpus asks for 2"):
+        hostfile_places(path, 2)
+
+
+@pytest.mark.parametrize("text", ["w1", "w1 slots=0", "w1 slots=x", "w1 slots=1\nw1 slots=1", "", "w1 slots=1 more", "a b"])
+def test_a_malformed_hostfile_is_refused_in_a_line(tmp_path, text):
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    with pytest.raises(UserError, match="hosts"):
+        read_hostfile(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_hostfile(tmp_path / "none")

@@ -1,11 +1,12 @@
-import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from ki_ds import chain, demo
+from ki_ds import demo
 from ki_ds.config import flatten, inherit_steps, parse
 from ki_ds.demo import demo_folder, demo_jobs, run_demo
+from ki_ds.errors import UserError
 
 CASES = [(task, size, seed) for task in ("mlm", "causal") for size in ("full", "smoke") for seed in (1, 5)]
 
@@ -58,51 +59,38 @@ def stages(monkeypatch, tmp_path):
         assert (sources, spec.vocab_size) == ([tmp_path / "dump.xml.bz2"], demo.VOCAB_SIZES["mlm"])
         seen.append(f"corpus {out}")
 
-    def run_group(command, _environment):
-        run_dir = Path(command[command.index("--run_dir") + 1])
-        run_dir.mkdir(parents=True)
-        (run_dir / "run.json").write_text(json.dumps({"status": "finished"}))
-        seen.append(f"train {run_dir}")
-        return 0, None
+    def run_jobs(jobs, places):
+        assert places[0].num_ranks == (torch.cuda.device_count() or 2)
+        seen.extend(f"train {job.run_dir}" for job in jobs)
 
     def write_report(specs, out, **_):
         seen.append(f"report {' '.join(map(str, specs))} -> {out}")
 
     monkeypatch.setattr(demo, "build_store", build_store)
-    monkeypatch.setattr(chain, "run_group", run_group)
+    monkeypatch.setattr(demo, "run_jobs", run_jobs)
     monkeypatch.setattr(demo, "write_report", write_report)
     monkeypatch.setattr(demo, "text_table", lambda comparison: "the table")
     return seen
 
 
-def test_the_demo_goes_through_its_stages_and_trains_nothing_twice(stages, capsys):
+def test_the_demo_goes_through_its_stages_and_reports_the_students(stages, capsys):
     runs = [f"train runs/demo_mlm/{name}" for name in ("teacher", "self", "inherit")]
     corpus = "corpus runs/demo_mlm/corpus"  # build_store itself finds its work done
     report = "report runs/demo_mlm/self runs/demo_mlm/inherit -> runs/demo_mlm/report.html"
     run_demo("mlm")
     assert stages == [corpus, *runs, report]
     said = capsys.readouterr().out
-    places = [said.index(f"[{number}/5]") for number in range(1, 6)]
+    places = [said.index(f"[{number}/3]") for number in range(1, 4)]
     assert places == sorted(places)
     assert "the table" in said
     assert "minutes" in said
-    stages.clear()
-    run_demo("mlm")
-    assert stages == [corpus, report]
-    assert capsys.readouterr().out.count("finished before") == 3
 
 
-def test_an_interrupted_demo_goes_on_where_it_was(stages, monkeypatch):
-    complete = chain.run_group
+def test_a_demo_that_is_not_done_has_no_report(stages, monkeypatch):
+    def fail(*_):
+        raise UserError("inherit ended with exit code 1")
 
-    def fails_in_the_last(command, environment):
-        return (1, None) if "runs/demo_mlm/inherit" in command else complete(command, environment)
-
-    monkeypatch.setattr(chain, "run_group", fails_in_the_last)
-    with pytest.raises(ValueError, match="inherit stopped with exit code 1"):
+    monkeypatch.setattr(demo, "run_jobs", fail)
+    with pytest.raises(UserError, match="inherit ended"):
         run_demo("mlm")
-    assert stages[-1] == "train runs/demo_mlm/self"  # no report of a demo that is not done
-    stages.clear()
-    monkeypatch.setattr(chain, "run_group", complete)
-    run_demo("mlm")
-    assert [stage.split()[0] for stage in stages] == ["corpus", "train", "report"]
+    assert stages == ["corpus runs/demo_mlm/corpus"]
