@@ -1,0 +1,243 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ki_ds import experiment, reproduce
+from ki_ds.chain import local_places
+from ki_ds.errors import UserError
+from ki_ds.experiment import configuration_of, experiments
+from ki_ds.reproduce import Request, plan, plan_table
+from ki_ds.savings import read_run
+from tests.tiny import ROOT, environment, tiny_corpus
+
+FEW_STEPS = {
+    "data": {"max_valid_samples": 4},
+    "model": {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "ffn_size": 32},
+    "train": {"num_steps": 3, "global_batch_size": 4, "micro_batch_size": 4, "eval_every": 3, "save_every": 3},
+    "inherit": {"steps": 2},
+    "monitor": {"progress": "none"},
+    "engine": {"num_threads": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory):
+    """Tiny corpora of the three domains with one tokenizer, and the text of one."""
+    folder = tmp_path_factory.mktemp("domains")
+    made = {"WB": tiny_corpus(folder / "WB", seed=0)}
+    for seed, domain in enumerate(("CS", "BIO"), start=1):
+        made[domain] = tiny_corpus(folder / domain, seed=seed, tokenizer=made["WB"] / "tokenizer")
+    return made
+
+
+def request(tmp_path, corpora, recipe="fig1a", **values):
+    needed = experiment.read_recipe(recipe).domains
+    data = {domain: [str(corpora[domain])] for domain in needed}
+    return Request(**{"recipe": recipe, "scale": "tiny", "data": data, "out": tmp_path / "tiny"} | values)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Jobs are trained here, a few steps each with the smallest of models; the names of those that were."""
+    from ki_ds import config as configuration
+    from ki_ds.supervisor import is_finished
+    from ki_ds.train import train
+
+    trained = []
+
+    def run_jobs(jobs, places, **_):
+        for job in jobs:
+            if is_finished(job.run_dir):
+                continue
+            groups = job.groups
+            for name, values in FEW_STEPS.items():
+                adapts = name == "model" and groups["model"].get("init") == "pretrained"
+                unneeded = name == "inherit" and "steps" not in groups.get("inherit", {})
+                groups[name] = {**groups.get(name, {}), **({} if adapts or unneeded else values)}
+            groups["train"].pop("keep_every", None)
+            train(configuration.of_groups(groups))
+            trained.append(job.name)
+
+    monkeypatch.setattr(reproduce, "run_jobs", run_jobs)
+    return trained
+
+
+@pytest.fixture(scope="session")
+def shared_out(tmp_path_factory):
+    return tmp_path_factory.mktemp("experiments")
+
+
+QUICK = ["fig1a", "fig1c", "fig2a", "tab3"]  # every kind of run there is; the others are the same in other numbers
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in experiments()]
+)
+def test_an_experiment_trains_a_few_steps_and_is_reported(name, shared_out, corpora, in_this_process, monkeypatch):
+    monkeypatch.setattr(reproduce, "_run_tool", lambda *_: None)
+    planned = plan(request(shared_out, corpora, name))
+    reproduce.reproduce(planned, local_places())
+    for job in planned.jobs:
+        found = read_run(job.run_dir)
+        assert found.curve[-1].costs.steps == 3
+        assert len(found.teachers) == len(planned.recipe.runs[job.run_dir.name].teachers)
+    page = shared_out / "tiny" / "reports" / f"{name}.html"
+    assert page.exists() == bool(planned.jobs)
+    if planned.jobs:
+        assert planned.recipe.title.replace(">", "&gt;") in page.read_text()
+
+
+def test_experiments_share_their_runs(tmp_path, corpora, in_this_process):
+    reproduce.reproduce(plan(request(tmp_path, corpora, "fig1a")), local_places())
+    assert in_this_process == ["seed1/base", "seed1/large", "seed1/base_to_large"]
+    in_this_process.clear()
+    reproduce.reproduce(plan(request(tmp_path, corpora, "fig2b", baselines=False)), local_places())
+    assert in_this_process == ["seed1/base_to_base_plus", "seed1/base_to_base_plus_to_large"]
+
+
+def test_texts_are_prepared_with_the_first_domains_tokenizer(tmp_path, corpora, in_this_process):
+    data = {domain: [str(path.with_suffix(".txt"))] for domain, path in corpora.items()}
+    scale = experiment.Scale(vocab_size={"mlm": 300}, valid_fraction=0.1)
+    planned = plan(request(tmp_path, corpora, "fig3b", data={"WB": data["WB"], "CS": data["CS"]}))
+    reproduce._prepare(reproduce.dataclasses.replace(planned, scale=scale))
+    made = [planned.corpora[domain] / "tokenizer" / "tokenizer.json" for domain in ("WB", "CS")]
+    assert made[0].read_bytes() == made[1].read_bytes()
+    assert len(planned.texts["WB"]) == 1
+
+
+def test_a_prepared_corpus_lends_its_tokenizer_to_texts(tmp_path, corpora):
+    data = {"WB": [str(corpora["WB"])], "CS": [str(corpora["CS"].with_suffix(".txt"))]}
+    planned = plan(request(tmp_path, corpora, "fig3b", data=data))
+    reproduce._prepare(planned)
+    own, lent = corpora["WB"] / "tokenizer", planned.corpora["CS"] / "tokenizer"
+    assert (own / "tokenizer.json").read_bytes() == (lent / "tokenizer.json").read_bytes()
+
+
+def test_without_text_the_tiny_scale_reads_the_demos(tmp_path):
+    pytest.importorskip("gensim")
+    planned = plan(Request(recipe="fig1a", scale="tiny", data={}, out=tmp_path))
+    assert [path.name for path in planned.texts["WB"]] == [reproduce.gensim_dump_path().name]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": {}, "scale": "paper"}, "fig1a reads the domain WB, and scale paper brings no text of it; give --data WB"),
+        ({"data": {"CS": ["x"]}}, "--data CS: fig1a reads WB only; leave it out"),
+        ({"data": {"WB": ["/nowhere/*.txt"]}}, "--data WB=/nowhere/.*: no such file"),
+        ({"recipe": "fig1z"}, "fig1z is no experiment"),
+        ({"scale": "huge"}, "huge is no scale; take one of one_gpu, paper, tiny"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused_in_a_line(tmp_path, corpora, values, message):
+    given = {"recipe": "fig1a", "scale": "tiny", "data": {"WB": [str(corpora["WB"])]}, "out": tmp_path} | values
+    with pytest.raises(UserError, match=message):
+        plan(Request(**given))
+
+
+def test_the_plan_names_every_run_with_its_state(tmp_path, corpora, in_this_process):
+    planned = plan(request(tmp_path, corpora))
+    rows = list(zip(*(column.cells for column in plan_table(planned, local_places()).columns), strict=True))
+    assert [row[0] for row in rows] == [job.name for job in planned.jobs]
+    assert {row[-1] for row in rows} == {"to do"}
+    reproduce.reproduce(planned, local_places())
+    states = list(plan_table(plan(request(tmp_path, corpora)), local_places()).columns[-1].cells)
+    assert states == ["finished"] * 3
+
+
+# --- commands for afterwards --------------------------------------------------------------------------------------
+
+
+def then(planned, monkeypatch, command):
+    """The words that a command of `then` becomes."""
+    seen = []
+    monkeypatch.setattr(reproduce, "run_group", lambda words, _: seen.append(words[1:]) or (0, None))
+    reproduce._run_tool(planned, "label", command)
+    return seen[0] if seen else None
+
+
+def test_names_in_a_command_become_folders(tmp_path, corpora, monkeypatch):
+    planned = plan(request(tmp_path, corpora, downstream="sets", seeds=2))
+    words = then(planned, monkeypatch, "tools/x.py {large} {data:WB} {seq_len} {downstream}/cola --out {out}.json")
+    out = tmp_path / "tiny"
+    assert words == [
+        str(ROOT / "tools/x.py"),
+        *(str(out / "seed1" / "large"), str(corpora["WB"]), "64", "sets/cola"),
+        *("--out", str(out / "reports" / "fig1a_label.json")),
+    ]
+    with pytest.raises(UserError, match="{nobody} in `then` names no run"):
+        then(planned, monkeypatch, "tools/x.py {nobody}")
+
+
+def test_a_command_that_needs_downstream_sets_is_left_out_with_a_line(tmp_path, corpora, monkeypatch, capsys):
+    assert then(plan(request(tmp_path, corpora)), monkeypatch, "tools/x.py {downstream}") is None
+    assert "label: left out, it needs downstream sets (--downstream FOLDER)" in capsys.readouterr().out
+
+
+def test_texts_in_a_command_are_those_given(tmp_path, corpora, monkeypatch):
+    data = {domain: [str(path.with_suffix(".txt"))] for domain, path in corpora.items()}
+    words = then(plan(request(tmp_path, corpora, "tab9", data=data)), monkeypatch, "tools/x.py {texts}")
+    assert words[1:] == [f"{domain}={paths[0]}" for domain, paths in data.items()]
+    with pytest.raises(UserError, match="is a corpus; tab9 needs its text"):
+        then(plan(request(tmp_path, corpora, "tab9")), monkeypatch, "tools/x.py {texts}")
+
+
+def test_a_command_that_fails_is_named(tmp_path, corpora, monkeypatch):
+    monkeypatch.setattr(reproduce, "run_group", lambda *_: (3, None))
+    with pytest.raises(UserError, match="forgetting ended with exit code 3"):
+        reproduce._run_tool(plan(request(tmp_path, corpora)), "forgetting", "tools/x.py")
+
+
+@pytest.mark.parametrize("name", experiments())
+def test_every_command_of_every_recipe_can_be_filled_and_read_by_its_tool(name, tmp_path, corpora, monkeypatch):
+    data = {domain: [str(path.with_suffix(".txt"))] for domain, path in corpora.items()}
+    needed = {domain: data[domain] for domain in experiment.read_recipe(name).domains}
+    planned = plan(request(tmp_path, corpora, name, data=needed, downstream="sets"))
+    for command in planned.recipe.then.values():
+        words = then(planned, monkeypatch, command)
+        assert Path(words[0]).exists()
+        assert not any("{" in word for word in words)
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def tool(*words):
+    command = ["bash", str(ROOT / "launchers" / words[0]), *map(str, words[1:])]
+    env = environment(PYTHON=sys.executable)
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    done = tool("chain_gpt_73m_to_1b.sh", "--scale", "tiny", "--dry_run", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "seed1/gpt_73m_124m_209m_354m_773m_1b" in done.stdout
+    assert "seed1/gpt_1b" not in done.stdout
+    assert not (tmp_path / "out").exists()
+    done = tool("chain_gpt_73m_to_1b.sh", "--baselines", "--scale", "tiny", "--dry_run", "--out", tmp_path / "out")
+    assert "seed1/gpt_1b" in done.stdout
+
+
+def test_the_papers_scale_is_planned_without_any_corpus(tmp_path):
+    done = tool("chain_roberta_g1_g2_g3.sh", "--dry_run", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("125,000") == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fig1a"], "--data WB=TEXT"),
+        (["fig1a", "--seeds", "0"], "--seeds 0 is too small; give at least 1"),
+        (["fig1a", "--data", "WB"], "--data WB is not DOMAIN=PATH"),
+        (["fig0"], "fig0 is no experiment"),
+        (["fig1a", "--scale", "tiny", "--hostfile", "/none"], "--hostfile /none cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(words, message):
+    done = tool("reproduce.sh", *words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
