@@ -61,6 +61,6 @@ def run_demo(task: Task, *, size: str = "full", seed: int = 1) -> None:
         print(f"[{number}/5] {title}: {job.run_dir}", flush=True)
         run_job(job, num_ranks=num_ranks)
     print(f"[5/5] report: {folder}/report.html", flush=True)
-    comparison = write_report([job.run_dir for job in jobs[1:]], folder / "report.html")
-    Console().print(text_table(comparison))
+    sections = write_report([job.run_dir for job in jobs[1:]], folder / "report.html")
+    Console().print(text_table(sections))
     print(f"whole demo: {(time.monotonic() - started) / 60:.1f} minutes in this call")
