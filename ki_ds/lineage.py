@@ -49,7 +49,7 @@ def describe(
 
     Args:
         flops: (the student's training, its teachers' forwards) so far.
-        ppl: on the run's own validation set, if measured with these weights.
+        ppl: on the run's own validation set (of `valid_domains`, with `valid_masks`), if measured with these weights.
         weights: SHA-256 of the weight files, which ties the record to them.
     """
     return {
@@ -65,6 +65,8 @@ def describe(
         "student_flops": flops[0],
         "teacher_flops": flops[1],
         "valid_ppl": ppl,
+        "valid_domains": manifest["valid_domains"],
+        "valid_masks": manifest["valid_masks"],
         "inherit": manifest["inherit"],
         "teachers": [*manifest["former_teachers"], *teachers_of(manifest)],
         "started_from": manifest["started_from"],
@@ -100,6 +102,11 @@ def costs(record: Lineage) -> Costs:
     ancestors = {parent["weights_sha256"]: parent for parent in _ancestors(record)}
     spent = sum(parent["student_flops"] + parent["teacher_flops"] for parent in ancestors.values())
     return Costs(record["student_flops"], record["teacher_flops"], spent)
+
+
+def is_whole(record: Lineage) -> bool:
+    """Whether every ancestor has a record, so that `costs` has all that was spent."""
+    return all(parent["lineage"] is not None and is_whole(parent["lineage"]) for parent in _parents(record))
 
 
 def _ancestors(record: Lineage) -> Iterator[Lineage]:

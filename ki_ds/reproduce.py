@@ -150,8 +150,8 @@ def reproduce(planned: Plan, places: Sequence[Place], *, max_restarts: int = 0) 
     compared = [job for job in planned.jobs if job.run_dir.name in names]
     if compared:
         specs = [f"{job.run_dir.name}={job.run_dir}" for job in compared]
-        comparison = write_report(specs, page, title=planned.recipe.title)
-        Console(width=None if sys.stdout.isatty() else 160).print(text_table(comparison))
+        sections = write_report(specs, page, title=planned.recipe.title)
+        Console(width=None if sys.stdout.isatty() else 160).print(text_table(sections))
         print(f"report: {page}")
 
 

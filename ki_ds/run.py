@@ -276,6 +276,11 @@ def _check_signals(run_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> N
         )
 
 
+def measured_domains(data: Datasets) -> tuple[str, ...]:
+    """Domains whose rows make the run's validation perplexity: those that it trains on; all where none is measured."""
+    return tuple(domain for domain in data.valid if domain in data.trained_domains) or tuple(data.valid)
+
+
 def _started_from(config: RunConfig, parameters: dict[str, int]) -> dict[str, Any] | None:
     """What the student's first weights were; None for random ones."""
     if config.model.init == "random":
@@ -326,6 +331,7 @@ def _manifest(
         "inheriting_steps": len(schedules.taught_steps(config)),
         "data": data.hashes,
         "domains": list(data.domains),
+        "valid_domains": list(measured_domains(data)),
         "valid_masks": valid,
         "changed_config": config.train.changed_config,
     }

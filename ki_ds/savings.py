@@ -1,7 +1,7 @@
-"""Finished runs compared at equal perplexity: curves, arms, and what inheriting saved (section 3.1, footnote 1).
+"""Finished runs compared at equal perplexity: arms, and what inheriting saved (section 3.1, footnote 1).
 
 The self-learner's final validation perplexity is the target; what counts is what the inheriting student had spent when
-it first got there: steps, FLOPs (with the teacher's forward) and time.
+it first got there: steps, FLOPs (alone, with the teacher's forward, with all that came before) and time.
 """
 
 from __future__ import annotations
@@ -10,18 +10,13 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from dataclasses import dataclass
+from typing import Any
 
 from ki_ds.config import is_operational
 from ki_ds.errors import UserError
-from ki_ds.lineage import teachers_of
+from ki_ds.results import Costs, Curve, Point, Run, validation_data, with_titles
 
-if TYPE_CHECKING:
-    pass
 TRAINING_FLOPS = 6  # per parameter and token: forward 2, backward 4 (Kaplan et al. 2020, as footnote 3 counts)
 FORWARD_FLOPS = 2
 
@@ -39,38 +34,7 @@ def flops_saved_with_teacher(step_saving: float, *, student_params: float, teach
     return 1 - (1 - step_saving) * (student + teacher) / student
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What a run had spent at some point of its training."""
-
-    steps: float
-    student_flops: float
-    flops_with_teacher: float  # and its forward while it teaches
-    seconds: float  # of training, without validation and saving
-
-    def toward(self, other: Costs, fraction: float) -> Costs:
-        """The costs at a fraction of the way from here to `other`."""
-        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(Costs))
-        return Costs(*(a + fraction * (b - a) for a, b in pairs))
-
-    def saved_against(self, baseline: Costs) -> Costs:
-        """Shares saved: 1 - own cost / baseline's cost, negative where more was spent; NaN where that cost is 0."""
-        pairs = ((getattr(self, f.name), getattr(baseline, f.name)) for f in fields(Costs))
-        return Costs(*(1 - own / other if other else math.nan for own, other in pairs))
-
-
-@dataclass(frozen=True)
-class Point:
-    """One validation: what had been spent, and the perplexity it bought."""
-
-    costs: Costs
-    ppl: float
-
-
-Curve = Sequence[Point]
-
-
-def costs_to_reach(curve: Curve, ppl: float) -> Costs | None:
+def costs_to_reach(curve: Sequence[Point], ppl: float) -> Costs | None:
     """Costs at the first crossing of `ppl`, linear in log-perplexity between two validations; None if never reached."""
     before: Point | None = None
     for point in curve:
@@ -83,7 +47,7 @@ def costs_to_reach(curve: Curve, ppl: float) -> Costs | None:
     return None
 
 
-def steps_to_reach(curve: Curve, ppl: float) -> float | None:
+def steps_to_reach(curve: Sequence[Point], ppl: float) -> float | None:
     """Steps at the first crossing of `ppl`, as `costs_to_reach` finds it; None if never reached."""
     costs = costs_to_reach(curve, ppl)
     return None if costs is None else costs.steps
@@ -91,17 +55,36 @@ def steps_to_reach(curve: Curve, ppl: float) -> float | None:
 
 @dataclass(frozen=True)
 class Savings:
-    """One inheriting run against one self-learning run, at the latter's final perplexity."""
+    """One run against one self-learning run, at the latter's final perplexity."""
 
-    target_ppl: float
     baseline: Costs
     inheriting: Costs | None  # None: the target was not reached
-    final_ppl: float  # of the inheriting run
+    baseline_end: Point
+    end: Point
+
+    @property
+    def target_ppl(self) -> float:
+        return self.baseline_end.ppl
+
+    @property
+    def final_ppl(self) -> float:
+        return self.end.ppl
 
     @property
     def saved(self) -> Costs | None:
         """Shares of the baseline's costs saved; None if the target was not reached."""
         return None if self.inheriting is None else self.inheriting.saved_against(self.baseline)
+
+    @property
+    def ppl_change(self) -> float:
+        """Final perplexity against the baseline's: -0.1 is 10% lower. Needs no crossing."""
+        return self.final_ppl / self.target_ppl - 1
+
+    @property
+    def domain_changes(self) -> dict[str, float]:
+        """As `ppl_change`, for each domain that both were measured on."""
+        before = self.baseline_end.domains
+        return {name: ppl / before[name] - 1 for name, ppl in self.end.domains.items() if name in before}
 
 
 def savings(baseline: Curve, inheriting: Curve) -> Savings:
@@ -110,37 +93,12 @@ def savings(baseline: Curve, inheriting: Curve) -> Savings:
     Both are charged up to their first crossing of it: a baseline that had been there before its end gets no blame
     for the rest.
     """
-    target = baseline[-1].ppl
-    spent = costs_to_reach(baseline, target)
+    spent = costs_to_reach(baseline, baseline[-1].ppl)
     assert spent is not None
-    return Savings(target, spent, costs_to_reach(inheriting, target), inheriting[-1].ppl)
+    return Savings(spent, costs_to_reach(inheriting, baseline[-1].ppl), baseline[-1], inheriting[-1])
 
 
-# --- runs, arms, comparison -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """A run read from its folder."""
-
-    path: Path
-    label: str | None  # of its arm, if the user gave one
-    config: dict[str, Any]  # flat: {"optim.lr": ...}
-    manifest: dict[str, Any]  # run.json
-    curve: tuple[Point, ...]
-    training: tuple[dict[str, Any], ...]  # records of training steps
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def seed(self) -> int:
-        return self.config["seed"]
-
-    @property
-    def teachers(self) -> list[dict[str, Any]]:
-        return teachers_of(self.manifest)
+# --- arms, comparison -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,27 +115,51 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms of equal data and student; `savings[i]` has one entry for each run of `others[i]`."""
+    """Arms of equal task, student size and validation; `savings[i]` has one entry for each run of `others[i]`."""
 
+    task: str
+    num_parameters: int
     arms: tuple[Arm, ...]
     baseline: Arm | None  # the first arm that learnt alone
-    others: tuple[Arm, ...]
+    others: tuple[Arm, ...]  # all but the baseline, if there is one
     savings: tuple[tuple[Savings, ...], ...]
     same_machine: bool  # else times say nothing
     notes: tuple[str, ...]
 
+    @property
+    def runs(self) -> list[Run]:
+        return [run for arm in self.arms for run in arm.runs]
 
-def compare(runs: Sequence[Run]) -> Comparison:
-    """The runs sorted into arms, and every other arm's savings against the first self-learning one.
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains that some run was measured on, where there are several."""
+        return list(dict.fromkeys(name for run in self.runs for name in run.curve[-1].domains))
+
+
+def compare(runs: Sequence[Run]) -> tuple[Comparison, ...]:
+    """A comparison for each task and student size, small ones first: its arms, and savings against its baseline.
 
     A run is compared with the baseline of its own seed, or with the first baseline where no seed fits.
 
     Raises:
-        UserError: runs differ in what makes them comparable, or cannot be told apart.
+        UserError: runs were measured on different data, or cannot be told apart.
     """
     if not runs:
         raise UserError("no run was given; give at least one run folder")
     _check_comparable(runs)
+    runs, notes = _with_common_measure(with_titles(runs))
+    tasks = list(dict.fromkeys(run.manifest["task"] for run in runs))
+    groups: dict[tuple[int, int], list[Run]] = {}
+    for run in runs:
+        size = run.manifest["student"]["num_parameters"]
+        groups.setdefault((tasks.index(run.manifest["task"]), size), []).append(run)
+    return tuple(
+        _compare_arms(tasks[task], size, groups[task, size], notes if number == 0 else [])
+        for number, (task, size) in enumerate(sorted(groups))
+    )
+
+
+def _compare_arms(task: str, num_parameters: int, runs: Sequence[Run], notes: Sequence[str]) -> Comparison:
     arms = _arms(runs)
     baseline = next((arm for arm in arms if not arm.inherits), None)
     others = tuple(arm for arm in arms if baseline and arm is not baseline)
@@ -185,7 +167,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
         tuple(savings(_partner(baseline, run).curve, run.curve) for run in arm.runs) for arm in others if baseline
     )
     same_machine = len({(run.manifest.get("device"), run.manifest.get("world_size")) for run in runs}) == 1
-    return Comparison(arms, baseline, others, pairs, same_machine, tuple(_notes(runs, baseline, same_machine)))
+    found = (*notes, *_notes(runs, baseline, others, same_machine))
+    return Comparison(task, num_parameters, arms, baseline, others, pairs, same_machine, found)
 
 
 def _partner(baseline: Arm, run: Run) -> Run:
@@ -200,14 +183,26 @@ def _check_comparable(runs: Sequence[Run]) -> None:
             if a.get(key) != b.get(key):
                 raise UserError(
                     f"{first.path} and {run.path} cannot be compared: {key} is {_short(a.get(key))} and "
-                    f"{_short(b.get(key))}; give runs of the same data, masks and student"
+                    f"{_short(b.get(key))}; give runs of the same tokenizer, validation data and masks"
                 )
 
 
 def _comparability(manifest: dict[str, Any]) -> dict[str, Any]:
     """What must be equal between two runs for their perplexities to be comparable."""
-    facts = {"task": manifest["task"], "student.num_parameters": manifest["student"]["num_parameters"]}
-    return facts | {f"{part}.{key}": value for part in ("data", "valid_masks") for key, value in manifest[part].items()}
+    parts = {"data": validation_data(manifest), "valid_masks": manifest["valid_masks"]}
+    return {f"{part}.{key}": value for part, facts in parts.items() for key, value in facts.items()}
+
+
+def _with_common_measure(runs: Sequence[Run]) -> tuple[Sequence[Run], list[str]]:
+    """The runs, with perplexities of all domains where each one's own are of domains that others are not measured by.
+
+    And a line that says so.
+    """
+    measures = {run.measured_domains for run in runs}
+    if len(measures) == 1 and frozenset() not in measures:
+        return runs, []
+    note = "The runs train on different domains: perplexities are of all validation domains together."
+    return [run.measured_on_all_domains() for run in runs], [note]
 
 
 def _short(value: object) -> object:
@@ -215,10 +210,19 @@ def _short(value: object) -> object:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """What tells two arms apart: every field that changes the training, but the seed; and the teachers' sizes."""
-    identity = {key: value for key, value in run.config.items() if key != "seed" and not is_operational(key)}
+    """What tells two arms apart: every field that changes the training, but the seed; its data; its teachers."""
+    identity = {key: value for key, value in run.config.items() if not (is_operational(key) or _is_compared(key))}
+    identity["training data"] = _short(run.manifest["data"].get("train_sha256"))
     sizes = [teacher["num_parameters"] for teacher in run.teachers]
-    return identity | ({"teacher.num_parameters": sizes if len(sizes) > 1 else sizes[0]} if sizes else {})
+    records = [teacher.get("lineage") or {"data": {}} for teacher in run.teachers]
+    facts = {"teacher.num_parameters": sizes}
+    facts["teacher's training data"] = [_short(record["data"].get("train_sha256")) for record in records]
+    return identity | {key: found if len(found) > 1 else found[0] for key, found in facts.items() if found}
+
+
+def _is_compared(key: str) -> bool:
+    """Whether a field of the configuration is no difference: the seed, and paths of validation data equal by hash."""
+    return key in ("seed", "data.valid") or key.startswith("data.valid.")
 
 
 def _arms(runs: Sequence[Run]) -> tuple[Arm, ...]:
@@ -233,6 +237,11 @@ def _arms(runs: Sequence[Run]) -> tuple[Arm, ...]:
 def _check_seeds(group: list[Run]) -> None:
     seen: dict[int, Run] = {}
     for run in group:
+        if bool(run.teachers) != bool(group[0].teachers):
+            raise UserError(
+                f"{group[0].path} and {run.path} are both labelled {run.label}, and only one of them inherits; give "
+                "them different labels"
+            )
         if run.seed in seen:
             raise UserError(
                 f"{seen[run.seed].path} and {run.path} have the same configuration and seed {run.seed}; "
@@ -252,115 +261,20 @@ def _label(run: Run, groups: list[list[Run]]) -> str:
     return f"{kind} ({', '.join(parts)})" if parts else kind
 
 
-def _notes(runs: Sequence[Run], baseline: Arm | None, same_machine: bool) -> Iterator[str]:
+def _notes(runs: Sequence[Run], baseline: Arm | None, others: Sequence[Arm], same_machine: bool) -> Iterator[str]:
     """What a reader must know to take the figures for what they are."""
     if baseline is None:
         yield "No self-learning run was given, so no saving can be stated."
-    if unfinished := [run.name for run in runs if run.manifest["status"] != "finished"]:
+    if unfinished := [run.title for run in runs if run.manifest["status"] != "finished"]:
         yield f"Not finished: {', '.join(unfinished)}; their final perplexity is the one so far."
     if not same_machine:
         yield "The runs used different machines or numbers of ranks, so their times are not compared."
-    if any(run.teachers for run in runs):
-        yield (
-            "FLOPs: 6 a parameter and token for the student, 2 for the teacher's forward while it teaches. "
-            "As in the paper, the teacher's own earlier training is not counted."
-        )
-
-
-# --- reading runs ---------------------------------------------------------------------------------------------------
-
-
-def read_run(spec: str | Path, *, allow_unfinished: bool = False) -> Run:
-    """The run in a folder.
-
-    Args:
-        spec: the folder, or LABEL=FOLDER to name its arm.
-        allow_unfinished: take a run that has not come to its last step.
-
-    Raises:
-        UserError: no run there, a broken file, nothing validated yet, or an unfinished run.
-    """
-    label, path = _split_label(spec)
-    manifest = _read_manifest(path / "run.json")
-    if manifest["status"] != "finished" and not allow_unfinished:
-        raise UserError(f"{path} is not finished; call it again to go on, or allow it with --allow_unfinished")
-    records = _read_records(path / "metrics.jsonl")
-    curve = tuple(_point(record, path) for record in records["valid"])
-    if not curve:
-        raise UserError(f"{path} has no validation yet; wait for the first one")
-    return Run(path, label, _read_config(path / "config.yaml"), manifest, curve, tuple(records["train"]))
-
-
-def _split_label(spec: str | Path) -> tuple[str | None, Path]:
-    label, equals, folder = str(spec).partition("=")
-    if equals and not Path(spec).exists():
-        return label, Path(folder)
-    return None, Path(spec)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        raise UserError(f"{path} cannot be read; {path.parent} is not the folder of a run") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; it was damaged, restore it or leave the run out") from None
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(_read_text(path))
-        needed = ("task", "status", "student", "data", "valid_masks")
-        missing = [key for key in needed if key not in manifest]
-    except (ValueError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not JSON ({error}); restore it or leave the run out") from None
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; it is not the record of a training run")
-    return manifest
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """The configuration with dotted names."""
-    try:
-        config = yaml.safe_load(_read_text(path))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML ({error}); restore it or leave the run out") from None
-    if not isinstance(config, dict) or "seed" not in config:
-        raise UserError(f"{path} has no seed; it is not the configuration of a run")
-    return dict(_flat(config))
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-            yield from _flat({f"{key}.{number}": entry for number, entry in enumerate(value)}, prefix)
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _read_records(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Training and validation records in order of steps: a step that was done again replaces what came after it."""
-    records: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            kind, step = record["kind"], record["step"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number} is not a record of metrics; remove or restore the line") from None
-        kept = records.setdefault(kind, [])
-        while kept and kept[-1]["step"] >= step:
-            kept.pop()
-        kept.append(record)
-    return records
-
-
-def _point(record: dict[str, Any], path: Path) -> Point:
-    try:
-        student, teacher = record["student_flops"], record["teacher_flops"]
-        return Point(Costs(record["step"], student, student + teacher, record["seconds"]), record["ppl"])
-    except KeyError as error:
-        raise UserError(f"{path}/metrics.jsonl: the validation at step {record['step']} lacks {error}") from None
+    if len({run.manifest["data"].get("train_sha256") for run in runs}) > 1:
+        yield "The runs do not all train on the same data."
+    for arm in others:
+        strangers = [run for run in arm.runs if baseline and run.seed != _partner(baseline, run).seed]
+        if baseline and strangers:
+            seeds = ", ".join(str(run.seed) for run in strangers)
+            yield f"{arm.label}: no {baseline.label} run has seed {seeds}; compared with seed {baseline.runs[0].seed}."
+    if unknown := [run.title for run in runs if math.isnan(run.curve[-1].costs.flops_with_ancestors)]:
+        yield f"No lineage record of all ancestors: {', '.join(unknown)}; what was spent on them is not known."

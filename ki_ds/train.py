@@ -29,7 +29,7 @@ from ki_ds.metrics import Display, Figures, MetricsLog, Stopwatch, Window
 from ki_ds.models import weights_sha256
 from ki_ds.preemption import Preemption
 from ki_ds.profiling import each, part, profiled_steps
-from ki_ds.run import Run, prepare
+from ki_ds.run import Run, measured_domains, prepare
 from ki_ds.signals import teacher_tokens
 from ki_ds.stragglers import Pace
 from ki_ds.teachers.factory import TeacherFacts
@@ -296,8 +296,7 @@ def _validate(run: Run, log: MetricsLog, display: Display, watchdog: Watchdog) -
         return run.engine.evaluate(batch)
 
     by_domain = {domain: validate(batches, evaluate, device=run.device) for domain, batches in run.valid.items()}
-    trained = [found for domain, found in by_domain.items() if domain in run.data.trained_domains]
-    result = Perplexity.together(trained or by_domain.values())
+    result = Perplexity.together(by_domain[domain] for domain in measured_domains(run.data))
     domains = {domain: found.figures for domain, found in by_domain.items()} if len(by_domain) > 1 else {}
     log.write("valid", run.totals, **result.figures, **({"domains": domains} if domains else {}))
     measured = {"valid": result.figures} | {f"valid/{domain}": figures for domain, figures in domains.items()}

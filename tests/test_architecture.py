@@ -74,8 +74,12 @@ ORDER = [
     "preemption",
     "watchdog",
     "stragglers",
+    "intervals",
+    "results",
     "savings",
+    "tables",
     "figures",
+    "page",
     "report",
     "teachers.cache_build",
     "teachers.answers",
@@ -118,7 +122,7 @@ OWNERS = {
     "sentencepiece": ["data.sentencepieces"],
     "matplotlib": ["figures"],
     "sklearn": ["evaluation.scores"],
-    "scipy": ["evaluation.scores"],
+    "scipy": ["evaluation.scores", "intervals"],
 }
 
 MAX_FUNCTION_LINES = 80

@@ -9,7 +9,7 @@ from ki_ds.chain import local_places
 from ki_ds.errors import UserError
 from ki_ds.experiment import configuration_of, experiments
 from ki_ds.reproduce import Request, plan, plan_table
-from ki_ds.savings import read_run
+from ki_ds.results import read_run
 from tests.tiny import ROOT, environment, tiny_corpus
 
 FEW_STEPS = {

@@ -25,7 +25,8 @@ from ki_ds.data.prepare import TokenizerSpec, build_store
 from ki_ds.demo import VALID_FRACTION, VOCAB_SIZES
 from ki_ds.errors import UserError, ends_cleanly
 from ki_ds.figures import draw_curves, png_bytes
-from ki_ds.savings import Arm, Comparison, compare, read_run
+from ki_ds.results import read_run
+from ki_ds.savings import Arm, Comparison, compare
 
 INHERIT_STEPS = {"causal": (75, 150, 225, 300), "mlm": (125, 250, 375, 500)}
 
@@ -105,7 +106,7 @@ def main() -> None:
     build_store([gensim_dump_path()], spec, folder / "corpus", valid_fraction=VALID_FRACTION)
     planned = jobs(folder, arguments.task, range(1, arguments.seeds + 1), steps, arguments.tau, arguments.teacher_steps)
     run_jobs(planned, local_places(1))
-    comparison = compare([read_run(f"{job.name.split('/')[0]}={job.run_dir}") for job in planned[1:]])
+    (comparison,) = compare([read_run(f"{job.name.split('/')[0]}={job.run_dir}") for job in planned[1:]])
     rows = [figures(arm, comparison) for arm in comparison.arms]
     checkpoint.write_json(folder / "comparison.json", {"arms": rows})
     (folder / "comparison.png").write_bytes(png_bytes(draw_curves(comparison)))

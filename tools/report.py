@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Compare finished runs: savings at equal perplexity as a table, a CSV, curves and one HTML page."""
+"""Compare finished runs, one section for each student size: savings at equal perplexity as tables, CSV, curves, a page.
+
+All runs must have been measured on the same validation data with the same masks and tokenizer (docs/reports.md).
+"""
 
 import argparse
 import sys
@@ -16,11 +19,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or LABEL=FOLDER to name its arm")
     parser.add_argument("--out", default="report.html", help="the page; .png and .csv are written beside it")
+    parser.add_argument("--title", help="of the page; by default it names the students' sizes")
     parser.add_argument("--allow_unfinished", action="store_true", help="take runs before their last step")
     args = parser.parse_args()
-    comparison = write_report(args.runs, args.out, allow_unfinished=args.allow_unfinished)
+    sections = write_report(args.runs, args.out, title=args.title, allow_unfinished=args.allow_unfinished)
     print(f"wrote {args.out} and the same with .png and .csv")
-    Console().print(text_table(comparison))
+    Console().print(text_table(sections))
 
 
 if __name__ == "__main__":
