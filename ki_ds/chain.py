@@ -127,9 +127,7 @@ def hostfile_places(hostfile: Path, num_gpus: int | None = None, parallel: int =
         part = hosts[number * size : (number + 1) * size]
         used = {host: num_gpus or slots[host] for host in part}
         include = "@".join(f"{host}:{','.join(map(str, range(count)))}" for host, count in used.items())
-        places.append(
-            Place(", ".join(part), ("--hostfile", str(hostfile), "--include", include), sum(used.values()))
-        )
+        places.append(Place(", ".join(part), ("--hostfile", str(hostfile), "--include", include), sum(used.values())))
     return places
 
 

@@ -555,8 +555,8 @@ def _check_topk(config: RunConfig) -> None:
     if not config.all_teachers:
         raise UserError(f"{given} needs a teacher; give teacher.path, or leave it out")
     if config.teacher.placement in ("cache", "ranks"):
-        why = "whose K is its own" if config.teacher.placement == "cache" else "which sends hidden states"
-        raise UserError(f"{given} has no meaning with teacher.placement={config.teacher.placement}, {why}; leave it out")
+        why = "cache, whose K is its own" if config.teacher.placement == "cache" else "ranks, which send hidden states"
+        raise UserError(f"{given} has no meaning with teacher.placement={why}; leave it out")
     if config.inherit.schedule == "auto":
         raise UserError(f"{given} hides the whole teacher from inherit.schedule=auto; leave it out, or take linear")
     if len(config.all_teachers) > 1 and config.all_teachers[0].domains is None:

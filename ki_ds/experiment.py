@@ -19,8 +19,7 @@ from ki_ds import config as configuration
 from ki_ds.chain import RECIPES, Job
 from ki_ds.config import RunConfig
 from ki_ds.errors import UserError
-from ki_ds.models import PRESETS
-from ki_ds.paper import teaching_share
+from ki_ds.paper import PRESETS, teaching_share
 
 PAPER_ADAPT_SHARE = 0.032  # 4k of 125k steps
 ROOT = RECIPES.parent.parent
@@ -81,7 +80,7 @@ class Recipe:
         family: roberta or gpt.
         runs: by name, in the order of the report; a teacher stands before its students.
         reads: domains that the commands of `then` need, beside those of the runs.
-        report: the runs that are compared, where not all can be.
+        report: {page: runs that are compared on it}, where not all can be on one.
         then: commands for afterwards, {label: arguments of a tool}; see `ki_ds.reproduce`.
     """
 
@@ -89,7 +88,7 @@ class Recipe:
     family: str = "roberta"
     runs: dict[str, Arm] = field(default_factory=dict)
     reads: list[str] = field(default_factory=list)
-    report: list[str] | None = None
+    report: dict[str, list[str]] = field(default_factory=dict)
     then: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -229,7 +228,8 @@ def _configuration(
     for factors in (scale.times, arm.times, {"steps": scale.adapt_share} if arm.adapts else {}):
         _multiply(groups, factors, where=name)
     shrunk = _tokens(groups) / paper_tokens / (PAPER_ADAPT_SHARE if arm.adapts else 1)
-    groups = _laid_over(groups, {"data": _data(arm, corpora, shrunk), **_teaching(recipe, name, scale, groups, folders)})
+    groups = _laid_over(groups, {"data": _data(arm, corpora, shrunk)})
+    groups = _laid_over(groups, _teaching(recipe, name, scale, groups, folders))
     if arm.adapts:
         groups["model"] = {"name": str(folders[arm.adapts] / "best"), "init": "pretrained"}
     for key, value in arm.set.items():
@@ -309,4 +309,5 @@ def _laid_over(below: Tree, above: Tree) -> Tree:
 
 def configuration_of(job: Job) -> RunConfig:
     """The validated configuration of a planned job. UserError as `config.parse`."""
+    assert job.groups is not None
     return configuration.of_groups(job.groups)

@@ -14,7 +14,6 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,37 +36,13 @@ from ki_ds.data.batches import IGNORE_INDEX, Batch
 from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
 from ki_ds.objective import loss_of
+from ki_ds.paper import PRESETS
 from ki_ds.profiling import part
 from ki_ds.signals import HiddenSignal, Signal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Preset:
-    """One row of Table 6; the vocabulary comes from the tokenizer, the head is tied to the embedding."""
-
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    ffn_size: int
-    peak_lr: float  # at a global batch of 2,048
-
-
-PRESETS: dict[str, Preset] = {
-    "roberta_medium": Preset(9, 576, 12, 3072, 5.0e-4),
-    **{f"roberta_d{d}": Preset(12, d, 12, 3072, 5.0e-4) for d in (384, 480, 576, 672)},
-    **{f"roberta_h{h}": Preset(h, 768, 12, 3072, 5.0e-4) for h in (4, 6, 8, 10)},
-    "roberta_base": Preset(12, 768, 12, 3072, 5.0e-4),
-    "roberta_base_plus": Preset(18, 864, 12, 3600, 3.5e-4),
-    "roberta_large": Preset(24, 1024, 16, 4096, 2.5e-4),
-    "gpt_73m": Preset(9, 576, 12, 3072, 5.0e-4),
-    "gpt_124m": Preset(12, 768, 12, 3072, 5.0e-4),
-    "gpt_209m": Preset(18, 864, 12, 3600, 4.0e-4),
-    "gpt_354m": Preset(24, 1024, 16, 4096, 3.5e-4),
-    "gpt_773m": Preset(36, 1280, 20, 5120, 3.0e-4),
-    "gpt_1b": Preset(40, 1440, 20, 5760, 2.5e-4),
-}
 _PRESET_ONLY = [
     *("num_layers", "hidden_size", "num_heads", "ffn_size", "num_positions", "vocab_multiple"),
     *("dropout", "attention_dropout", "init_std"),

@@ -1,10 +1,38 @@
-"""What the paper's appendix prescribes for a run, beside its architectures and learning rates (`models.PRESETS`)."""
+"""The paper's tables: architectures and learning rates (Table 6), steps of teacher-guided learning (Table 7)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ki_ds.config import Task
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row of Table 6; the vocabulary comes from the tokenizer, the head is tied to the embedding."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    ffn_size: int
+    peak_lr: float  # at a global batch of 2,048
+
+
+PRESETS: dict[str, Preset] = {
+    "roberta_medium": Preset(9, 576, 12, 3072, 5.0e-4),
+    **{f"roberta_d{d}": Preset(12, d, 12, 3072, 5.0e-4) for d in (384, 480, 576, 672)},
+    **{f"roberta_h{h}": Preset(h, 768, 12, 3072, 5.0e-4) for h in (4, 6, 8, 10)},
+    "roberta_base": Preset(12, 768, 12, 3072, 5.0e-4),
+    "roberta_base_plus": Preset(18, 864, 12, 3600, 3.5e-4),
+    "roberta_large": Preset(24, 1024, 16, 4096, 2.5e-4),
+    "gpt_73m": Preset(9, 576, 12, 3072, 5.0e-4),
+    "gpt_124m": Preset(12, 768, 12, 3072, 5.0e-4),
+    "gpt_209m": Preset(18, 864, 12, 3600, 4.0e-4),
+    "gpt_354m": Preset(24, 1024, 16, 4096, 3.5e-4),
+    "gpt_773m": Preset(36, 1280, 20, 5120, 3.0e-4),
+    "gpt_1b": Preset(40, 1440, 20, 5760, 2.5e-4),
+}
 
 # Updates of every model trained from scratch at a global batch of 2,048 (section 4.1).
 NUM_STEPS: dict[Task, int] = {"mlm": 125_000, "causal": 62_500}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import os
 import shlex
@@ -140,19 +139,23 @@ def reproduce(planned: Plan, places: Sequence[Place], *, max_restarts: int = 0) 
     Raises:
         UserError, ResumableError: a part could not be done; called again, it goes on there.
     """
-    request = planned.request
     _prepare(planned)
     run_jobs(planned.jobs, places, max_restarts=max_restarts)
     for label, command in planned.recipe.then.items():
         _run_tool(planned, label, command)
-    page = request.out / "reports" / f"{request.recipe}.html"
-    names = planned.recipe.report or list(planned.recipe.runs)
-    compared = [job for job in planned.jobs if job.run_dir.name in names]
-    if compared:
-        specs = [f"{job.run_dir.name}={job.run_dir}" for job in compared]
-        sections = write_report(specs, page, title=planned.recipe.title)
-        Console(width=None if sys.stdout.isatty() else 160).print(text_table(sections))
-        print(f"report: {page}")
+    for page, names in (planned.recipe.report or {"": list(planned.recipe.runs)}).items():
+        _report(planned, [job for job in planned.jobs if job.run_dir.name in names], page)
+
+
+def _report(planned: Plan, compared: Sequence[Job], page: str) -> None:
+    if not compared:
+        return
+    name = "_".join(part for part in (planned.request.recipe, page) if part)
+    path = planned.request.out / "reports" / f"{name}.html"
+    specs = [f"{job.run_dir.name}={job.run_dir}" for job in compared]
+    sections = write_report(specs, path, title=planned.recipe.title)
+    Console(width=None if sys.stdout.isatty() else 160).print(text_table(sections))
+    print(f"report: {path}", flush=True)
 
 
 def _prepare(planned: Plan) -> None:
@@ -176,7 +179,8 @@ def _run_tool(planned: Plan, label: str, command: str) -> None:
     request = planned.request
     folders = {job.run_dir.name: str(job.run_dir) for job in reversed(planned.jobs)}
     values = folders | {f"data:{domain}": str(path) for domain, path in planned.corpora.items()}
-    values |= {"seq_len": str(job.groups["data"]["seq_len"]) for job in planned.jobs[:1] if job.groups}
+    if planned.jobs:
+        values["seq_len"] = str(configuration_of(planned.jobs[0]).data.seq_len)
     values["out"] = str(request.out / "reports" / f"{request.recipe}_{label}")
     if "{downstream}" in command:
         if request.downstream is None:
@@ -194,7 +198,9 @@ def _run_tool(planned: Plan, label: str, command: str) -> None:
 
 def _texts(planned: Plan) -> list[str]:
     for domain in planned.corpora.keys() - planned.texts.keys():
-        raise UserError(f"--data {domain}={planned.corpora[domain]} is a corpus; {planned.request.recipe} needs its text")
+        raise UserError(
+            f"--data {domain}={planned.corpora[domain]} is a corpus; {planned.request.recipe} needs its text"
+        )
     return [f"{domain}={path}" for domain, paths in planned.texts.items() for path in paths]
 
 
@@ -204,4 +210,3 @@ def _filled(word: str, values: Mapping[str, str], where: str) -> str:
     if "{" in word:
         raise UserError(f"{where}: {word} in `then` names no run or corpus; mend the recipe")
     return word
-

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ki_ds import chain
-from ki_ds.chain import LAUNCHER, RECIPES, Job, hostfile_places, local_places, read_hostfile, run_jobs
+from ki_ds.chain import RECIPES, Job, hostfile_places, local_places, read_hostfile, run_jobs
 from ki_ds.errors import ResumableError, UserError
 from tests.tiny import ROOT, environment
 
@@ -144,7 +144,9 @@ def test_side_by_side_each_job_has_a_log(tmp_path, launcher, capfd):
     assert "a line of c" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(("code", "kind"), [(2, UserError), (75, ResumableError), (1, ResumableError), (0, ResumableError)])
+@pytest.mark.parametrize(
+    ("code", "kind"), [(2, UserError), (75, ResumableError), (1, ResumableError), (0, ResumableError)]
+)
 def test_the_first_failure_is_named_and_the_others_are_asked_to_save(tmp_path, launcher, code, kind):
     launcher(f"(time.sleep(1), sys.exit({code})) if run_dir.name == 'bad' else time.sleep(60)")
     jobs = [job(tmp_path, "bad"), job(tmp_path, "good"), job(tmp_path, "later", after=["bad"])]
@@ -243,7 +245,9 @@ def test_hosts_are_parted_equally(tmp_path):
         hostfile_places(path, 2)
 
 
-@pytest.mark.parametrize("text", ["w1", "w1 slots=0", "w1 slots=x", "w1 slots=1\nw1 slots=1", "", "w1 slots=1 more", "a b"])
+@pytest.mark.parametrize(
+    "text", ["w1", "w1 slots=0", "w1 slots=x", "w1 slots=1\nw1 slots=1", "", "w1 slots=1 more", "a b"]
+)
 def test_a_malformed_hostfile_is_refused_in_a_line(tmp_path, text):
     path = tmp_path / "hosts"
     path.write_text(text)

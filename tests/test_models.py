@@ -10,7 +10,6 @@ from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
 from ki_ds.loss import topk_inheritance_loss
 from ki_ds.models import (
-    PRESETS,
     InheritanceModel,
     RowLM,
     _probe,
@@ -20,6 +19,7 @@ from ki_ds.models import (
     max_positions,
     model_folder,
 )
+from ki_ds.paper import PRESETS
 from ki_ds.signals import TopKSignal
 
 SPECIAL = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=4)

@@ -6,7 +6,7 @@
   launchers/reproduce.sh tab2 --scale tiny --data WB=novels.txt CS=abstracts.txt BIO=articles.txt
   launchers/reproduce.sh fig2b --data WB=CORPUS --hostfile hosts --parallel 2
 
-Called again, it goes on: finished runs are skipped, interrupted ones resumed. Experiments of one scale share their runs.
+Called again, it goes on: finished runs are skipped, interrupted ones resumed. Experiments of one scale share runs.
 """
 
 import argparse

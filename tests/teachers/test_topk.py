@@ -75,7 +75,7 @@ def test_more_entries_than_ids_are_refused(base):
         ({"teacher": {"topk": 0, "path": "t"}}, "teacher.topk=0 is outside"),
         ({"teacher": {"topk": 10}, "inherit": {"schedule": "none"}}, "teacher.topk=10 needs a teacher"),
         ({"teacher": {"topk": 10, "path": "t", "placement": "cache"}}, "whose K is its own; leave it out"),
-        ({"teacher": {"topk": 10, "path": "t", "placement": "ranks"}}, "which sends hidden states; leave it out"),
+        ({"teacher": {"topk": 10, "path": "t", "placement": "ranks"}}, "which send hidden states; leave it out"),
         ({"teacher": {"topk": 10, "path": "t"}, "inherit": {"schedule": "auto"}}, "hides the whole teacher"),
         ({"teacher": {"topk": 10}, "teachers": [{"path": "a"}, {"path": "b"}]}, "cannot be averaged over teachers"),
     ],
