@@ -7,7 +7,6 @@ configuration beside the run. A recipe is a YAML file of these fields; scale is 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import jsonargparse
 import yaml
 
 from ki_ds.errors import UserError
+from ki_ds.operational import is_operational
 from ki_ds.ranges import check_ranges
 from ki_ds.teacher_entries import TeacherEntry, check_entries
 
@@ -347,49 +347,6 @@ class RunConfig:
         return alone if self.teachers is None else self.teachers
 
 
-_NUMBER = re.compile(r"\.\d+")  # of an entry of a list, in a field's name
-
-# Fields that say how a run is carried out, not what it computes: they may differ when a run goes on.
-OPERATIONAL_FIELDS = frozenset(
-    {
-        "run_dir",
-        "data.corpus",  # its content is compared by hash
-        "data.sources.path",  # likewise
-        "data.tokenizer",
-        "data.num_workers",
-        "data.index_dir",
-        "teacher.path",  # likewise
-        "teachers.path",  # likewise
-        "teacher.placement",
-        "teacher.num_ranks",
-        "teacher.ahead",
-        "teacher.patience",
-        "loss.backend",
-        "loss.chunk_rows",
-        "engine.ds_config",
-        "engine.activation_checkpointing",
-        "engine.watchdog_seconds",
-        "engine.num_threads",
-        "train.micro_batch_size",
-        "train.eval_micro_batch_size",
-        "train.eval_every",
-        "train.save_every",
-        "train.log_every",
-        "train.keep_checkpoints",
-        "train.keep_every",
-        "train.stop_at_step",
-        "train.bad_step",
-        "train.spike_sigmas",
-        "train.changed_config",
-        "monitor.tensorboard",
-        "monitor.csv",
-        "monitor.wandb_project",
-        "monitor.profile_steps",
-        "monitor.progress",
-    }
-)
-
-
 def _parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="deepspeed launchers/train_ki.sh",
@@ -455,11 +412,6 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + item.name] = value
     return flat
-
-
-def is_operational(name: str) -> bool:
-    """Whether a field, by its name in `flatten`, may differ when a run goes on."""
-    return _NUMBER.sub("", name) in OPERATIONAL_FIELDS
 
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -160,10 +160,10 @@ def read_recipe(name: str) -> Recipe:
 
 
 def read_scale(name: str) -> Scale:
-    """A scale. UserError when there is none of that name, or it breaks a rule."""
-    if name not in scales():
-        raise UserError(f"{name} is no scale; take one of {', '.join(scales())}")
-    path = RECIPES / "scales" / f"{name}.yaml"
+    """A scale of this project, or a YAML file of one's own. UserError when there is none, or it breaks a rule."""
+    path = Path(name) if name.endswith(".yaml") else RECIPES / "scales" / f"{name}.yaml"
+    if not path.exists():
+        raise UserError(f"{name} is no scale; take one of {', '.join(scales())}, or a YAML file of your own")
     return _made(Scale, _read(path), path.name)
 
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ki_ds.config import is_operational
 from ki_ds.errors import UserError
+from ki_ds.operational import is_operational
 from ki_ds.results import Costs, Curve, Point, Run, validation_data, with_titles
 
 TRAINING_FLOPS = 6  # per parameter and token: forward 2, backward 4 (Kaplan et al. 2020, as footnote 3 counts)

@@ -13,6 +13,7 @@ ORDER = [
     "memory",
     "profiling",
     "ranges",
+    "operational",
     "teacher_entries",
     "config",
     "paper",

@@ -6,6 +6,7 @@ import yaml
 from ki_ds import config as configuration
 from ki_ds.config import RunConfig, parse
 from ki_ds.errors import UserError
+from ki_ds.operational import OPERATIONAL_FIELDS
 from ki_ds.ranges import RANGES
 from ki_ds.teacher_entries import TeacherEntry
 
@@ -123,5 +124,5 @@ def test_differences_name_only_what_changes_the_result(tmp_path):
     in_lists = {name.replace(".0", "") for name in configuration.flatten(mixture(tmp_path, {"path": "a"}))}
     several = dataclasses.replace(old, teachers=[TeacherEntry("t")])
     in_lists |= {name.replace(".0", "") for name in configuration.flatten(several)}
-    assert not configuration.OPERATIONAL_FIELDS - names - in_lists
+    assert not OPERATIONAL_FIELDS - names - in_lists
     assert not RANGES.keys() - names

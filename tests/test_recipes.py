@@ -5,10 +5,13 @@ import pytest
 from ki_ds.chain import RECIPES
 from ki_ds.config import parse
 from ki_ds.demo import demo_jobs
+from ki_ds.experiment import experiments
 from tests.tiny import ROOT
 
-# Every recipe, with what it is laid over. A base stands alone.
+# Every recipe of a run, with what it is laid over. A base stands alone; those of experiments are in test_experiment.
 STACKS = {
+    "roberta.yaml": [],
+    "gpt.yaml": [],
     "demo_mlm.yaml": [],
     "demo_mlm_teacher.yaml": ["demo_mlm.yaml"],
     "demo_mlm_inherit.yaml": ["demo_mlm.yaml"],
@@ -25,11 +28,13 @@ STACKS = {
 
 
 def arguments(recipes):
-    return [part for name in recipes for part in ("--config", str(RECIPES / name))]
+    return ["--run_dir", "run", "--data.corpus", "corpus"] + [
+        part for name in recipes for part in ("--config", str(RECIPES / name))
+    ]
 
 
 def test_every_recipe_is_known_here():
-    assert {p.name for p in RECIPES.iterdir()} == STACKS.keys()
+    assert {p.name for p in RECIPES.glob("*.yaml")} == STACKS.keys() | {f"{name}.yaml" for name in experiments()}
 
 
 @pytest.mark.parametrize("name", STACKS)

@@ -1,7 +1,11 @@
+import contextlib
+import hashlib
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ki_ds import experiment, reproduce
@@ -211,7 +215,7 @@ def test_every_command_of_every_recipe_can_be_filled_and_read_by_its_tool(name, 
 def tool(*words):
     command = ["bash", str(ROOT / "launchers" / words[0]), *map(str, words[1:])]
     env = environment(PYTHON=sys.executable)
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
@@ -245,3 +249,64 @@ def test_bad_input_is_one_line(words, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+# --- killed and called again --------------------------------------------------------------------------------------
+
+SCALE = """
+vocab_size: {mlm: 320, causal: 320}
+inherit_share: 0.5
+settings:
+  mlm:
+    data: {seq_len: 32, num_workers: 0, max_valid_samples: 8}
+    model: {num_positions: 32}
+    engine: {ds_config: ds_configs/zero0.json, precision: fp32}
+    train: {num_steps: 12, global_batch_size: 4, micro_batch_size: 4, eval_every: 6, save_every: 3, keep_every: 6}
+models:
+"""
+SIZE = "{model: {num_layers: 1, hidden_size: %d, num_heads: 2, ffn_size: 32}, optim: {lr: 1.0e-3}}\n"
+
+
+def weights(out):
+    """SHA-256 of the best weights of every run."""
+    files = sorted(out.glob("seed*/*/best/model.safetensors"))
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.slow
+def test_a_chain_killed_anywhere_and_called_again_ends_with_the_same_models(tmp_path, corpora):
+    """G1 -> G2 -> G3 with all seven arms; SIGKILL to the whole tree of processes at six random moments."""
+    scale = tmp_path / "small.yaml"
+    names = ("roberta_base", "roberta_base_plus", "roberta_large")
+    scale.write_text(
+        SCALE + "".join(f"  {name}: {SIZE % width}" for name, width in zip(names, (8, 16, 24), strict=True))
+    )
+    words = ["--scale", scale, "--data", f"WB={corpora['WB']}", "--parallel", "2"]
+    whole = tool("chain_roberta_g1_g2_g3.sh", *words, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    choose, kills = random.Random(0), 0
+    command = [
+        "bash",
+        str(ROOT / "launchers/chain_roberta_g1_g2_g3.sh"),
+        *map(str, words),
+        "--out",
+        str(tmp_path / "cut"),
+    ]
+    for _ in range(6):
+        process = subprocess.Popen(command, env=environment(PYTHON=sys.executable), cwd=ROOT, stdout=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=choose.uniform(8, 40))
+            break
+        except subprocess.TimeoutExpired:
+            kills += 1
+            tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            for each in tree:
+                with contextlib.suppress(psutil.Error):
+                    each.kill()
+            process.wait()
+    done = tool("chain_roberta_g1_g2_g3.sh", *words, "--out", tmp_path / "cut")
+    assert done.returncode == 0, done.stderr
+    assert kills >= 3
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert len(weights(tmp_path / "cut")) == 7
+    assert (tmp_path / "cut" / "reports" / "fig2b.html").exists()

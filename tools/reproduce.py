@@ -25,7 +25,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("experiment", metavar="ID", help=", ".join(experiments()))
-    parser.add_argument("--scale", default="paper", help=f"one of {', '.join(scales())} (%(default)s)")
+    parser.add_argument(
+        "--scale", default="paper", help=f"one of {', '.join(scales())}, or a YAML of your own (%(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="students of each kind (%(default)s)")
     parser.add_argument(
         "--data", nargs="+", action="extend", default=[], metavar="DOMAIN=PATH",
@@ -74,7 +76,7 @@ def _run(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer,
         downstream=args.downstream,
         baselines=not args.no_baselines,
-        out=args.out or Path("runs") / args.scale,
+        out=args.out or Path("runs") / Path(args.scale).stem,
     )
     planned = plan(request, dry=args.dry_run)
     if args.hostfile:
