@@ -1,4 +1,3 @@
-import functools
 import itertools
 import re
 from pathlib import Path
@@ -17,13 +16,18 @@ IDS = [f"fig{part}" for part in ["1a", "1b", "1c", "2a", "2b", "2c", "3a", "3b",
 IDS += [f"tab{number}" for number in (2, 3, 4, 9, 10)] + ["glue"]
 
 
-@functools.cache
+PARSED: dict = {}  # experiments share runs (a test holds that), so that each is parsed once
+
+
 def planned(name, scale="paper"):
     """{run: configuration}, in order."""
     recipe = read_recipe(name)
     corpora = {domain: Path("/corpora") / domain for domain in recipe.domains}
     jobs = plan_runs(recipe, read_scale(scale), corpora=corpora, seeds=(1,), out=Path("out"))
-    return {job.run_dir.name: configuration_of(job) for job in jobs}
+    for job in jobs:
+        if (scale, job.name) not in PARSED:
+            PARSED[scale, job.name] = configuration_of(job)
+    return {job.run_dir.name: PARSED[scale, job.name] for job in jobs}
 
 
 def test_every_experiment_of_the_paper_has_a_recipe():
@@ -40,7 +44,7 @@ def test_a_recipe_says_what_it_is_how_it_is_run_and_what_the_paper_found(name):
     assert any(re.fullmatch(r"# GPU hours at the paper's scale: .*\d.*", line) for line in head)
 
 
-@pytest.mark.parametrize(("name", "scale"), itertools.product(IDS, ("paper", "one_gpu", "tiny")))
+@pytest.mark.parametrize(("name", "scale"), itertools.product(IDS, ("paper", "tiny")))
 def test_every_run_of_every_recipe_is_a_valid_configuration(name, scale):
     recipe, runs = read_recipe(name), planned(name, scale)
     assert runs.keys() == recipe.runs.keys()
