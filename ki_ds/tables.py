@@ -161,7 +161,7 @@ def caption(comparison: Comparison) -> str:
     if comparison.baseline is None:
         return "Costs up to the last validation"
     targets = [run.curve[-1].ppl for run in comparison.baseline.runs]
-    each = ", each run against the baseline of its own seed" if len(targets) > 1 else ""
+    each = ", each run against the baseline of its own seed" if len(targets) > 1 and comparison.others else ""
     mean = _mean(spread(targets), PERPLEXITY)
     return f"Costs up to the final validation perplexity of the self-learner, {mean}{each}"
 
