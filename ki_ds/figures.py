@@ -86,7 +86,8 @@ def draw_training(comparison: Comparison) -> Figure:
 
     A panel for each of them that is known of some run.
     """
-    looks, drawn = _looks(comparison), {}
+    looks = _looks(comparison)
+    drawn: dict[str, list[tuple[Arm, Sequence[tuple[float, float]]]]] = {}
     for title, points_of in TRAINING_PANELS.items():
         found = [(arm, points) for arm in comparison.arms for run in arm.runs if (points := points_of(run))]
         drawn |= {title: found} if found else {}

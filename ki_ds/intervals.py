@@ -33,7 +33,7 @@ def _half_width(values: Sequence[float]) -> float | None:
         return None
     if not all(map(math.isfinite, values)):
         return math.nan
-    from scipy.stats import t  # takes a second to import
+    from scipy.special import stdtrit  # quantiles of Student's t, without all of scipy.stats
 
-    quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    quantile = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))

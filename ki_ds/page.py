@@ -92,10 +92,6 @@ def _section(section: Comparison, name: str) -> str:
         saved = svg_text(draw_savings(section), name=f"{name}-savings")
         parts.append(_figure("Savings and final perplexity", bars, saved))
     training = svg_text(draw_training(section), name=f"{name}-training")
-    training = svg_text(draw_training(section), name=f"{name}-training")
-    gap = (
-        "The gap to the teacher is drawn where its lineage says that it was measured on the same rows with equal masks."
-    )
     parts.append(_figure("Inheritance rate and losses", _words_on_gaps(section), training))
     parts += ["<h3>Runs</h3>", *_details(section), "<h3>Lineage</h3>", *map(_lineage, section.runs), "</section>"]
     return "\n".join(parts)
@@ -106,15 +102,9 @@ def _words_on_gaps(section: Comparison) -> str:
     unknown = ", ".join(run.title for run in heirs if not run.teacher_gaps)
     if not heirs:
         return "Of the training batches."
-    why = (
-        ""
-        if not unknown
-        else (
-            f" Not drawn for {unknown}: no lineage says that their only teacher was measured on the same data with the same "
-            "masks."
-        )
-    )
-    return f"alpha, CE and KL of the training batches; the gap to the teacher on the validation data.{why}"
+    why = "it has no only teacher whose lineage says that it was measured on the same data with the same masks"
+    missing = f" Not drawn for {unknown}: {why}." if unknown else ""
+    return f"alpha, CE and KL of the training batches; the gap to the teacher on the validation data.{missing}"
 
 
 def _figure(title: str, words: str, svg: str) -> str:

@@ -56,7 +56,7 @@ SHARE, CHANGE = Unit(0.01, ".1f", "%"), Unit(0.01, "+.1f", "%")
 
 def _flops(value: float) -> Unit:
     """With an SI prefix: 1.23 PFLOP."""
-    for prefix, scale in (("Z", 1e21), ("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9)):
+    for prefix, scale in (("Z", 1e21), ("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if value >= scale:
             return Unit(scale, None, f" {prefix}FLOP")
     return Unit(1, None, " FLOP")
@@ -161,7 +161,7 @@ def caption(comparison: Comparison) -> str:
     if comparison.baseline is None:
         return "Costs up to the last validation"
     targets = [run.curve[-1].ppl for run in comparison.baseline.runs]
-    each = ", each run against the baseline of its own seed" if len(targets) > 1 else ""
+    each = ", each run against the baseline of its own seed" if len(targets) > 1 and comparison.others else ""
     mean = _mean(spread(targets), PERPLEXITY)
     return f"Costs up to the final validation perplexity of the self-learner, {mean}{each}"
 

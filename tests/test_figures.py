@@ -1,25 +1,91 @@
 """The drawn curves hold what the runs hold."""
 
+import math
 import re
 
-from ki_ds.figures import draw_curves, draw_scores, draw_training, png_bytes, svg_text
-from ki_ds.savings import compare, read_run
-from tests.fake_runs import write_run
+import pytest
+
+from ki_ds.figures import COST_TITLES, GAP, draw_curves, draw_savings, draw_scores, draw_training, png_bytes, svg_text
+from ki_ds.results import read_run
+from ki_ds.savings import compare
+from tests.fake_runs import teacher_record, write_run
 
 
-def comparison(tmp_path):
+def comparison(tmp_path, **teacher):
     write_run(tmp_path / "self", [100, 50, 30, 25, 22])
-    write_run(tmp_path / "inherit", [100, 40, 25, 21, 20], inherits=True)
-    return compare([read_run(tmp_path / name) for name in ("self", "inherit")])
+    write_run(tmp_path / "inherit", [100, 40, 25, 21, 20], **(teacher or {"inherits": True}))
+    (section,) = compare([read_run(tmp_path / name) for name in ("self", "inherit")])
+    return section
 
 
 def test_perplexity_is_drawn_against_each_cost(tmp_path):
-    figure = draw_curves(comparison(tmp_path))
-    assert len(figure.axes) == 3
+    section = comparison(tmp_path, teacher=teacher_record(flops=5e8))
+    figure = draw_curves(section)
+    assert len(figure.axes) == len(COST_TITLES) == 6
     for axis in figure.axes:
         drawn = [list(line.get_ydata()) for line in axis.get_lines() if len(line.get_ydata()) >= 4]
         assert any(22 in curve for curve in drawn)
         assert any(20 in curve for curve in drawn)
+    ancestors = next(axis for axis in figure.axes if "ancestors" in axis.get_xlabel())
+    heir = next(line for line in ancestors.get_lines() if 20 in list(line.get_ydata()))
+    assert heir.get_xdata()[0] == pytest.approx(
+        5e8 / 10 ** int(math.log10(section.runs[1].curve[-1].costs.flops_with_ancestors))
+    )
+
+
+def test_sections_lie_below_one_another(tmp_path):
+    (tmp_path / "a").mkdir()
+    section = comparison(tmp_path / "a")
+    figure = draw_curves(section, section)
+    assert len(figure.axes) == 12
+    assert figure.axes[6].get_title(loc="left") == "causal, 1,000 parameters"
+
+
+def test_savings_have_a_dot_for_each_run_and_a_bar_for_seeds(tmp_path):
+    ends = {("self", 1): 50, ("self", 2): 50, ("ki", 1): 40, ("ki", 2): 45}
+    for (kind, seed), end in ends.items():
+        write_run(tmp_path / f"{kind}{seed}", [400, 100, end], seed=seed, inherits=kind == "ki")
+    (section,) = compare([read_run(tmp_path / f"{kind}{seed}") for kind, seed in ends])
+    shares, change = draw_savings(section).axes
+    saved = [list(line.get_xdata()) for line in shares.get_lines()]
+    assert [pytest.approx(100 * pair.saved.steps) for pair in section.savings[0]] in saved
+    assert [pytest.approx(-20), pytest.approx(-10)] in [list(line.get_xdata()) for line in change.get_lines()]
+    (bar,) = change.collections
+    low, high = bar.get_segments()[0][:, 0]
+    assert (low + high) / 2 == pytest.approx(-15)
+    assert high - low == pytest.approx(2 * 12.7062 * 5, rel=1e-4)  # t(0.975, 1) times 7.07 / sqrt 2
+
+
+def titles(figure):
+    return [axis.get_title() for axis in figure.axes]
+
+
+def test_training_shows_what_is_known(tmp_path):
+    figure = draw_training(comparison(tmp_path, teacher=teacher_record(ppl=25.0)))
+    assert titles(figure)[-1] == GAP
+    assert len(titles(figure)) == 4
+    (gaps,) = (list(line.get_ydata()) for line in figure.axes[-1].get_lines() if len(line.get_ydata()) == 5)
+    assert gaps[2:] == pytest.approx([0, math.log(21 / 25), math.log(20 / 25)])
+
+
+def test_training_without_a_comparable_teacher_or_any(tmp_path):
+    section = comparison(tmp_path)
+    assert titles(draw_training(section)) == [t for t in titles(draw_training(section)) if t != GAP]
+    assert len(titles(draw_training(section))) == 3
+    (alone,) = compare([read_run(tmp_path / "self")])
+    assert titles(draw_training(alone)) == ["CE of the training batches, nats"]
+
+
+def test_the_teachers_perplexity_is_drawn_only_where_it_says_something(tmp_path):
+    for name, teacher in {"known": {"teacher": teacher_record(ppl=21.5)}, "unknown": {"inherits": True}}.items():
+        (tmp_path / name).mkdir()
+        text = svg_text(draw_curves(comparison(tmp_path / name, **teacher)), name="x")
+        assert ("the teacher</text>" in re.sub("- ", "", text)) == (name == "known")
+
+
+def test_curves_without_a_finite_perplexity(tmp_path):
+    (section,) = compare([read_run(write_run(tmp_path / "run", [math.inf]))])
+    assert png_bytes(draw_curves(section)).startswith(b"\x89PNG")
 
 
 def test_pictures_need_nothing_from_outside(tmp_path):
