@@ -350,7 +350,8 @@ class RunConfig:
 def _parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="deepspeed launchers/train_ki.sh",
-        description="Train a language model, alone or inheriting from a smaller one.",
+        description="Train a language model, alone or inheriting from a smaller one. With bash launchers/train_ki.sh "
+        "--dry_run [--num_gpus N] [--device H100] ... it only prints what the run will need (--dry_run --help).",
         exit_on_error=False,
         allow_abbrev=False,
     )

@@ -15,6 +15,7 @@ from ki_ds import config as configuration
 from ki_ds.errors import UserError, common_to_all_ranks, ends_cleanly, own_rank
 
 RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
+PLAN_OPTIONS = ("--num_gpus", "--mfu", "--peak_tflops", "--vocab_size", "--device", "--num_runs")
 DEMO = ["--config", str(RECIPES / "demo_mlm.yaml"), "--config", str(RECIPES / "demo_mlm_inherit.yaml")]
 
 
@@ -37,6 +38,10 @@ def main(argv: list[str]) -> None:
 
 def _run(argv: list[str], started: float) -> None:
     with common_to_all_ranks():
+        if any(argument == "--dry_run" for argument in argv):
+            _plan(argv)
+            return
+        _refuse_plan_options(argv)
         restarts, argv = _take_max_restarts(argv)
         if restarts is not None:
             _supervise(argv, restarts)
@@ -50,6 +55,20 @@ def _run(argv: list[str], started: float) -> None:
     gc.freeze()  # nor need the modules be looked through in training
     gc.enable()
     train(config, started=started)
+
+
+def _plan(argv: list[str]) -> None:
+    if any(argument.partition("=")[0] == "--max_restarts" for argument in argv):
+        raise UserError("--max_restarts has no meaning with --dry_run, which starts nothing; leave it out")
+    from ki_ds.dry_run import show
+
+    show(argv)
+
+
+def _refuse_plan_options(argv: list[str]) -> None:
+    for argument in argv:
+        if (name := argument.partition("=")[0]) in PLAN_OPTIONS:
+            raise UserError(f"{name} is an option of a plan; give --dry_run as well, or leave it out")
 
 
 def _supervise(argv: list[str], restarts: int) -> None:

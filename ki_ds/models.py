@@ -76,13 +76,27 @@ def build_lm(
             vocabulary smaller than the tokenizer's.
     """
     torch.manual_seed(seed)
-    if model.name in PRESETS:
-        lm = _auto(task).from_config(_preset_config(model, task, num_classes, special_ids))
+    if model.name not in PRESETS and model.init == "pretrained":
+        _check_no_overrides(model)
+        lm = load_lm(model_folder(model.name), task, torch.float32, what="model.name")
     else:
-        lm = _from_folder(model, task)
+        lm = lm_of(lm_config(model, task, num_classes=num_classes, special_ids=special_ids), task)
     check_vocabulary(lm, num_classes, what=f"model.name={model.name}")
     lm.config.use_cache = False
     return lm
+
+
+def lm_config(model: ModelConfig, task: Task, *, num_classes: int, special_ids: SpecialIds) -> PreTrainedConfig:
+    """The student's architecture, without weights. Arguments and errors as in `build_lm`."""
+    if model.name in PRESETS:
+        return _preset_config(model, task, num_classes, special_ids)
+    _check_no_overrides(model)
+    return read_config(model_folder(model.name), what="model.name")
+
+
+def lm_of(config: PreTrainedConfig, task: Task, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A masked (mlm) or causal LM of an architecture with random weights, on the current default device."""
+    return _auto(task).from_config(config, dtype=dtype)
 
 
 def _auto(task: Task) -> Any:
@@ -138,16 +152,12 @@ def _preset_config(
     )
 
 
-def _from_folder(model: ModelConfig, task: Task) -> PreTrainedModel:
+def _check_no_overrides(model: ModelConfig) -> None:
     changed = [name for name in _PRESET_ONLY if getattr(model, name) != getattr(ModelConfig, name)]
     if changed:
         raise UserError(
             f"model.{changed[0]} can only change a preset ({', '.join(PRESETS)}), and model.name={model.name} is none"
         )
-    folder = model_folder(model.name)
-    if model.init == "pretrained":
-        return load_lm(folder, task, torch.float32, what="model.name")
-    return _auto(task).from_config(read_config(folder, what="model.name"))
 
 
 def read_config(folder: str, *, what: str) -> PreTrainedConfig:

@@ -7,10 +7,11 @@
 #   [KI_DS_ARGS="--num_gpus 2"] bash launchers/train_ki.sh ...
 #   torchrun --nproc_per_node 2 launchers/train_ki.sh ...    mpirun -n 2 bash launchers/train_ki.sh ...
 #   bash launchers/train_ki.sh --max_restarts 3 ...          started again from its last checkpoint when it fails
+#   bash launchers/train_ki.sh --dry_run --num_gpus 8 ...    what it will need, before anything is trained
 #
 # all start the same program. `--help` explains every field.
 # --- read by bash only (to Python this is one long string) ---
-case " $* " in *" --max_restarts"* | *" --help "* | *" -h "* | *" --print_config"*) alone=yes ;; *) alone= ;; esac
+case " $* " in *" --max_restarts"* | *" --dry_run "* | *" --help "* | *" -h "* | *" --print_config"*) alone=yes ;; *) alone= ;; esac
 started="${RANK:+${WORLD_SIZE:-}}${OMPI_COMM_WORLD_RANK:-}${SLURM_PROCID:+${SLURM_STEP_NUM_TASKS:-}}"
 if [ -n "$alone$started" ]; then
     exec "${PYTHON:-python3}" -u "$0" "$@"        # a launcher has started this rank already

@@ -214,6 +214,11 @@ def open_validation(
     return valid, opener.vocabulary, tuple(opener.notes)
 
 
+def read_vocabulary(data: DataConfig, task: Task) -> Vocabulary:
+    """The vocabulary of the run's first source; nothing is written. UserError where that is no corpus."""
+    return _open(data.all_sources[0].path, data, task).vocabulary
+
+
 class _Opener:
     """Opens each corpus once and remembers what all of them share."""
 
