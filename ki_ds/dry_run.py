@@ -53,7 +53,7 @@ def show(argv: list[str]) -> None:
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; --dry_run --help lists the options of a plan") from None
     config = configuration.parse(rest)
-    device, on_gpu = _device(args.device)
+    device, on_gpu = device_named(args.device)
     peak = peak_flops_of(device, config.engine.precision) if on_gpu else None
     num_classes = _num_classes(args.vocab_size, config)
     found = plan(
@@ -84,7 +84,7 @@ def _num_ranks(given: int | None, env: Mapping[str, str]) -> int:
     return launcher.parse_known_args(shlex.split(env.get("KI_DS_ARGS", "")))[0].num_gpus
 
 
-def _device(given: str | None) -> tuple[str, bool]:
+def device_named(given: str | None) -> tuple[str, bool]:
     """(name, whether it is a GPU): as given, or what this machine has."""
     if given is None:
         here = torch.cuda.is_available()

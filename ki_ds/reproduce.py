@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from ki_ds.chain import Job, Place, run_jobs
-from ki_ds.config import inherit_steps
 from ki_ds.data.corpora import gensim_dump_path
 from ki_ds.data.prepare import TokenizerSpec, build_store
 from ki_ds.errors import UserError
 from ki_ds.experiment import ROOT, Recipe, Scale, configuration_of, plan_runs, read_recipe, read_scale
 from ki_ds.report import text_table, write_report
-from ki_ds.supervisor import is_finished, run_group, saved_step
+from ki_ds.supervisor import run_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +46,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedExperiment:
     """A request with everything resolved, before anything is written."""
 
     request: Request
@@ -60,7 +58,7 @@ class Plan:
     jobs: list[Job]
 
 
-def plan(request: Request, *, dry: bool = False) -> Plan:
+def plan(request: Request, *, dry: bool = False) -> PlannedExperiment:
     """The plan of a request; `dry` allows that corpora are missing.
 
     Raises:
@@ -86,7 +84,7 @@ def plan(request: Request, *, dry: bool = False) -> Plan:
             corpora[domain] = request.out / "corpora" / task / domain
             texts[domain] = [path for each in given for path in _files(domain, each)]
     jobs = plan_runs(recipe, scale, corpora=corpora, seeds=range(1, request.seeds + 1), out=request.out)
-    return Plan(request, recipe, scale, task, corpora, texts, jobs)
+    return PlannedExperiment(request, recipe, scale, task, corpora, texts, jobs)
 
 
 def _own_texts(scale: Scale, domain: str) -> list[str]:
@@ -107,33 +105,7 @@ def _files(domain: str, pattern: str) -> list[Path]:
     return found
 
 
-def plan_table(planned: Plan, places: Sequence[Place]) -> Table:
-    """The runs in order with what decides their cost."""
-    request = planned.request
-    where = f"{len(places)} x {places[0].num_ranks} ranks" if len(places) > 1 else f"{places[0].num_ranks} ranks"
-    title = f"{planned.recipe.title}; scale {request.scale}, {where}, in {request.out}"
-    made = Table(title=title, title_justify="left")
-    for name in ("run", "after", "model", "steps", "tokens", "T_inherit", "peak lr", "state"):
-        made.add_column(name, justify="left" if name in ("run", "after", "model", "state") else "right")
-    for job in planned.jobs:
-        config = configuration_of(job)
-        train, taught = config.train, inherit_steps(config)
-        step = saved_step(job.run_dir)
-        state = "finished" if is_finished(job.run_dir) else f"from step {step:,}" if step else "to do"
-        made.add_row(
-            job.name,
-            "\n".join(Path(folder).name for folder in job.after),
-            planned.recipe.runs[job.run_dir.name].model,
-            f"{train.num_steps:,}",
-            f"{train.num_steps * train.global_batch_size * config.data.seq_len:.3g}",
-            "" if taught is None else f"{taught:,}",
-            f"{config.optim.lr:g}",
-            state,
-        )
-    return made
-
-
-def reproduce(planned: Plan, places: Sequence[Place], *, max_restarts: int = 0) -> None:
+def reproduce(planned: PlannedExperiment, places: Sequence[Place], *, max_restarts: int = 0) -> None:
     """Do what the plan says; what is finished is not done again.
 
     Raises:
@@ -147,7 +119,7 @@ def reproduce(planned: Plan, places: Sequence[Place], *, max_restarts: int = 0) 
         _report(planned, [job for job in planned.jobs if job.run_dir.name in names], page)
 
 
-def _report(planned: Plan, compared: Sequence[Job], page: str) -> None:
+def _report(planned: PlannedExperiment, compared: Sequence[Job], page: str) -> None:
     if not compared:
         return
     name = "_".join(part for part in (planned.request.recipe, page) if part)
@@ -158,7 +130,7 @@ def _report(planned: Plan, compared: Sequence[Job], page: str) -> None:
     print(f"report: {path}", flush=True)
 
 
-def _prepare(planned: Plan) -> None:
+def _prepare(planned: PlannedExperiment) -> None:
     """Corpora of the texts: the first one's tokenizer is that of all."""
     if not planned.jobs:
         return
@@ -172,7 +144,7 @@ def _prepare(planned: Plan) -> None:
         tokenizer = made.tokenizer_dir
 
 
-def _run_tool(planned: Plan, label: str, command: str) -> None:
+def _run_tool(planned: PlannedExperiment, label: str, command: str) -> None:
     """One command of `then`: {NAME} is the folder of the run NAME with the first seed, {data:WB} a corpus,
     {texts} all texts as DOMAIN=FILE, {seq_len} that of the runs, {out} where its files go, {downstream} the folder of
     downstream sets."""
@@ -196,7 +168,7 @@ def _run_tool(planned: Plan, label: str, command: str) -> None:
         raise UserError(f"{label} ended with exit code {code}; its own line says why")
 
 
-def _texts(planned: Plan) -> list[str]:
+def _texts(planned: PlannedExperiment) -> list[str]:
     for domain in planned.corpora.keys() - planned.texts.keys():
         raise UserError(
             f"--data {domain}={planned.corpora[domain]} is a corpus; {planned.request.recipe} needs its text"

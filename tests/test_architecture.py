@@ -114,6 +114,7 @@ ORDER = [
     "demo",
     "experiment",
     "reproduce",
+    "forecast",
 ]
 
 # Heavy or optional packages, and the only modules that may name them.

@@ -12,7 +12,7 @@ from ki_ds import experiment, reproduce
 from ki_ds.chain import local_places
 from ki_ds.errors import UserError
 from ki_ds.experiment import experiments
-from ki_ds.reproduce import Request, plan, plan_table
+from ki_ds.reproduce import Request, plan
 from ki_ds.results import read_run
 from tests.tiny import ROOT, environment, tiny_corpus
 
@@ -143,16 +143,6 @@ def test_a_request_that_cannot_be_met_is_refused_in_a_line(tmp_path, corpora, va
     given = {"recipe": "fig1a", "scale": "tiny", "data": {"WB": [str(corpora["WB"])]}, "out": tmp_path} | values
     with pytest.raises(UserError, match=message):
         plan(Request(**given))
-
-
-def test_the_plan_names_every_run_with_its_state(tmp_path, corpora, in_this_process):
-    planned = plan(request(tmp_path, corpora))
-    rows = list(zip(*(column.cells for column in plan_table(planned, local_places()).columns), strict=True))
-    assert [row[0] for row in rows] == [job.name for job in planned.jobs]
-    assert {row[-1] for row in rows} == {"to do"}
-    reproduce.reproduce(planned, local_places())
-    states = list(plan_table(plan(request(tmp_path, corpora)), local_places()).columns[-1].cells)
-    assert states == ["finished"] * 3
 
 
 # --- commands for afterwards --------------------------------------------------------------------------------------

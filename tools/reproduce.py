@@ -41,6 +41,9 @@ def main() -> None:
     parser.add_argument("--hostfile", type=Path, help="hosts, as DeepSpeed reads them: `worker-1 slots=8`")
     parser.add_argument("--parallel", type=int, default=1, help="jobs side by side on equal parts (%(default)s)")
     parser.add_argument("--max_restarts", type=int, default=0, help="times a failed job is started again (%(default)s)")
+    parser.add_argument("--device", help="of the plan: cpu, gpu, or a GPU's name as H100 (what is here)")
+    parser.add_argument("--peak_tflops", type=float, help="of the plan: a device's peak in the runs' precision")
+    parser.add_argument("--mfu", type=float, default=0.4, help="of the plan: share of the peak (%(default)s)")
     parser.add_argument("--dry_run", action="store_true", help="print the plan and its cost, run nothing")
     args = parser.parse_args()
     _check(args)
@@ -62,7 +65,10 @@ def _run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ki_ds.chain import hostfile_places, local_places
-    from ki_ds.reproduce import Request, plan, plan_table, reproduce
+    from ki_ds.dry_run import device_named
+    from ki_ds.forecast import device_hours, forecast, table
+    from ki_ds.planner import peak_flops_of
+    from ki_ds.reproduce import Request, plan, reproduce
 
     data: dict[str, list[str]] = {}
     for given in args.data:
@@ -83,7 +89,13 @@ def _run(args: argparse.Namespace) -> None:
         places = hostfile_places(args.hostfile, args.num_gpus, args.parallel)
     else:
         places = local_places(args.num_gpus, args.parallel)
-    Console(width=None if sys.stdout.isatty() else 160).print(plan_table(planned, places))
+    device, on_gpu = device_named(args.device)
+    precision = "fp32" if args.scale == "tiny" else "bf16"
+    peak = peak_flops_of(device, precision) if args.peak_tflops is None else 1e12 * args.peak_tflops
+    plans = forecast(planned, places[0], on_gpu=on_gpu, peak_flops=peak, mfu=args.mfu)
+    Console(width=None if sys.stdout.isatty() else 180).print(table(planned, places, plans))
+    if (hours := device_hours(list(plans.values()))) is not None:
+        print(f"all runs: {hours:,.0f} hours of one {device} at {args.mfu:.0%} of its peak", flush=True)
     if not args.dry_run:
         reproduce(planned, places, max_restarts=args.max_restarts)
 
