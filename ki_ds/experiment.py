@@ -189,7 +189,7 @@ def _needs(arm: Arm) -> list[str]:
 
 
 def plan_runs(
-    recipe: Recipe, scale: Scale, *, corpora: Mapping[str, Path], seeds: Sequence[int], out: Path
+    recipe: Recipe, scale: Scale, *, corpora: Mapping[str, Path], seeds: Sequence[int], out: Path, num_ranks: int = 1
 ) -> list[Job]:
     """The jobs of an experiment, each after those that it needs.
 
@@ -197,6 +197,7 @@ def plan_runs(
         corpora: {domain: corpus}, prepared or to be.
         seeds: students of each; the first is that of the runs that are trained once.
         out: the runs are in OUT/seedN/NAME, the same for every experiment that names them.
+        num_ranks: of each job; micro-batches are no larger than a rank's share of the global batch.
     """
     jobs = []
     for seed in seeds:
@@ -206,6 +207,9 @@ def plan_runs(
             folders = {each: _folder(recipe, each, seed, seeds, out) for each in recipe.runs}
             groups = _configuration(recipe, name, scale, corpora=corpora, folders=folders)
             groups["seed"] = seed
+            train = groups["train"]
+            share = max(1, train["global_batch_size"] // num_ranks)
+            train["micro_batch_size"] = min(train["micro_batch_size"], share)
             after = tuple(str(folders[each]) for each in _needs(arm))
             jobs.append(Job(str(folders[name].relative_to(out)), folders[name], groups=groups, after=after))
     return jobs
@@ -287,8 +291,6 @@ def _multiply(groups: Tree, factors: Mapping[str, float], *, where: str) -> None
         group, key = places[name]
         value = groups[group][key] * factor
         groups[group][key] = value if name == "lr" else max(1, round(value))
-    micro = groups["train"]["micro_batch_size"]
-    groups["train"]["micro_batch_size"] = min(micro, groups["train"]["global_batch_size"])
 
 
 def _nested(key: str, value: object) -> Tree:

@@ -58,8 +58,8 @@ class PlannedExperiment:
     jobs: list[Job]
 
 
-def plan(request: Request, *, dry: bool = False) -> PlannedExperiment:
-    """The plan of a request; `dry` allows that corpora are missing.
+def plan(request: Request, *, num_ranks: int = 1, dry: bool = False) -> PlannedExperiment:
+    """The plan of a request for jobs of so many ranks; `dry` allows that corpora are missing.
 
     Raises:
         UserError: an unknown recipe or scale, or missing corpora.
@@ -83,7 +83,8 @@ def plan(request: Request, *, dry: bool = False) -> PlannedExperiment:
         else:
             corpora[domain] = request.out / "corpora" / task / domain
             texts[domain] = [path for each in given for path in _files(domain, each)]
-    jobs = plan_runs(recipe, scale, corpora=corpora, seeds=range(1, request.seeds + 1), out=request.out)
+    seeds = range(1, request.seeds + 1)
+    jobs = plan_runs(recipe, scale, corpora=corpora, seeds=seeds, out=request.out, num_ranks=num_ranks)
     return PlannedExperiment(request, recipe, scale, task, corpora, texts, jobs)
 
 

@@ -206,3 +206,10 @@ def test_a_recipe_of_runs_is_no_run(capsys):
     """`--config fig1a.yaml` is a mistake that is easily made."""
     with pytest.raises(UserError, match="runs"):
         configuration.parse(["--config", str(RECIPES / "fig1a.yaml")])
+
+
+def test_a_micro_batch_is_no_larger_than_a_ranks_share():
+    recipe, scale = read_recipe("fig1a"), read_scale("tiny")
+    for num_ranks, micro in ((1, 16), (2, 8), (8, 2), (32, 1)):
+        jobs = plan_runs(recipe, scale, corpora={"WB": Path("wb")}, seeds=(1,), out=Path("o"), num_ranks=num_ranks)
+        assert {job.groups["train"]["micro_batch_size"] for job in jobs} == {micro}

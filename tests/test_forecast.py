@@ -15,7 +15,8 @@ EIGHT = Place("here", (), 8)
 
 
 def forecasts(name, scale="paper", *, place=EIGHT, **values):
-    planned = plan(Request(recipe=name, scale=scale, data={}, out=Path("nowhere"), **values), dry=True)
+    request = Request(recipe=name, scale=scale, data={}, out=Path("nowhere"), **values)
+    planned = plan(request, num_ranks=place.num_ranks, dry=True)
     return planned, forecast.forecast(planned, place, on_gpu=True, peak_flops=312e12, mfu=0.4)
 
 
@@ -64,7 +65,7 @@ def test_the_table_has_a_row_a_run_and_sums_what_is_left(tmp_path):
 
 
 def test_what_is_finished_is_not_left_to_do(tmp_path):
-    planned = plan(Request(recipe="fig1a", scale="tiny", data={}, out=tmp_path), dry=True)
+    planned = plan(Request(recipe="fig1a", scale="tiny", data={}, out=tmp_path), num_ranks=8, dry=True)
     plans = forecast.forecast(planned, EIGHT, on_gpu=True, peak_flops=None, mfu=0.4)
     done = planned.jobs[0].run_dir
     done.mkdir(parents=True)

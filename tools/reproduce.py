@@ -84,11 +84,11 @@ def _run(args: argparse.Namespace) -> None:
         baselines=not args.no_baselines,
         out=args.out or Path("runs") / Path(args.scale).stem,
     )
-    planned = plan(request, dry=args.dry_run)
     if args.hostfile:
         places = hostfile_places(args.hostfile, args.num_gpus, args.parallel)
     else:
         places = local_places(args.num_gpus, args.parallel)
+    planned = plan(request, num_ranks=places[0].num_ranks, dry=args.dry_run)
     device, on_gpu = device_named(args.device)
     precision = "fp32" if args.scale == "tiny" else "bf16"
     peak = peak_flops_of(device, precision) if args.peak_tflops is None else 1e12 * args.peak_tflops
