@@ -34,6 +34,12 @@ def tree(tmp_path_factory):
         if "inherit" in values:
             values["inherit"]["steps"] = 2
         recipe.write_text(yaml.safe_dump(values))
+    scale = root / "launchers" / "recipes" / "scales" / "tiny.yaml"
+    values = yaml.safe_load(scale.read_text()) | {"texts": {"WB": "my_text.txt"}, "valid_fraction": 0.1}
+    values["vocab_size"] = dict.fromkeys(("mlm", "causal"), 400)
+    for groups in values["settings"].values():
+        groups["train"] |= {"num_steps": 4, "eval_every": 2, "save_every": 2, "keep_every": None}
+    scale.write_text(yaml.safe_dump(values))
     tiny_corpus(root / "runs" / "demo_mlm" / "corpus")
     shutil.move(root / "runs" / "demo_mlm" / "corpus.txt", root / "my_text.txt")
     base = ["launchers/train_ki.sh", "--config", "launchers/recipes/demo_mlm.yaml"]
@@ -47,11 +53,12 @@ def tree(tmp_path_factory):
 
 def test_the_readme_has_the_main_entry():
     assert "deepspeed launchers/train_ki.sh" in commands()
-    assert len(commands()) == 9
+    assert len(commands()) == 12
 
 
 @pytest.mark.parametrize("command", commands())
 def test_command(command, tree):
-    run = subprocess.run(command, shell=True, cwd=tree, env=environment(), capture_output=True, text=True)
+    env = environment(PYTHONPATH=str(tree))  # the copy, not the package that is installed
+    run = subprocess.run(command, shell=True, cwd=tree, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-1500:] + run.stderr[-1500:]
     assert "Traceback" not in run.stdout + run.stderr
