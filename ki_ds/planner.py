@@ -26,7 +26,7 @@ from ki_ds.kernels.linear import default_chunk_rows
 from ki_ds.kernels.reference import BLOCK_ELEMENTS_CPU, BLOCK_ELEMENTS_GPU
 from ki_ds.models import DTYPES
 from ki_ds.schedules import taught_steps
-from ki_ds.sizes import Activations, Size, activations, architecture, size_of
+from ki_ds.sizes import Activations, Size, activations, size_of
 from ki_ds.teachers.cache_files import bytes_per_row
 
 # Peak TFLOP/s without sparsity of NVIDIA's data sheets, by a part of the name: (bfloat16 and float16, float32).
@@ -297,8 +297,9 @@ class _Memory:
         length, batch = config.data.seq_len, config.train.micro_batch_size
         padded = config.data.break_mode not in ("none", "none_doc") and config.task == "mlm"
         self.body: Activations = activations(
-            architecture(model, config.task, num_classes),
+            model,
             config.task,
+            num_classes,
             batch=batch,
             length=length,
             dtype=self.dtype,

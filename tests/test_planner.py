@@ -74,11 +74,12 @@ def test_a_cpus_framework_is_told_apart():
     assert "framework" not in planned(on_gpu=True).memory
 
 
-def test_the_loss_keeps_a_chunk_and_the_heads_gradient():
-    found = planned("--loss.chunk_rows", "8")
-    chunk, gradient = 4 * 8 * 50_304, 4 * 50_304 * 48
-    assert chunk + gradient < found.memory["loss"] < 2 * chunk + gradient + 4 * 64 * 48 + 2 * 8 * 4 * 50_304
-    assert planned("--loss.chunk_rows", "16").memory["loss"] > found.memory["loss"]
+def test_the_loss_has_one_chunk_of_logits():
+    small, large = (planned("--loss.chunk_rows", rows).moments for rows in ("8", "16"))
+    assert large["forward and loss"] - small["forward and loss"] == 4 * 8 * 50_304  # blocks are as large
+    assert large["backward, first layer"] == small["backward, first layer"]
+    taught = planned(*TAUGHT, "--loss.chunk_rows", "8").moments, planned(*TAUGHT, "--loss.chunk_rows", "16").moments
+    assert taught[1]["forward and loss"] - taught[0]["forward and loss"] == 2 * 4 * 8 * 50_304
 
 
 def test_a_gpu_has_its_buckets_whole():

@@ -41,9 +41,9 @@ def test_a_size_says_what_training_counts():
 SMALL = ModelConfig(name="gpt_124m", num_layers=3, hidden_size=32, num_heads=2, ffn_size=64, num_positions=64)
 
 
-def kept(config, **changed):
+def kept(**changed):
     given = {"batch": 2, "length": 64, "dtype": torch.float32, "on_gpu": False, "padded": False} | changed
-    return activations(config, "causal", **given)
+    return activations(SMALL, "causal", 640, **given)
 
 
 def really_kept(config):
@@ -66,21 +66,19 @@ def really_kept(config):
 
 
 def test_activations_are_those_of_a_real_forward():
-    config = architecture(SMALL, "causal", 640)
-    found = kept(config)
+    found, really = kept(), really_kept(architecture(SMALL, "causal", 640))
     assert found.num_layers == 3
-    assert found.kept(checkpointing=False) == pytest.approx(really_kept(config), rel=0.02)
+    assert found.kept(checkpointing=False) == pytest.approx(really, rel=0.02)
 
 
 def test_what_checkpointing_halves_and_kernels_save():
-    config = architecture(SMALL, "causal", 640)
-    plain = kept(config)
+    plain = kept()
     assert plain.kept(checkpointing=True) == plain.outside + 3 * 2 * 64 * 32 * 4
     assert plain.recomputed(checkpointing=True) == plain.layer > plain.recomputed(checkpointing=False) == 0
-    assert kept(config, batch=4).layer == pytest.approx(2 * plain.layer, rel=0.01)
+    assert kept(batch=4).layer == pytest.approx(2 * plain.layer, rel=0.01)
     scores = 2 * 2 * 64 * 64 * 4  # batch, heads, length x length, float32
-    assert plain.layer - kept(config, on_gpu=True).layer > 2 * scores  # a fused kernel keeps none
-    assert kept(config, dtype=torch.bfloat16, on_gpu=True).layer < 0.6 * kept(config, on_gpu=True).layer
+    assert plain.layer - kept(on_gpu=True).layer > 2 * scores  # a fused kernel keeps none
+    assert kept(dtype=torch.bfloat16, on_gpu=True).layer < 0.6 * kept(on_gpu=True).layer
 
 
 @pytest.mark.parametrize(
