@@ -26,7 +26,7 @@ from ki_ds.kernels.linear import default_chunk_rows
 from ki_ds.kernels.reference import BLOCK_ELEMENTS_CPU, BLOCK_ELEMENTS_GPU
 from ki_ds.models import DTYPES
 from ki_ds.schedules import taught_steps
-from ki_ds.sizes import Activations, Size, activations, architecture, size_of
+from ki_ds.sizes import Activations, Size, activations, size_of
 from ki_ds.teachers.cache_files import bytes_per_row
 
 # Peak TFLOP/s without sparsity of NVIDIA's data sheets, by a part of the name: (bfloat16 and float16, float32).
@@ -297,8 +297,9 @@ class _Memory:
         length, batch = config.data.seq_len, config.train.micro_batch_size
         padded = config.data.break_mode not in ("none", "none_doc") and config.task == "mlm"
         self.body: Activations = activations(
-            architecture(model, config.task, num_classes),
+            model,
             config.task,
+            num_classes,
             batch=batch,
             length=length,
             dtype=self.dtype,
@@ -354,7 +355,7 @@ class _Memory:
 
     def moments(self) -> dict[str, dict[str, int]]:
         """Components by moment."""
-        own, whole = self.p // self.ranks, self.s * self.p
+        whole = self.s * self.p
         embedding = self.student.vocab_size * self.student.hidden_size
         gathered, accumulated = self._gathered(), self._accumulated()
         acts = self.body.kept(checkpointing=self.config.engine.activation_checkpointing) + self._head_activations()
@@ -365,12 +366,9 @@ class _Memory:
         # the head's gradient waits for that of the input embedding, to which it is tied
         late = 2 * self.s * embedding if self.student.tied else self.s * embedding
         full = {0: whole, 1: whole, 2: min(self._buckets(), whole) + accumulated, 3: 0}[self.stage]
-        reduce_copies = {
-            0: whole if self.ranks > 1 else 0,
-            1: self._buckets() if self.on_gpu else self.s * self.student.largest_parameter,
-            2: self.s * own,
-            3: 0,
-        }[self.stage]
+        # what is reduced is flattened into a tensor of its own; from ZeRO-2 on the last of it while backward ends
+        flat = self.s * min(self.bucket, self.p) if self.stage or self.ranks > 1 else 0
+        in_backward = flat if self.stage >= 2 else 0
         return {
             "forward and loss": self._sum(
                 teacher, gradients=accumulated, activations=acts, loss=kept + transient, weights=gathered
@@ -384,10 +382,13 @@ class _Memory:
                 communication=buckets,
             ),
             "backward, last layer": self._sum(
-                teacher, gradients=max(full, accumulated) + late, weights=gathered, communication=buckets
+                teacher,
+                gradients=max(full, accumulated) + late,
+                weights=gathered,
+                communication=buckets + in_backward,
             ),
             "reduction of gradients": self._sum(
-                teacher, gradients=full, communication=reduce_copies + buckets, weights=gathered
+                teacher, gradients=full, communication=flat + buckets, weights=gathered
             ),
             "update": self._sum(teacher, gradients=self._update_gradients()),
             "validation": self._sum(

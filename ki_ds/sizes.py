@@ -7,6 +7,7 @@ model's own forward is run with fake tensors (shapes without contents) at one an
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Size:
     head_bias: bool = False
 
 
+@functools.cache
 def size_of(model: ModelConfig, task: Task, num_classes: int) -> Size:
     """The size of a student; of a preset from its numbers, of a folder from its config.json.
 
@@ -156,8 +158,17 @@ class Activations:
         return self.layer if checkpointing else 0
 
 
+@functools.cache
 def activations(
-    config: PreTrainedConfig, task: Task, *, batch: int, length: int, dtype: torch.dtype, on_gpu: bool, padded: bool
+    model: ModelConfig,
+    task: Task,
+    num_classes: int,
+    *,
+    batch: int,
+    length: int,
+    dtype: torch.dtype,
+    on_gpu: bool,
+    padded: bool,
 ) -> Activations:
     """The activations of a training forward over `batch` sequences of `length` tokens in `dtype`.
 
@@ -167,6 +178,7 @@ def activations(
     Args:
         padded: rows can be shorter than the micro-batch's longest, so that attention gets a mask.
     """
+    config = architecture(model, task, num_classes)
     one, two = (_saved_bytes(_with_layers(config, n, on_gpu), task, batch, length, dtype, padded) for n in (1, 2))
     elements, dropout = batch * length * config.hidden_size, _dropout(config)
     layer, outside = two - one, 2 * one - two

@@ -11,7 +11,10 @@
 #
 # all start the same program. `--help` explains every field.
 # --- read by bash only (to Python this is one long string) ---
-case " $* " in *" --max_restarts"* | *" --dry_run "* | *" --help "* | *" -h "* | *" --print_config"*) alone=yes ;; *) alone= ;; esac
+case " $* " in
+    *" --max_restarts"* | *" --dry_run "* | *" --help "* | *" -h "* | *" --print_config"*) alone=yes ;;
+    *) alone= ;;
+esac
 started="${RANK:+${WORLD_SIZE:-}}${OMPI_COMM_WORLD_RANK:-}${SLURM_PROCID:+${SLURM_STEP_NUM_TASKS:-}}"
 if [ -n "$alone$started" ]; then
     exec "${PYTHON:-python3}" -u "$0" "$@"        # a launcher has started this rank already

@@ -1,0 +1,205 @@
+"""The planner's memory against real jobs: forecast, measured peak of a rank, and their ratio; one table last.
+
+    python tools/bench_plan.py                        # every row, two steps each
+    python tools/bench_plan.py --rows mlm_zero0 causal_zero1 --out plan.json
+
+On a CPU a rank's peak is that of its resident set above what it had once everything was imported. The C library is
+told to give freed memory back at once, for how much of it a process keeps depends on the order of its allocations;
+`--kept` measures as a run is, with memory kept. On a GPU it is the peak of what torch has allocated.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_data import write_text
+from bench_placements import words
+
+from ki_ds import config as configuration
+from ki_ds import planner
+from ki_ds.distributed import free_port
+from ki_ds.errors import UserError, ends_cleanly
+from ki_ds.sizes import size_of_teacher
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB_SIZE = 50_265
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job: its task, ranks, DeepSpeed's JSON and whatever else it changes."""
+
+    task: str
+    num_ranks: int
+    ds_config: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    taught: bool = False
+
+
+BF16, AGAIN = {"engine.precision": "bf16"}, {"engine.activation_checkpointing": True}
+ROWS = {
+    "mlm_zero0": Row("mlm", 1, "zero0"),
+    "causal_zero1_online": Row("causal", 2, "zero1", taught=True),
+    "mlm_zero2_bf16_checkpointing": Row("mlm", 2, "zero2", BF16 | AGAIN),
+    "mlm_zero3": Row("mlm", 2, "zero3"),
+    "causal_zero2_offload_bf16": Row("causal", 2, "zero2_offload", BF16 | AGAIN),
+    "causal_zero1_cut_chunks": Row("causal", 1, "zero1", {"loss.chunk_rows": 128, "train.micro_batch_size": 4}),
+}
+
+
+def arguments(row: Row, folder: Path, args: argparse.Namespace) -> list[str]:
+    """The run's command line."""
+    fields = {
+        "run_dir": folder / "run",
+        "task": row.task,
+        "data.corpus": folder.parent / "text",
+        "data.seq_len": 128,
+        "data.break_mode": "none",
+        "data.num_workers": 0,
+        "data.max_valid_samples": 8,
+        "model.name": "roberta_base" if row.task == "mlm" else "gpt_124m",
+        **{f"model.{name}": value for name, value in _shape(args.layers, args.width).items()},
+        "engine.ds_config": ROOT / "ds_configs" / f"{row.ds_config}.json",
+        "engine.num_threads": 1,
+        "train.num_steps": args.steps,
+        "train.micro_batch_size": 8,
+        "train.global_batch_size": 16,
+        "train.eval_every": 10**6,
+        "train.save_every": 10**6,
+        "monitor.progress": "none",
+    }
+    if row.taught:
+        fields |= {"teacher.path": folder.parent / "teacher", "inherit.schedule": "linear", "inherit.steps": 10**6}
+    return words(fields | row.fields)
+
+
+def _shape(layers: int, width: int) -> dict[str, int]:
+    return {"num_layers": layers, "hidden_size": width, "num_heads": 6, "ffn_size": 4 * width, "num_positions": 128}
+
+
+def make_teacher(folder: Path, args: argparse.Namespace) -> None:
+    """A teacher of half the student's size with random weights."""
+    from ki_ds.config import ModelConfig
+    from ki_ds.data.datasets import read_vocabulary
+    from ki_ds.models import build_lm
+
+    vocabulary = read_vocabulary(configuration.DataConfig(corpus=str(folder / "text")), "causal")
+    model = ModelConfig(name="gpt_124m", **_shape(args.layers // 2, args.width // 2))
+    lm = build_lm(model, "causal", num_classes=vocabulary.size, special_ids=vocabulary.special_ids, seed=1)
+    lm.save_pretrained(folder / "teacher")
+    vocabulary.export(folder / "teacher", "causal")
+
+
+def measure(row: Row, command: list[str], *, kept: bool) -> list[float]:
+    """The peak of each rank in MiB."""
+    ranks = {"WORLD_SIZE": str(row.num_ranks), "LOCAL_WORLD_SIZE": str(row.num_ranks), "MASTER_ADDR": "127.0.0.1"}
+    ranks |= {"MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    ranks |= {"KI_DS_BENCH_KEPT": "1"} if kept else GIVE_BACK
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--work", *command],
+            env={**os.environ, **ranks, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(row.num_ranks)
+    ]
+    said = [process.communicate()[0].splitlines() for process in processes]
+    if any(process.returncode for process in processes):
+        lines = [line for each in said for line in each if line.strip()] or ["no word"]
+        raise UserError(f"a job failed: {lines[-1][:300]}")
+    return [json.loads(lines[-1])["peak_mib"] for lines in said]
+
+
+def work(argv: list[str]) -> None:
+    """Train in this process, a rank of a job, and say its peak."""
+    from ki_ds import engine
+    from ki_ds.train import train
+
+    if "KI_DS_BENCH_KEPT" not in os.environ:
+        engine.keep_freed_memory = lambda: False
+    config = configuration.parse(argv)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+    base = _status_mib("VmRSS")
+    train(config)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else _status_mib("VmHWM") - base
+    print("\n" + json.dumps({"peak_mib": peak, "imports_mib": base}), flush=True)
+    os._exit(0)
+
+
+def _status_mib(name: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+
+def forecast(row: Row, command: list[str]) -> tuple[float, str]:
+    """(the planner's MiB of a rank, less what is imported; the moment of it)."""
+    config, on_gpu = configuration.parse(command), torch.cuda.is_available()
+    teachers = [size_of_teacher(entry.path, config.task, VOCAB_SIZE) for entry in config.all_teachers]
+    found = planner.plan(config, num_ranks=row.num_ranks, num_classes=VOCAB_SIZE, teachers=teachers, on_gpu=on_gpu)
+    return (found.total_memory - (0 if on_gpu else planner.CPU_IMPORTS)) / 2**20, found.memory_moment
+
+
+@ends_cleanly
+def main() -> None:
+    """Command line; see --help."""
+    if sys.argv[1:2] == ["--work"]:
+        work(sys.argv[2:])
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rows", nargs="+", choices=sorted(ROWS), default=list(ROWS), help="which jobs")
+    options.add_argument("--layers", type=int, default=6, help="of the student; its teacher has half")
+    options.add_argument("--width", type=int, default=384, help="of the student, a multiple of 12")
+    options.add_argument("--steps", type=int, default=2, help="of a job; the second has everything")
+    options.add_argument("--kept", action="store_true", help="measure with freed memory kept, as a run is")
+    options.add_argument("--out", type=Path, help="JSON file for the results")
+    args = options.parse_args()
+    if args.steps < 2 or args.layers < 2 or args.width % 12 or args.width < 12:
+        raise UserError(f"--steps {args.steps} --layers {args.layers} --width {args.width}: at least 2, 2, 12 x n")
+    if torch.cuda.is_available() and torch.cuda.device_count() < max(ROWS[name].num_ranks for name in args.rows):
+        raise UserError(f"{torch.cuda.device_count()} GPU is too few for these rows; take --rows of one rank")
+    results = []
+    with tempfile.TemporaryDirectory(prefix="bench_plan_") as name:
+        folder = Path(name)
+        write_text(folder / "text", 50_000, vocab_size=VOCAB_SIZE)
+        write_text(folder / "text", 5_000, split="valid", vocab_size=VOCAB_SIZE)
+        make_teacher(folder, args)
+        for row_name in args.rows:
+            row = ROWS[row_name]
+            command = arguments(row, folder / row_name, args)
+            expected, moment = forecast(row, command)
+            found = max(measure(row, command, kept=args.kept))
+            results.append(
+                {
+                    "row": row_name,
+                    "ranks": row.num_ranks,
+                    "forecast_mib": expected,
+                    "measured_mib": found,
+                    "ratio": expected / found,
+                    "moment": moment,
+                }
+            )
+            print(f"{row_name}: {expected:,.0f} forecast, {found:,.0f} measured", flush=True)
+            if args.out:
+                args.out.write_text(json.dumps(results, indent=1))
+    print(f"\n{platform.machine()}, torch {torch.__version__}, {datetime.now(UTC).date()}, kept: {args.kept}\n")
+    print("| job | ranks | forecast, MiB | measured, MiB | ratio | worst moment |\n|---|---|---|---|---|---|")
+    for each in results:
+        print(
+            f"| {each['row']} | {each['ranks']} | {each['forecast_mib']:,.0f} | {each['measured_mib']:,.0f} "
+            f"| {each['ratio']:.2f} | {each['moment']} |"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
