@@ -7,15 +7,15 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from ki_ds import config as configuration
 from ki_ds.config import RunConfig
 from ki_ds.data.datasets import read_vocabulary
+from ki_ds.devices import device_named, peak_flops_of
 from ki_ds.errors import UserError, own_rank
-from ki_ds.planner import PEAK_TFLOPS, Plan, peak_flops_of, plan
+from ki_ds.planner import Plan, plan
 from ki_ds.sizes import Size, size_of_teacher
 
 
@@ -82,20 +82,6 @@ def _num_ranks(given: int | None, env: Mapping[str, str]) -> int:
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     launcher.add_argument("--num_gpus", type=int, default=1)
     return launcher.parse_known_args(shlex.split(env.get("KI_DS_ARGS", "")))[0].num_gpus
-
-
-def device_named(given: str | None) -> tuple[str, bool]:
-    """(name, whether it is a GPU): as given, or what this machine has."""
-    if given is None:
-        here = torch.cuda.is_available()
-        return (torch.cuda.get_device_name() if here else "cpu"), here
-    if given.lower() in ("gpu", "cuda"):
-        return (torch.cuda.get_device_name() if torch.cuda.is_available() else "gpu"), True
-    if given.lower() != "cpu" and peak_flops_of(given, "bf16") is None:
-        raise UserError(
-            f"--device {given} is not known; give cpu, gpu (with --peak_tflops), or one of {', '.join(PEAK_TFLOPS)}"
-        )
-    return given, given.lower() != "cpu"
 
 
 def _num_classes(given: int | None, config: RunConfig) -> int:

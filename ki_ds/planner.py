@@ -29,20 +29,6 @@ from ki_ds.schedules import taught_steps
 from ki_ds.sizes import Activations, Size, activations, size_of
 from ki_ds.teachers.cache_files import bytes_per_row
 
-# Peak TFLOP/s without sparsity of NVIDIA's data sheets, by a part of the name: (bfloat16 and float16, float32).
-PEAK_TFLOPS = {
-    "B200": (2250.0, 75.0),
-    "H100 PCIe": (756.0, 51.0),
-    "H100": (989.0, 67.0),
-    "H200": (989.0, 67.0),
-    "H800": (989.0, 67.0),
-    "A100": (312.0, 19.5),
-    "A800": (312.0, 19.5),
-    "L40S": (362.0, 91.6),
-    "A10": (125.0, 31.2),
-    "V100": (125.0, 15.7),
-    "T4": (65.0, 8.1),
-}
 # Resident memory of a rank on a CPU without any model, measured (docs/planning.md): what is imported before its
 # configuration is read, and what DeepSpeed, transformers and gloo bring while it starts, more of it with ZeRO.
 CPU_IMPORTS = 471 << 20
@@ -172,14 +158,7 @@ def plan(
     per_sample = config.data.seq_len if tokens_per_sample is None else tokens_per_sample
     tokens = round(config.train.global_batch_size * per_sample)  # of a step
     taught, shares = len(taught_steps(config)), _shares(config, len(teachers))
-    teacher_plans = tuple(
-        TeacherPlan(
-            t.num_parameters,
-            2.0 * t.dense_parameters * tokens * share,
-            2.0 * t.dense_parameters * tokens * share * taught,
-        )
-        for t, share in zip(teachers, shares, strict=True)
-    )
+    teacher_plans = tuple(_teacher_plan(t, tokens * share, taught) for t, share in zip(teachers, shares, strict=True))
     steps, student_step = config.train.num_steps, 6.0 * student.dense_parameters * tokens
     costs = _Costs(student_step * steps, sum(t.flops for t in teacher_plans), num_ranks, num_teacher_ranks)
     caches = _cache_disk(config, teachers, num_classes, taught)
@@ -214,6 +193,11 @@ def plan(
         reason=reason,
         notes=tuple(_notes(config, len(teachers), tokens_per_sample, on_gpu)),
     )
+
+
+def _teacher_plan(teacher: Size, tokens_per_step: float, taught_steps: int) -> TeacherPlan:
+    per_step = 2.0 * teacher.dense_parameters * tokens_per_step
+    return TeacherPlan(teacher.num_parameters, per_step, per_step * taught_steps)
 
 
 def _check(
@@ -452,7 +436,7 @@ class _Memory:
         rows = self.rows
         if eval_ and self.config.train.eval_micro_batch_size:
             rows = max(1, rows * self.config.train.eval_micro_batch_size // self.config.train.micro_batch_size)
-        backend = "triton" if self.on_gpu and self.config.loss.backend == "auto" else self.config.loss.backend
+        backend: str = "triton" if self.on_gpu and self.config.loss.backend == "auto" else self.config.loss.backend
         if backend != "triton":
             backend = resolve_backend(backend, "cpu")
         elements = BLOCK_ELEMENTS_GPU if self.on_gpu else BLOCK_ELEMENTS_CPU * (self.config.engine.num_threads or 1)
@@ -587,17 +571,3 @@ def _cache_disk(config: RunConfig, teachers: Sequence[Size], num_classes: int, t
     hidden = sum(2 * t.hidden_size * share for t, share in zip(teachers, shares, strict=True))
     index = samples * CACHE_RECORD_BYTES
     return round(rows * topk * sum(shares)) + index, round(rows * hidden) + index
-
-
-def peak_flops_of(name: str, precision: str) -> float | None:
-    """A GPU's peak FLOP/s in a precision, by a part of its name; None for one that is not in `PEAK_TFLOPS`."""
-    plain = configuration_name(name)
-    for known, (half, single) in PEAK_TFLOPS.items():
-        if all(word in plain.split() for word in configuration_name(known).split()):
-            return 1e12 * (single if precision == "fp32" else half)
-    return None
-
-
-def configuration_name(name: str) -> str:
-    """A GPU's name in lower case words."""
-    return " ".join(name.lower().replace("-", " ").replace("_", " ").split())

@@ -4,7 +4,7 @@ import pytest
 
 from ki_ds.config import load, parse
 from ki_ds.errors import UserError
-from ki_ds.planner import CPU_IMPORTS, CPU_STARTED, CPU_STARTED_ZERO, peak_flops_of, plan
+from ki_ds.planner import CPU_IMPORTS, CPU_STARTED, CPU_STARTED_ZERO, plan
 from ki_ds.sizes import Size, size_of_teacher
 from tests.tiny import ROOT, inherit, records, run, tiny_corpus
 
@@ -158,13 +158,6 @@ def test_disk():
 def test_what_the_run_would_refuse_is_refused(arguments, options, words):
     with pytest.raises(UserError, match=words):
         planned(*arguments, **options)
-
-
-def test_peaks_by_name():
-    assert peak_flops_of("NVIDIA H100 80GB HBM3", "bf16") == 989e12
-    assert peak_flops_of("NVIDIA H100 PCIe", "bf16") == 756e12
-    assert peak_flops_of("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12
-    assert peak_flops_of("Voodoo 2", "bf16") is None
 
 
 def test_flops_are_those_of_a_finished_runs_metrics(tmp_path):

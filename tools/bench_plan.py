@@ -94,7 +94,8 @@ def make_teacher(folder: Path, args: argparse.Namespace) -> None:
     from ki_ds.models import build_lm
 
     vocabulary = read_vocabulary(configuration.DataConfig(corpus=str(folder / "text")), "causal")
-    model = ModelConfig(name="gpt_124m", **_shape(args.layers // 2, args.width // 2))
+    shape: Any = _shape(args.layers // 2, args.width // 2)
+    model = ModelConfig(name="gpt_124m", **shape)
     lm = build_lm(model, "causal", num_classes=vocabulary.size, special_ids=vocabulary.special_ids, seed=1)
     lm.save_pretrained(folder / "teacher")
     vocabulary.export(folder / "teacher", "causal")

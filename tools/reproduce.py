@@ -65,9 +65,8 @@ def _run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ki_ds.chain import hostfile_places, local_places
-    from ki_ds.dry_run import device_named
+    from ki_ds.devices import device_named, peak_flops_of
     from ki_ds.forecast import device_hours, forecast, table
-    from ki_ds.planner import peak_flops_of
     from ki_ds.reproduce import Request, plan, reproduce
 
     data: dict[str, list[str]] = {}
