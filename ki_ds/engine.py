@@ -30,8 +30,10 @@ from ki_ds.distributed import (
     barrier,
     free_port,
     is_main,
+    join_world,
     local_world_size,
-    pick_gloo_interface,
+    meet,
+    pick_interface,
     repair_environment,
     world_size,
 )
@@ -92,19 +94,18 @@ def connect(config: EngineConfig, *, num_teacher_ranks: int = 0) -> tuple[torch.
         deepspeed.comm.comm.mpi_discovery(verbose=False)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    pick_gloo_interface(os.environ)
+    pick_interface(os.environ)
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.num_threads or max(1, cores // local_world_size()))
-    bridge = split_world(os.environ, num_teacher_ranks) if num_teacher_ranks else None
-    if bridge is not None and bridge.is_teacher:
-        return _own_device(), bridge
-    try:
-        deepspeed.init_distributed(verbose=False)
-    except torch.distributed.DistNetworkError as error:
-        raise UserError(
-            f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')} cannot be used "
-            f"({str(error).splitlines()[0]}); give a free port, e.g. deepspeed --master_port 29501"
-        ) from None
+    bridge = None
+    if num_teacher_ranks:
+        bridge = split_world(os.environ, num_teacher_ranks, seconds=config.connect_seconds)
+        if bridge.is_teacher:
+            return _own_device(), bridge
+    elif not torch.distributed.is_initialized():
+        store = meet(os.environ, seconds=config.connect_seconds)
+        join_world(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    deepspeed.init_distributed(verbose=False)
     _check_world(int(os.environ["WORLD_SIZE"]))
     return _own_device(), bridge
 

@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
+from ki_ds.distributed import attempt
 from ki_ds.errors import EXIT_RESUMABLE, ResumableError
 from ki_ds.preemption import Preemption
 
@@ -244,7 +245,6 @@ class Watchdog:
 
     def _pulse(self) -> None:
         """Leave heartbeats and read the verdict; on rank 0, give it."""
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         try:
             plain = dist.TCPStore(
                 os.environ["MASTER_ADDR"],
@@ -253,7 +253,7 @@ class Watchdog:
                 timeout=timedelta(seconds=60),
                 wait_for_workers=False,
             )
-            store = dist.PrefixStore(f"ki_ds_{attempt}_watchdog", plain)
+            store = dist.PrefixStore(f"ki_ds_{attempt(os.environ)}_watchdog", plain)
             while True:
                 closed = self._closed.wait(_PULSE_SECONDS)
                 self._exchange(store)

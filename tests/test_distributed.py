@@ -88,7 +88,7 @@ def test_an_address_that_the_user_gave_stays(outer, monkeypatch):
 def test_without_any_launcher_nothing_is_made_up():
     env: dict[str, str] = {}
     distributed.repair_environment(env)
-    distributed.pick_gloo_interface(env)
+    distributed.pick_interface(env)
     assert env == {}
 
 
@@ -98,19 +98,19 @@ def test_without_any_launcher_nothing_is_made_up():
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_the_interface_that_routes_to_the_master(host):
     env = {"MASTER_ADDR": host}
-    distributed.pick_gloo_interface(env)
+    distributed.pick_interface(env)
     assert env["GLOO_SOCKET_IFNAME"].startswith("lo")
 
 
 def test_an_interface_that_the_user_chose_stays():
     env = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "ib7"}
-    distributed.pick_gloo_interface(env)
+    distributed.pick_interface(env)
     assert env["GLOO_SOCKET_IFNAME"] == "ib7"
 
 
 def test_a_master_that_nobody_knows_is_one_line():
     with pytest.raises(UserError, match=r"MASTER_ADDR=no-such-host\.invalid cannot be reached") as caught:
-        distributed.pick_gloo_interface({"MASTER_ADDR": "no-such-host.invalid"})
+        distributed.pick_interface({"MASTER_ADDR": "no-such-host.invalid"})
     assert "\n" not in str(caught.value)
 
 

@@ -1,0 +1,185 @@
+"""Two hosts on one machine, for jobs that are started over ssh.
+
+Each is a set of namespaces: a network, process numbers, a host name, and mounts (its /etc/hosts, /run and ssh
+configuration) of its own; the file system is shared. All traffic stays between the two. A host lives as long as its
+first process, which ends when this process closes a pipe or is gone, and the kernel ends all others of the host then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+
+NAMES = ("nodea", "nodeb")
+ADDRESSES = ("10.199.77.1", "10.199.77.2")
+INTERFACES = ("trunka", "trunkb")
+PROGRAMS = ("unshare", "nsenter", "ip", "mount", "ssh", "sshd", "ssh-keygen", "pdsh", "pkill")
+_NAMESPACES = ["--net", "--pid", "--uts", "--mount"]
+_SEARCHED = os.environ["PATH"] + ":/usr/sbin:/sbin"
+
+_INIT = """
+set -e
+mount -t proc proc /proc
+mount -t tmpfs tmpfs /run
+mkdir /run/sshd
+mount --bind {folder}/hosts /etc/hosts
+mount --bind {folder}/ssh_config /etc/ssh/ssh_config
+hostname {name}
+ip link set lo up
+/usr/sbin/sshd -f {folder}/sshd_config -E {folder}/{name}.log
+echo up
+read -r _ || true   # until the pipe is closed
+"""
+_SSHD_CONFIG = """
+Port 22
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/key.pub
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+StrictModes no
+UsePAM no
+MaxStartups 100
+PidFile none
+"""
+_SSH_CONFIG = """
+Host *
+    IdentityFile {folder}/key
+    StrictHostKeyChecking no
+    UserKnownHostsFile /dev/null
+    LogLevel ERROR
+"""
+
+
+def what_is_missing() -> str | None:
+    """Why there can be no hosts here, in a word or two; None where there can."""
+    absent = [program for program in PROGRAMS if shutil.which(program, path=_SEARCHED) is None]
+    if absent:
+        return f"no {', '.join(absent)}; apt-get install iproute2 openssh-server openssh-client pdsh procps"
+    if os.geteuid() != 0:
+        return "not root, who alone may make network namespaces"
+    veth = "ip link add trunka type veth peer name trunkb"
+    probe = subprocess.run(
+        ["unshare", *_NAMESPACES, "--fork", "sh", "-c", f"mount -t proc proc /proc && hostname x && {veth}"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": _SEARCHED},
+    )
+    return f"no namespaces ({probe.stderr.strip()})" if probe.returncode else None
+
+
+class Hosts:
+    """The two hosts, started; a context at whose end nothing of them is left."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._outer: dict[str, subprocess.Popen] = {}
+        self._first: dict[str, int] = {}
+
+    def __enter__(self) -> Hosts:
+        for key in ("key", "host_key"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / key], check=True)
+        lines = [f"{address} {name}" for address, name in zip(ADDRESSES, NAMES, strict=True)]
+        (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
+        (self.folder / "sshd_config").write_text(_SSHD_CONFIG.format(folder=self.folder))
+        (self.folder / "ssh_config").write_text(_SSH_CONFIG.format(folder=self.folder))
+        try:
+            for name in NAMES:
+                self.boot(name)
+            self.plug()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in list(self._outer):
+            self.crash(name)
+
+    def boot(self, name: str) -> None:
+        """Start a host, without a network yet."""
+        script = _INIT.format(folder=self.folder, name=name)
+        outer = subprocess.Popen(
+            ["unshare", *_NAMESPACES, "--fork", "--kill-child", "bash", "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PATH": _SEARCHED},
+        )
+        self._outer[name] = outer
+        assert outer.stdout is not None
+        assert outer.stdout.readline() == "up\n", f"{name} did not come up"
+        (first,) = psutil.Process(outer.pid).children()
+        self._first[name] = first.pid
+
+    def plug(self) -> None:
+        """Connect the two by a cable of their own."""
+        ends = [(name, INTERFACES[i], ADDRESSES[i], self._first[name]) for i, name in enumerate(NAMES)]
+        (_, a, _, first_a), (_, b, _, first_b) = ends
+        cable = f"link add {a} netns {first_a} type veth peer name {b} netns {first_b}"
+        subprocess.run(["ip", *cable.split()], check=True, env=os.environ | {"PATH": _SEARCHED})
+        for name, interface, address, _ in ends:
+            for command in (f"addr add {address}/30 dev {interface}", f"link set {interface} up"):
+                assert self.run(["ip", *command.split()], on=name).returncode == 0
+
+    def crash(self, name: str) -> None:
+        """End a host with everything on it, as when its power fails; its cable is gone with it."""
+        outer = self._outer.pop(name)
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(self._first.pop(name)).kill()
+        outer.wait(timeout=30)
+        assert outer.stdin is not None
+        assert outer.stdout is not None
+        outer.stdin.close()
+        outer.stdout.close()
+
+    def command(self, command: list[str], *, on: str = NAMES[0]) -> list[str]:
+        """The command line that runs a command on a host, to be started from here."""
+        flags = ["--net", "--pid", "--uts", "--mount", f"--wd={os.getcwd()}"]
+        return ["nsenter", "--target", str(self._first[on]), *flags, "--", *command]
+
+    def start(self, command: list[str], *, on: str = NAMES[0], **options: object) -> subprocess.Popen:
+        """Start a command on a host; its output through pipes."""
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(self.command(command, on=on), **{**pipes, **options})  # type: ignore[call-overload]
+
+    def run(
+        self, command: list[str], *, on: str = NAMES[0], timeout: float = 300, **options
+    ) -> subprocess.CompletedProcess:
+        """Run a command on a host to its end."""
+        options.setdefault("env", os.environ | {"PATH": _SEARCHED})
+        process = self.start(command, on=on, **options)
+        said, _ = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(command, process.returncode, said, "")
+
+    def processes(self, name: str, *words: str) -> list[psutil.Process]:
+        """What runs on a host with all of the words in its command line."""
+        space = os.readlink(f"/proc/{self._first[name]}/ns/pid")
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                there = os.readlink(f"/proc/{process.pid}/ns/pid") == space and process.pid != self._first[name]
+                if there and all(word in " ".join(process.cmdline()) for word in words):
+                    found.append(process)
+        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+
+    def wait_until_idle(self, *, seconds: float) -> list[str]:
+        """What still runs of a job on either host after so many seconds; nothing, once it has ended."""
+        until = time.monotonic() + seconds
+        while left := [p for name in self._first for p in self.processes(name, "train_ki.sh")]:
+            if time.monotonic() > until:
+                return [" ".join(p.cmdline()) for p in left]
+            time.sleep(0.1)
+        return []
+
+    def kill(self, process: psutil.Process, number: signal.Signals = signal.SIGKILL) -> None:
+        """Signal a process of a host, and nothing else."""
+        spaces = {os.readlink(f"/proc/{first}/ns/pid") for first in self._first.values()}
+        assert os.readlink(f"/proc/{process.pid}/ns/pid") in spaces
+        process.send_signal(number)
