@@ -179,6 +179,20 @@ def supports(precision: str) -> bool:
     return {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}[precision]
 
 
+def read_hostfile(path: str) -> dict[str, int]:
+    """{host: slots} of a hostfile as DeepSpeed's launcher reads it. Raises UserError if it is missing or malformed."""
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    _deepspeed_logger.setLevel("CRITICAL")  # it prints the whole file
+    try:
+        hosts = fetch_hostfile(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; write lines like `worker-0 slots=4`") from None
+    if hosts is None:
+        raise UserError(f"{path} is no file; give a hostfile with lines like `worker-0 slots=4`")
+    return dict(hosts)
+
+
 def zero_stage(settings: dict[str, Any]) -> int:
     """The ZeRO stage that a DeepSpeed JSON asks for."""
     return int(settings.get("zero_optimization", {}).get("stage", 0))

@@ -60,6 +60,7 @@ ORDER = [
     "models",
     "guard",
     "engine",
+    "preflight",
     "lineage",
     "teachers.questions",
     "teachers.topk",

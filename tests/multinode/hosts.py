@@ -1,7 +1,7 @@
-"""Two hosts on one machine, for jobs that are started over ssh.
+"""Two hosts and a switch between them on one machine, for jobs that are started over ssh.
 
 Each is a set of namespaces: a network, process numbers, a host name, and mounts (its /etc/hosts, /run and ssh
-configuration) of its own; the file system is shared. All traffic stays between the two. A host lives as long as its
+configuration) of its own; the file system is shared. All traffic stays between them. A host lives as long as its
 first process, which ends when this process closes a pipe or is gone, and the kernel ends all others of the host then.
 """
 
@@ -19,8 +19,9 @@ import psutil
 
 NAMES = ("nodea", "nodeb")
 ADDRESSES = ("10.199.77.1", "10.199.77.2")
-INTERFACES = ("trunka", "trunkb")
+INTERFACE = "trunk0"
 PROGRAMS = ("unshare", "nsenter", "ip", "mount", "ssh", "sshd", "ssh-keygen", "pdsh", "pkill")
+_SWITCH = "switch"
 _NAMESPACES = ["--net", "--pid", "--uts", "--mount"]
 _SEARCHED = os.environ["PATH"] + ":/usr/sbin:/sbin"
 
@@ -29,7 +30,7 @@ set -e
 mount -t proc proc /proc
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd
-mount --bind {folder}/hosts /etc/hosts
+mount --bind {folder}/hosts_{name} /etc/hosts
 mount --bind {folder}/ssh_config /etc/ssh/ssh_config
 hostname {name}
 ip link set lo up
@@ -64,9 +65,9 @@ def what_is_missing() -> str | None:
         return f"no {', '.join(absent)}; apt-get install iproute2 openssh-server openssh-client pdsh procps"
     if os.geteuid() != 0:
         return "not root, who alone may make network namespaces"
-    veth = "ip link add trunka type veth peer name trunkb"
+    devices = "ip link add trunka type veth peer name trunkb && ip link add switch type bridge"
     probe = subprocess.run(
-        ["unshare", *_NAMESPACES, "--fork", "sh", "-c", f"mount -t proc proc /proc && hostname x && {veth}"],
+        ["unshare", *_NAMESPACES, "--fork", "sh", "-c", f"mount -t proc proc /proc && hostname x && {devices}"],
         capture_output=True,
         text=True,
         env=os.environ | {"PATH": _SEARCHED},
@@ -85,14 +86,17 @@ class Hosts:
     def __enter__(self) -> Hosts:
         for key in ("key", "host_key"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / key], check=True)
-        lines = [f"{address} {name}" for address, name in zip(ADDRESSES, NAMES, strict=True)]
-        (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
+        for own in NAMES:  # as on many machines, a host's own name is its loopback: nothing may rely on it
+            known = [f"{a if name != own else '127.0.1.1'} {name}" for a, name in zip(ADDRESSES, NAMES, strict=True)]
+            (self.folder / f"hosts_{own}").write_text("\n".join(["127.0.0.1 localhost", *known]) + "\n")
         (self.folder / "sshd_config").write_text(_SSHD_CONFIG.format(folder=self.folder))
         (self.folder / "ssh_config").write_text(_SSH_CONFIG.format(folder=self.folder))
         try:
+            self._open(
+                _SWITCH, "set -e; ip link add switch type bridge; ip link set switch up; echo up; read -r _ || true"
+            )
             for name in NAMES:
                 self.boot(name)
-            self.plug()
         except BaseException:
             self.__exit__()
             raise
@@ -103,12 +107,26 @@ class Hosts:
             self.crash(name)
 
     def boot(self, name: str) -> None:
-        """Start a host, without a network yet."""
-        script = _INIT.format(folder=self.folder, name=name)
+        """Start a host and connect it to the switch."""
+        number = NAMES.index(name)
+        self._open(name, _INIT.format(folder=self.folder, name=name))
+        ends = self._first[_SWITCH], self._first[name]
+        cable = f"link add port{number} netns {ends[0]} type veth peer name {INTERFACE} netns {ends[1]}"
+        subprocess.run(["ip", *cable.split()], check=True, env=os.environ | {"PATH": _SEARCHED})
+        for host, command in (
+            (_SWITCH, f"link set port{number} master switch up"),
+            (name, f"addr add {ADDRESSES[number]}/24 dev {INTERFACE}"),
+            (name, f"link set {INTERFACE} up"),
+        ):
+            assert self.run(["ip", *command.split()], on=host).returncode == 0
+
+    def _open(self, name: str, script: str) -> None:
+        """Make the namespaces of a host, whose first process runs a script, says "up" and waits."""
         outer = subprocess.Popen(
             ["unshare", *_NAMESPACES, "--fork", "--kill-child", "bash", "-c", script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
             env=os.environ | {"PATH": _SEARCHED},
         )
@@ -118,18 +136,8 @@ class Hosts:
         (first,) = psutil.Process(outer.pid).children()
         self._first[name] = first.pid
 
-    def plug(self) -> None:
-        """Connect the two by a cable of their own."""
-        ends = [(name, INTERFACES[i], ADDRESSES[i], self._first[name]) for i, name in enumerate(NAMES)]
-        (_, a, _, first_a), (_, b, _, first_b) = ends
-        cable = f"link add {a} netns {first_a} type veth peer name {b} netns {first_b}"
-        subprocess.run(["ip", *cable.split()], check=True, env=os.environ | {"PATH": _SEARCHED})
-        for name, interface, address, _ in ends:
-            for command in (f"addr add {address}/30 dev {interface}", f"link set {interface} up"):
-                assert self.run(["ip", *command.split()], on=name).returncode == 0
-
     def crash(self, name: str) -> None:
-        """End a host with everything on it, as when its power fails; its cable is gone with it."""
+        """End a host with everything on it, as when its power fails."""
         outer = self._outer.pop(name)
         with contextlib.suppress(psutil.Error):
             psutil.Process(self._first.pop(name)).kill()
@@ -172,7 +180,7 @@ class Hosts:
     def wait_until_idle(self, *, seconds: float) -> list[str]:
         """What still runs of a job on either host after so many seconds; nothing, once it has ended."""
         until = time.monotonic() + seconds
-        while left := [p for name in self._first for p in self.processes(name, "train_ki.sh")]:
+        while left := [p for name in NAMES for p in self.processes(name, "train_ki.sh")]:
             if time.monotonic() > until:
                 return [" ".join(p.cmdline()) for p in left]
             time.sleep(0.1)

@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import os
-import signal
 import time
 
 import pytest
 
 from ki_ds.distributed import free_port
-from ki_ds.errors import EXIT_RESUMABLE
+from ki_ds.supervisor import saved_step
 from tests.jobs import steps_done
-from tests.multinode.hosts import ADDRESSES, INTERFACES, NAMES
+from tests.multinode.hosts import NAMES
 from tests.tiny import ROOT, environment, records, tiny_config, train_ranks, write_config
 
 pytestmark = pytest.mark.multinode
@@ -47,8 +45,8 @@ def command(folder, config, *options, slots=(1, 1)):
 
 
 def settings(folder):
-    """The environment of a user whose home is the folder."""
-    return environment(HOME=str(folder))
+    """The environment of a user whose home is the folder, and whose ssh notices a host that is gone."""
+    return environment(HOME=str(folder), PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=2 -o ServerAliveCountMax=3")
 
 
 def weights(run_dir):
@@ -94,3 +92,70 @@ def test_it_is_bitwise_the_run_of_one_host(hosts, configure, base, zero, slots, 
     manifest = json.loads((run_dir / "run.json").read_text())
     assert (manifest["status"], manifest["world_size"]) == ("finished", sum(slots) - len(teacher))
     assert hosts.wait_until_idle(seconds=20) == []
+
+
+# --- what fails ---
+
+
+def disturbed(hosts, configure, base, name, disturb, *options, **groups):
+    """The output, the exit code and the seconds from the disturbance to the job's end; all of it is gone then."""
+    groups.setdefault("inherit", {"schedule": "constant"})
+    config, run_dir = configure(name, train=LONG, engine={"watchdog_seconds": 12}, **groups)
+    job = hosts.start(command(base, config, *options), env=settings(base), cwd=ROOT)
+    try:
+        started(hosts, run_dir, job, 6)
+        began = time.monotonic()
+        disturb(job)
+        said, _ = job.communicate(timeout=120)
+        seconds = time.monotonic() - began
+    finally:
+        if job.poll() is None:
+            for host in NAMES:
+                for process in hosts.processes(host, "train_ki.sh"):
+                    hosts.kill(process)
+    assert hosts.wait_until_idle(seconds=60) == []
+    return said, job.returncode, seconds, config, run_dir
+
+
+def goes_on(hosts, base, config, run_dir):
+    """Called again, the job goes on from its last checkpoint."""
+    saved = saved_step(run_dir)
+    assert saved >= 5
+    stop = ["--train.stop_at_step", str(saved + 2)]
+    done = hosts.run([*command(base, config), *stop], env=settings(base), cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"going on from {run_dir}/checkpoints/step_{saved:08d}" in done.stdout
+    assert [r["step"] for r in records(run_dir, "train")] == list(range(1, saved + 3))
+
+
+def test_the_launcher_of_a_host_is_killed(hosts, configure, base, record_property):
+    (base / ".deepspeed_env").write_text("KI_DS_TOLD=both hosts\n")
+    seen = []
+
+    def kill(_):
+        ranks = [rank for name in NAMES for rank in hosts.processes(name, "--local_rank=0")]
+        seen.extend(rank.environ().get("KI_DS_TOLD") for rank in ranks if "RANK" in rank.environ())
+        (launcher,) = hosts.processes("nodeb", "deepspeed.launcher.launch", "--node_rank=1")[-1:]
+        hosts.kill(launcher)
+
+    said, code, seconds, config, run_dir = disturbed(hosts, configure, base, "launcher_killed", kill)
+    (base / ".deepspeed_env").unlink()
+    record_property("figure", f"the launcher of another host is killed: ended after {seconds:.1f} s")
+    assert code not in (0, None), said[-2000:]
+    assert "stopped by the end of its launcher at step" in said
+    assert len(lines_of(said)) == 1, lines_of(said)
+    assert saved_step(run_dir) == steps_done(run_dir)  # no step is lost
+    assert set(seen) == {"both hosts"}
+    goes_on(hosts, base, config, run_dir)
+
+
+def test_a_host_fails(hosts, configure, base, record_property):
+    """Nothing of it answers any more, and no connection is closed."""
+    said, code, seconds, config, run_dir = disturbed(
+        hosts, configure, base, "host_fails", lambda _: hosts.crash("nodeb")
+    )
+    hosts.boot("nodeb")
+    record_property("figure", f"another host fails: ended after {seconds:.1f} s (watchdog_seconds 12)")
+    assert code not in (0, None), said[-2000:]
+    assert "rank 1 (host nodeb" in said, said
+    goes_on(hosts, base, config, run_dir)
