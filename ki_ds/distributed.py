@@ -37,17 +37,17 @@ def repair_environment(env: MutableMapping[str, str]) -> None:
         env["LOCAL_RANK"] = env["OMPI_COMM_WORLD_LOCAL_RANK"]
         env.setdefault("LOCAL_WORLD_SIZE", env["OMPI_COMM_WORLD_LOCAL_SIZE"])
         env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", _port_of_job(env.get("PMIX_NAMESPACE", "ki_ds")))
+        env.setdefault("MASTER_PORT", port_of_job(env.get("PMIX_NAMESPACE", "ki_ds")))
     elif "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
         command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
         head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
         env.setdefault("MASTER_ADDR", head)
-        env.setdefault("MASTER_PORT", _port_of_job(env["SLURM_JOB_ID"]))
+        env.setdefault("MASTER_PORT", port_of_job(env["SLURM_JOB_ID"]))
 
 
-def _port_of_job(name: str) -> str:
+def port_of_job(name: str) -> str:
     """A port that all ranks of one job derive alike and two jobs on a host hardly ever share."""
     return str(20_000 + sum(byte * 31**i for i, byte in enumerate(name.encode())) % 20_000)
 
@@ -251,6 +251,8 @@ def leave(code: int) -> None:
         if code == 0:
             dist.barrier()
         dist.destroy_process_group()
+        if code == 0 and "mpi4py.MPI" in sys.modules:  # mpirun takes a rank that ends without it for a failed one
+            sys.modules["mpi4py.MPI"].Finalize()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

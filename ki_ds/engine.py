@@ -34,6 +34,7 @@ from ki_ds.distributed import (
     local_world_size,
     meet,
     pick_interface,
+    port_of_job,
     repair_environment,
     world_size,
 )
@@ -91,7 +92,8 @@ def connect(config: EngineConfig, *, num_teacher_ranks: int = 0) -> tuple[torch.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     repair_environment(os.environ)
     if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" in os.environ:  # mpirun across hosts
-        deepspeed.comm.comm.mpi_discovery(verbose=False)
+        port = os.environ.get("MASTER_PORT") or port_of_job(os.environ.get("PMIX_NAMESPACE", "ki_ds"))
+        deepspeed.comm.comm.mpi_discovery(distributed_port=int(port), verbose=False)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     pick_interface(os.environ)

