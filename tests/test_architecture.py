@@ -59,6 +59,7 @@ ORDER = [
     "objective",
     "models",
     "guard",
+    "engine_state",
     "engine",
     "preflight",
     "lineage",

@@ -167,7 +167,9 @@ class Hosts:
         return subprocess.CompletedProcess(command, process.returncode, said, "")
 
     def processes(self, name: str, *words: str) -> list[psutil.Process]:
-        """What runs on a host with all of the words in its command line."""
+        """What runs on a host with all of the words in its command line; nothing on one that is down."""
+        if name not in self._first:
+            return []
         space = os.readlink(f"/proc/{self._first[name]}/ns/pid")
         found = []
         for process in psutil.process_iter():
