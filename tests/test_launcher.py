@@ -67,6 +67,20 @@ def test_a_question_needs_no_ranks(question, stand_ins):
     assert started(["--config", "a.yaml", question], stand_ins)[0] == "python3"
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"),
+        ({"PDSH_SSH_ARGS_APPEND": "-p 2222"}, "-p 2222"),
+        ({"PDSH_SSH_ARGS_APPEND": ""}, ""),
+    ],
+)
+def test_ssh_notices_a_host_that_is_gone_unless_the_user_has_said_how(said, expected, stand_ins, tmp_path):
+    (tmp_path / "deepspeed").write_text('#!/usr/bin/env bash\necho "<$PDSH_SSH_ARGS_APPEND>"\n')
+    env = {name: value for name, value in stand_ins.items() if name != "PDSH_SSH_ARGS_APPEND"}
+    assert " ".join(started([], env | said)) == f"<{expected}>"
+
+
 def test_bash_reads_the_file(tmp_path):
     subprocess.run(["bash", "-n", SCRIPT], cwd=ROOT, check=True)
     assert os.access(ROOT / SCRIPT, os.X_OK)

@@ -67,7 +67,7 @@ def lines_of(text):
 
 def started(hosts, run_dir, job, step):
     """Wait until the run has come to a step."""
-    until = time.monotonic() + 200
+    until = time.monotonic() + 400
     while steps_done(run_dir) < step:
         assert job.poll() is None, job.communicate()[0][-3000:]
         assert time.monotonic() < until
@@ -109,7 +109,7 @@ def disturbed(hosts, configure, base, name, disturb, *options, **groups):
         started(hosts, run_dir, job, 6)
         began = time.monotonic()
         disturb(job)
-        said, _ = job.communicate(timeout=120)
+        said, _ = job.communicate(timeout=240)
         seconds = time.monotonic() - began
     finally:
         if job.poll() is None:
