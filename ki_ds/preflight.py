@@ -40,6 +40,10 @@ _SECRET = re.compile(r"TOKEN$|KEY|SECRET|PASSWORD")
 _UNSPEAKABLE = re.compile(r'["$`\\\n]')  # DeepSpeed puts values between double quotes, for a shell
 _SKEW_SECONDS = 5.0
 _ANSWER_SECONDS = 180
+_SILENT_DEATH = (
+    "ssh would wait for ever for it, should it fail",
+    "start with bash launchers/train_ki.sh, or export PDSH_SSH_ARGS_APPEND='-o ServerAliveInterval=15'",
+)
 _GIB = 2**30
 
 
@@ -208,7 +212,18 @@ def check(
     finally:
         if first in answers and not answers[first].get("cannot_write"):
             _pdsh([first], ["rm", "-f", f"{answers[first]['folder']}/.{token}"], ssh_port=ssh_port)
-    return answers, problems(hosts, answers, silent, master_port=master_port)
+    unnoticed = [Problem(host, *_SILENT_DEATH, fatal=False) for host in answers if _never_missed(host)]
+    return answers, problems(hosts, answers, silent, master_port=master_port) + unnoticed
+
+
+def _never_missed(host: str) -> bool:
+    """Whether ssh, as pdsh calls it, would wait for ever for a host that fails."""
+    options = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+    try:
+        said = subprocess.run(["ssh", *options, "-G", host], capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        return False
+    return "serveraliveinterval 0" in said.splitlines()
 
 
 def check_this_host(run_dir: str, *, master_port: int) -> tuple[dict[str, dict[str, Any]], list[Problem]]:

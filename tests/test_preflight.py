@@ -73,6 +73,15 @@ def test_what_is_wrong_with_the_first_host_and_with_a_silent_one():
     assert problem == Problem("b", "gave no answer (ssh: connect to host b port 22: No route to host)", problem.fix)
 
 
+def test_ssh_is_asked_whether_it_would_miss_a_host(tmp_path, monkeypatch):
+    (tmp_path / "ssh").write_text('#!/bin/sh\necho "host $3"\necho "serveraliveinterval ${2#*=}"\n')
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for seconds, never in (("0", True), ("15", False)):
+        monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", f"-o ServerAliveInterval={seconds}")
+        assert preflight._never_missed("a") == never
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
