@@ -147,7 +147,7 @@ def _adam(like: Tensor, step: float) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _write_stages_1_and_2(whole: WholeState, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+def _write_stages_1_and_2(whole: WholeState, optimizer: Any, parameters: Mapping[str, Any]) -> None:
     states = [_adam(flat, whole.adam_step) for flat in optimizer.single_partition_of_fp32_groups]
     names = {parameter: name for name, parameter in parameters.items()}
     for flat, state, group in zip(
@@ -167,7 +167,7 @@ def _write_stages_1_and_2(whole: WholeState, optimizer: Any, parameters: Mapping
 
 
 @torch.no_grad()
-def _write_stage_3(whole: WholeState, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+def _write_stage_3(whole: WholeState, optimizer: Any, parameters: Mapping[str, Any]) -> None:
     optimizer.checkpoint_event_prologue()  # small parameters are kept whole: part them as well
     flats = optimizer.fp32_partitioned_groups_flat
     for flat in flats:
