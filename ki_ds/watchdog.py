@@ -189,7 +189,8 @@ class Watchdog:
             "born": own.create_time(),
         }
         self._closed = threading.Event()
-        self._exchanged, self._first = time.monotonic(), {"host": "unknown", "machine": "", "pid": 0, "teaches": False}
+        self._began = time.monotonic()
+        self._exchanged, self._first = self._began, {"host": "unknown", "machine": "", "pid": 0, "teaches": False}
         self._ranks: dict[int, Rank] = {}
         self._threads = [threading.Thread(target=self._look, daemon=True)]
         if self.num_ranks > 1 and self.timeout_seconds:
@@ -296,6 +297,7 @@ class Watchdog:
         now = time.monotonic()
         if now - self._exchanged > 5 * _PULSE_SECONDS:  # it was stopped itself: begin to count anew
             self._ranks.clear()
+            self._began = now
         keys = {number: f"beat_{number}" for number in range(self.num_ranks)}
         there = [number for number, key in keys.items() if number in self._ranks or store.check([key])]
         for number, text in zip(there, store.multi_get([keys[number] for number in there]), strict=True):
@@ -304,6 +306,9 @@ class Watchdog:
         signals = [r.beat["signal"] for r in self._ranks.values() if r.beat["signal"]]
         found = verdict(self._ranks, now, timeout=self.timeout_seconds, machine=self._beat["machine"])
         line, blamed = found or (None, [])
+        never = [number for number in keys if number not in self._ranks]
+        if line is None and never and now - self._began > self.timeout_seconds:
+            line = f"rank {never[0]} has given no sign of life since it came; {_AGAIN}"
         return {
             "number": self._beat["number"],
             "first": self._beat,

@@ -1,5 +1,6 @@
 """A rank that dies, stops or hangs is named, and no process of the job is left."""
 
+import json
 import os
 import signal
 import socket
@@ -10,9 +11,11 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from ki_ds.errors import EXIT_RESUMABLE
-from ki_ds.watchdog import Launcher, Rank, is_alive, own_machine, verdict, whereabouts
+from ki_ds.preemption import Preemption
+from ki_ds.watchdog import Launcher, Rank, Watchdog, is_alive, own_machine, verdict, whereabouts
 from tests.jobs import ended, start, wait_for_step
 from tests.tiny import tiny_config, write_config
 
@@ -75,6 +78,17 @@ def test_who_makes_the_others_wait_is_named():
     line, blamed = judged(beat(where="receive"), beat(**busy, teaches=True), heard=100, now=100)
     assert blamed == [1]
     assert "teacher rank 1" in line
+
+
+def test_a_rank_that_never_leaves_a_heartbeat_is_named_after_the_time():
+    store = torch.distributed.HashStore()
+    with Watchdog(0, 1, Preemption(), 5.0) as watchdog:
+        watchdog.num_ranks = 3
+        for number in (0, 2):
+            store.set(f"beat_{number}", json.dumps(beat()))
+        assert watchdog._judged(store)["line"] is None
+        watchdog._began -= 6
+        assert watchdog._judged(store)["line"].startswith("rank 1 has given no sign of life since it came; start it")
 
 
 def test_who_has_left_is_not_missed():
