@@ -27,7 +27,9 @@ def measured(tmp_path_factory):
         if not engine.supports(precision):
             pytest.skip(f"DeepSpeed has no {precision} on this device")
         out = folder / f"{precision}_{len(list(folder.iterdir()))}.pt"
-        results = run_ranks(["-m", "tests.workers.matrix", str(corpus), str(out), precision, *cases], world=2)
+        results = run_ranks(
+            ["-m", "tests.workers.matrix", str(corpus), str(out), precision, *cases], world=2, timeout=1500
+        )
         assert [r.returncode for r in results] == [0, 0], results[0].stderr[-3000:]
         return torch.load(out)
 
@@ -79,6 +81,7 @@ def test_some_combinations(measured, record_property):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_combination(precision, measured, record_property):
     stages = ["1", "2", "3"]

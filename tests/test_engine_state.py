@@ -86,7 +86,7 @@ def many(base, name, world, parts):
             train={"stop_at_step": stop},
         )
         files.append(str(write_config(base / f"{name}_{len(files)}.yaml", config)))
-    results = run_ranks(["-m", "tests.workers.train_many", *files], world=world, timeout=580)
+    results = run_ranks(["-m", "tests.workers.train_many", *files], world=world, timeout=1500)
     assert [r.returncode for r in results] == [0] * world, results[0].stderr[-2000:]
 
 
@@ -100,6 +100,7 @@ def test_another_number_of_ranks_with_another_stage(base, whole):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_change_of_the_number_of_ranks(base, whole, record_property):
     """{1, 2, 4} x {1, 2, 4} at ZeRO 1 and at ZeRO 3: 12 changes and 6 that are none."""
     worlds, stages = (1, 2, 4), ("zero1", "zero3")

@@ -84,6 +84,7 @@ def test_resume_is_bitwise_the_same_run(base, zero):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
 def test_resumed_at_every_step_it_is_bitwise_the_same_run(base, zero, record_property):
     engine = {"ds_config": str(ROOT / f"ds_configs/{zero}.json")}

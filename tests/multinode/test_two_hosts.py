@@ -15,7 +15,7 @@ from tests.jobs import steps_done
 from tests.multinode.hosts import INTERFACE, NAMES
 from tests.tiny import ROOT, environment, records, tiny_config, train_ranks, write_config
 
-pytestmark = pytest.mark.multinode
+pytestmark = [pytest.mark.multinode, pytest.mark.timeout(1500)]
 SCRIPT = "launchers/train_ki.sh"
 LONG = {"num_steps": 100_000, "eval_every": 10**6, "save_every": 5}
 TAUGHT = {"schedule": "linear", "steps": 4}
