@@ -116,7 +116,7 @@ class Hosts:
         for host, command in (
             (_SWITCH, f"link set port{number} master switch up"),
             (name, f"addr add {ADDRESSES[number]}/24 dev {INTERFACE}"),
-            (name, f"link set {INTERFACE} up"),
+            (name, f"link set {INTERFACE} address 02:00:00:00:00:0{number + 1} up"),  # it keeps it when it boots again
         ):
             assert self.run(["ip", *command.split()], on=host).returncode == 0
 
@@ -158,12 +158,16 @@ class Hosts:
         return subprocess.Popen(self.command(command, on=on), **{**pipes, **options})  # type: ignore[call-overload]
 
     def run(
-        self, command: list[str], *, on: str = NAMES[0], timeout: float = 300, **options
+        self, command: list[str], *, on: str = NAMES[0], timeout: float = 600, **options
     ) -> subprocess.CompletedProcess:
         """Run a command on a host to its end."""
         options.setdefault("env", os.environ | {"PATH": _SEARCHED})
         process = self.start(command, on=on, **options)
-        said, _ = process.communicate(timeout=timeout)
+        try:
+            said, _ = process.communicate(timeout=timeout)
+        finally:
+            if process.poll() is None:
+                self.end_jobs()
         return subprocess.CompletedProcess(command, process.returncode, said, "")
 
     def processes(self, name: str, *words: str) -> list[psutil.Process]:
@@ -178,6 +182,12 @@ class Hosts:
                 if there and all(word in " ".join(process.cmdline()) for word in words):
                     found.append(process)
         return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+
+    def end_jobs(self) -> None:
+        """Kill the ranks on both hosts; their launchers end with them."""
+        for name in NAMES:
+            for process in self.processes(name, "train_ki.sh"):
+                self.kill(process)
 
     def wait_until_idle(self, *, seconds: float) -> list[str]:
         """What still runs of a job on either host after so many seconds; nothing, once it has ended."""

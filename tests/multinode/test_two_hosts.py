@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 import signal
 import sys
@@ -43,7 +44,7 @@ def command(folder, config, *options, slots=(1, 1)):
     """A `deepspeed` over both hosts."""
     hostfile = folder / f"hostfile_{'_'.join(map(str, slots))}"
     hostfile.write_text("".join(f"{name} slots={n}\n" for name, n in zip(NAMES, slots, strict=True)))
-    port = ["--master_port", free_port()]
+    port = ["--master_port", free_port(), "--launcher_args=-t 60"]  # pdsh's patience with a slow ssh
     return ["deepspeed", "--hostfile", str(hostfile), *port, *options, SCRIPT, "--config", str(config)]
 
 
@@ -113,9 +114,7 @@ def disturbed(hosts, configure, base, name, disturb, *options, **groups):
         seconds = time.monotonic() - began
     finally:
         if job.poll() is None:
-            for host in NAMES:
-                for process in hosts.processes(host, "train_ki.sh"):
-                    hosts.kill(process)
+            hosts.end_jobs()
     assert hosts.wait_until_idle(seconds=60) == []
     return said, job.returncode, seconds, config, run_dir
 
@@ -183,7 +182,7 @@ def test_a_rank_of_another_host_is_killed_and_the_job_is_started_again(hosts, co
     train = {"num_steps": 60, "save_every": 3, "eval_every": 100}
     config, run_dir = configure("restarted", train=train, engine={"watchdog_seconds": 12})
     options = command(base, config)
-    environment_ = settings(base) | {"KI_DS_ARGS": " ".join(options[1 : options.index(SCRIPT)])}
+    environment_ = settings(base) | {"KI_DS_ARGS": shlex.join(options[1 : options.index(SCRIPT)])}
     arguments = ["bash", SCRIPT, "--max_restarts", "2", "--config", str(config)]
     job = hosts.start(arguments, env=environment_ | {"PYTHON": sys.executable}, cwd=ROOT)
     try:
