@@ -187,7 +187,8 @@ class Hosts:
         """Kill the ranks on both hosts; their launchers end with them."""
         for name in NAMES:
             for process in self.processes(name, "train_ki.sh"):
-                self.kill(process)
+                with contextlib.suppress(psutil.Error, OSError):  # it has ended meanwhile
+                    self.kill(process)
 
     def wait_until_idle(self, *, seconds: float) -> list[str]:
         """What still runs of a job on either host after so many seconds; nothing, once it has ended."""
