@@ -167,8 +167,7 @@ def test_the_runner_is_asked_to_stop(hosts, configure, base):
     """It ends the launchers of both hosts by their command line, and they their ranks, which have the time to save."""
     said, code, _, _, run_dir = disturbed(hosts, configure, base, "runner_asked", lambda job: ask(hosts))
     assert code not in (0, None), said[-2000:]
-    assert "stopped by SIGTERM at step" in said
-    assert saved_step(run_dir) == steps_done(run_dir)
+    assert saved_step(run_dir) == steps_done(run_dir)  # their line is lost: pdsh, which carries it, is ended first
 
 
 def ask(hosts):
