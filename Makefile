@@ -1,5 +1,6 @@
 # make demo [TASK=mlm|causal] [SIZE=full|smoke]   from raw text to a student that paid less
 # make test                                       the default test suite, a few minutes on two cores
+# make test-multinode                             jobs over pdsh and ssh on two hosts of namespaces; needs root
 # make test-faults                                the promises of docs/reliability.md with their figures
 # make check                                      ruff, mypy and the tests: what CI runs
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN    := $(VENV)/bin
 TASK   ?= mlm
 SIZE   ?= full
 
-.PHONY: install demo test test-slow test-faults lint check clean
+.PHONY: install demo test test-slow test-multinode test-faults lint check clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +30,9 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+test-multinode: install
+	$(BIN)/python -m pytest -n 0 -m 'multinode and not slow' tests/multinode
 
 test-faults: install
 	$(BIN)/python tools/fault_matrix.py

@@ -15,17 +15,15 @@ import socket
 import time
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ki_ds.errors import UserError
+from ki_ds.distributed import FOREVER, attempt, join_world, meet
+from ki_ds.errors import UserError, common_to_all_ranks
 
-_CONNECT = timedelta(minutes=5)
-_FOREVER = timedelta(days=365)
 _DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
 
 
@@ -96,7 +94,7 @@ class Bridge:
             tensor = torch.empty(shape, dtype=dtype)
             if tensor.numel():
                 with _other_side():
-                    self.group.recv([tensor.view(-1).view(torch.uint8)], source, 0).wait(_FOREVER)
+                    self.group.recv([tensor.view(-1).view(torch.uint8)], source, 0).wait(FOREVER)
             tensors.append(tensor)
             flat = flat[2 + len(shape) :]
         return tensors
@@ -104,12 +102,12 @@ class Bridge:
     def _send(self, tensor: Tensor, to: int) -> None:
         if tensor.numel():
             with _other_side():
-                self.group.send([tensor], to, 0).wait(_FOREVER)
+                self.group.send([tensor], to, 0).wait(FOREVER)
 
     def _receive(self, count: int, source: int) -> Tensor:
         tensor = torch.empty(count, dtype=torch.int64)
         with _other_side():
-            self.group.recv([tensor], source, 0).wait(_FOREVER)
+            self.group.recv([tensor], source, 0).wait(FOREVER)
         return tensor
 
 
@@ -122,37 +120,27 @@ def _other_side() -> Iterator[None]:
         raise ConnectionError(str(error).splitlines()[0]) from None
 
 
-def split_world(env: MutableMapping[str, str], num_teachers: int) -> Bridge:
+def split_world(env: MutableMapping[str, str], num_teachers: int, *, seconds: float) -> Bridge:
     """Part the launcher's ranks into two worlds and connect the student's; RANK and WORLD_SIZE become this world's.
 
     Raises:
-        UserError: no rank is left for the student, or the master's port cannot be used.
+        UserError: no rank is left for the student, or the ranks have not met within `seconds`.
     """
     rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
     students = world - num_teachers
     if students < 1:
-        raise UserError(
-            f"teacher.num_ranks={num_teachers} of {world} ranks leave none for the student; start more ranks, e.g. "
-            f"deepspeed --num_gpus {num_teachers + 1}"
-        )
-    # torchrun holds a store of its own on this port
-    hosts = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world, hosts, _CONNECT)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise UserError(
-            f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']} cannot be used "
-            f"({str(error).splitlines()[0]}); give a free port, e.g. deepspeed --master_port 29501"
-        ) from None
-    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-    notes = dist.PrefixStore(f"ki_ds_{attempt}_notes", store)
-    group = dist.ProcessGroupGloo(dist.PrefixStore(f"ki_ds_{attempt}_bridge", store), rank, world, _FOREVER)
+        with common_to_all_ranks():
+            raise UserError(
+                f"teacher.num_ranks={num_teachers} of {world} ranks leave none for the student; start more ranks, e.g. "
+                f"deepspeed --num_gpus {num_teachers + 1}"
+            )
+    store = meet(env, seconds=seconds)
+    notes = dist.PrefixStore(f"ki_ds_{attempt(env)}_notes", store)
+    group = dist.ProcessGroupGloo(dist.PrefixStore(f"ki_ds_{attempt(env)}_bridge", store), rank, world, FOREVER)
     bridge = Bridge(rank, students, num_teachers, notes, group)
     if bridge.is_teacher:
         bridge.put(f"teacher_{rank}", f"{socket.gethostname()} pid {os.getpid()}")
         return bridge
     env["WORLD_SIZE"] = str(students)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    world_store = dist.PrefixStore(f"ki_ds_{attempt}_students", store)
-    dist.init_process_group(backend, store=world_store, rank=rank, world_size=students)
+    join_world(store, rank, students)
     return bridge

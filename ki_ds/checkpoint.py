@@ -40,7 +40,7 @@ class EngineState(Protocol):
     zero_stage: int
 
     def save(self, folder: Path, tag: str) -> None: ...
-    def load(self, folder: Path, tag: str, *, saved_world: int) -> None: ...
+    def load(self, folder: Path, tag: str, *, saved_world: int, saved_stage: int) -> None: ...
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -261,14 +261,9 @@ def load(folder: Path, engine: EngineState) -> dict[str, Any]:
     """Restore the engine from a checkpoint and return the loop's state. Called by all ranks.
 
     Raises:
-        UserError: it was saved at a ZeRO stage whose shards this one cannot read.
+        UserError: the engine cannot go on from it.
     """
     state = read_json(folder / "state.json")
-    saved, now = state.get("zero_stage", engine.zero_stage), engine.zero_stage
-    if saved != now and {saved, now} != {1, 2}:
-        raise UserError(
-            f"{folder} was saved at ZeRO stage {saved}, engine.ds_config has stage {now}; only 1 and 2 read each "
-            f"other's shards: go on with stage {saved}, or start another run from {folder}/hf (model.init pretrained)"
-        )
-    engine.load(folder, "engine", saved_world=state["world_size"])
+    saved_stage = state.get("zero_stage", engine.zero_stage)
+    engine.load(folder, "engine", saved_world=state["world_size"], saved_stage=saved_stage)
     return state

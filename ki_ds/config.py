@@ -246,6 +246,7 @@ class EngineConfig:
         activation_checkpointing: recompute activations in the backward pass instead of storing them.
         watchdog_seconds: a rank that is silent, or makes all others wait, for so long is named and the job ends with
             the exit code 75; 0 waits for ever.
+        connect_seconds: how long the ranks wait for one another at the start; then those that are missing are named.
         num_threads: CPU threads per rank; 0 shares the cores out among the ranks of a host.
     """
 
@@ -253,6 +254,7 @@ class EngineConfig:
     precision: Precision = "fp32"
     activation_checkpointing: bool = False
     watchdog_seconds: float = 600.0
+    connect_seconds: float = 300.0
     num_threads: int = 0
 
 

@@ -9,7 +9,9 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, MutableMapping
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from datetime import timedelta
 from typing import TypeVar
 
 import psutil
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from ki_ds.errors import UserError
 
 Value = TypeVar("Value")
+FOREVER = timedelta(days=365)
 
 
 def repair_environment(env: MutableMapping[str, str]) -> None:
@@ -34,42 +37,127 @@ def repair_environment(env: MutableMapping[str, str]) -> None:
         env["LOCAL_RANK"] = env["OMPI_COMM_WORLD_LOCAL_RANK"]
         env.setdefault("LOCAL_WORLD_SIZE", env["OMPI_COMM_WORLD_LOCAL_SIZE"])
         env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", _port_of_job(env.get("PMIX_NAMESPACE", "ki_ds")))
+        env.setdefault("MASTER_PORT", port_of_job(env.get("PMIX_NAMESPACE", "ki_ds")))
     elif "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
         command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
         head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
         env.setdefault("MASTER_ADDR", head)
-        env.setdefault("MASTER_PORT", _port_of_job(env["SLURM_JOB_ID"]))
+        env.setdefault("MASTER_PORT", port_of_job(env["SLURM_JOB_ID"]))
 
 
-def _port_of_job(name: str) -> str:
+def port_of_job(name: str) -> str:
     """A port that all ranks of one job derive alike and two jobs on a host hardly ever share."""
     return str(20_000 + sum(byte * 31**i for i, byte in enumerate(name.encode())) % 20_000)
 
 
-def pick_gloo_interface(env: MutableMapping[str, str]) -> None:
-    """Name the network interface that routes to the master, where the user named none.
+def pick_interface(env: MutableMapping[str, str]) -> None:
+    """Name the network interface that routes to the master to gloo and NCCL, where the user named none.
 
     Gloo otherwise takes the address of the host's name, which is loopback on many machines: ranks of other
-    hosts then wait for ever.
+    hosts then wait for ever. NCCL is left alone where the master is this host's loopback.
     """
-    if env.get("GLOO_SOCKET_IFNAME") or "MASTER_ADDR" not in env:
+    if "MASTER_ADDR" not in env or (env.get("GLOO_SOCKET_IFNAME") and env.get("NCCL_SOCKET_IFNAME")):
         return
     try:
-        family, _, _, _, address = socket.getaddrinfo(env["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # a UDP connect sends nothing
-            mine = probe.getsockname()[0]
-    except (OSError, UnicodeError) as error:
-        raise UserError(
-            f"MASTER_ADDR={env['MASTER_ADDR']} cannot be reached ({error}); give a reachable host"
+        name = interface_to(env["MASTER_ADDR"])
+    except OSError as error:
+        raise _by_each_host(
+            env, f"MASTER_ADDR={env['MASTER_ADDR']} cannot be reached ({error}); give a reachable host"
         ) from None
+    if name is not None:
+        env.setdefault("GLOO_SOCKET_IFNAME", name)
+        if not name.startswith("lo"):
+            env.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": this very name, not all that begin with it
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface through which this host reaches another; None where its address is on none.
+
+    Raises:
+        OSError: there is no such host, or no route.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    except UnicodeError as error:
+        raise OSError(str(error)) from None
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # a UDP connect sends nothing
+        mine = probe.getsockname()[0]
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address.split("%")[0] == mine for a in addresses):
-            env["GLOO_SOCKET_IFNAME"] = name
-            return
+            return name
+    return None
+
+
+def _by_each_host(env: MutableMapping[str, str], line: str) -> UserError:
+    """An error that the first rank of every host says: rank 0 may know nothing of it."""
+    error = UserError(line)
+    error.said_by_main = env.get("LOCAL_RANK", "0") != "0"
+    return error
+
+
+def meet(env: MutableMapping[str, str], *, seconds: float) -> dist.Store:
+    """The store on the launcher's port, once every rank of the job has come to it.
+
+    Raises:
+        UserError: the port cannot be used, a rank has come twice, or some have not come within `seconds`.
+    """
+    rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+    where = f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}"
+    # torchrun holds a store of its own on this port
+    hosts = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    until = time.monotonic() + seconds
+    try:
+        patience = timedelta(seconds=max(seconds, 1.0))
+        store = dist.TCPStore(
+            env["MASTER_ADDR"], int(env["MASTER_PORT"]), world, hosts, patience, wait_for_workers=False
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise _by_each_host(
+            env,
+            f"{where} cannot be used by rank {rank} on {socket.gethostname()} ({str(error).splitlines()[0]}); give a "
+            "free port of a host that all reach, e.g. deepspeed --master_port 29501",
+        ) from None
+    present = dist.PrefixStore(f"ki_ds_{attempt(env)}_present", store)
+    if present.add(str(rank), 1) > 1:
+        raise UserError(
+            f"two processes call themselves rank {rank} of the job at {where}; give each host its own --node_rank, and "
+            "each job its own port"
+        )
+    present.add("all", 1)
+    try:
+        while present.add("all", 0) < world:
+            if time.monotonic() > until:
+                missing = [str(other) for other in range(world) if not present.check([str(other)])]
+                raise _of_all(
+                    f"{where}: rank {', '.join(missing)} of {world} has not come within {seconds:g} s; see "
+                    "what the launcher of its host says, or give it longer with engine.connect_seconds"
+                )
+            time.sleep(0.05)
+    except (dist.DistNetworkError, dist.DistStoreError):
+        raise _of_all("rank 0 has left") from None  # with a line of its own
+    return store
+
+
+def _of_all(line: str) -> UserError:
+    """An error that every rank comes to, or that rank 0 has said before."""
+    error = UserError(line)
+    error.said_by_main = True
+    return error
+
+
+def attempt(env: Mapping[str, str]) -> str:
+    """Which start of a job this is: torchrun's store outlives a job that it starts again."""
+    return env.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def join_world(store: dist.Store, rank: int, world: int) -> None:
+    """Connect the ranks of a world through a store. Nothing in it times out: a watchdog ends a job that hangs."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    named = dist.PrefixStore(f"ki_ds_{attempt(os.environ)}_students", store)
+    dist.init_process_group(backend, store=named, rank=rank, world_size=world, timeout=FOREVER)
 
 
 def free_port() -> str:
@@ -163,6 +251,8 @@ def leave(code: int) -> None:
         if code == 0:
             dist.barrier()
         dist.destroy_process_group()
+        if code == 0 and "mpi4py.MPI" in sys.modules:  # mpirun takes a rank that ends without it for a failed one
+            sys.modules["mpi4py.MPI"].Finalize()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -7,15 +7,12 @@ without a word, is refused.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import json
 import os
 import shutil
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,8 +27,11 @@ from ki_ds.distributed import (
     barrier,
     free_port,
     is_main,
+    join_world,
     local_world_size,
-    pick_gloo_interface,
+    meet,
+    pick_interface,
+    port_of_job,
     repair_environment,
     world_size,
 )
@@ -47,8 +47,9 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
-from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils import logger as _deepspeed_logger
+
+from ki_ds import engine_state
 
 ROOT = Path(__file__).resolve().parent.parent
 # Filled in from the run's configuration; a JSON may repeat them but not contradict them.
@@ -89,22 +90,22 @@ def connect(config: EngineConfig, *, num_teacher_ranks: int = 0) -> tuple[torch.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     repair_environment(os.environ)
     if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" in os.environ:  # mpirun across hosts
-        deepspeed.comm.comm.mpi_discovery(verbose=False)
+        port = os.environ.get("MASTER_PORT") or port_of_job(os.environ.get("PMIX_NAMESPACE", "ki_ds"))
+        deepspeed.comm.comm.mpi_discovery(distributed_port=int(port), verbose=False)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    pick_gloo_interface(os.environ)
+    pick_interface(os.environ)
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.num_threads or max(1, cores // local_world_size()))
-    bridge = split_world(os.environ, num_teacher_ranks) if num_teacher_ranks else None
-    if bridge is not None and bridge.is_teacher:
-        return _own_device(), bridge
-    try:
-        deepspeed.init_distributed(verbose=False)
-    except torch.distributed.DistNetworkError as error:
-        raise UserError(
-            f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')} cannot be used "
-            f"({str(error).splitlines()[0]}); give a free port, e.g. deepspeed --master_port 29501"
-        ) from None
+    bridge = None
+    if num_teacher_ranks:
+        bridge = split_world(os.environ, num_teacher_ranks, seconds=config.connect_seconds)
+        if bridge.is_teacher:
+            return _own_device(), bridge
+    elif not torch.distributed.is_initialized():
+        store = meet(os.environ, seconds=config.connect_seconds)
+        join_world(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    deepspeed.init_distributed(verbose=False)
     _check_world(int(os.environ["WORLD_SIZE"]))
     return _own_device(), bridge
 
@@ -176,6 +177,20 @@ def supports(precision: str) -> bool:
     """Whether DeepSpeed can train in this precision on this machine's accelerator."""
     accelerator = deepspeed.accelerator.get_accelerator()
     return {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}[precision]
+
+
+def read_hostfile(path: str) -> dict[str, int]:
+    """{host: slots} of a hostfile as DeepSpeed's launcher reads it. Raises UserError if it is missing or malformed."""
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    _deepspeed_logger.setLevel("CRITICAL")  # it prints the whole file
+    try:
+        hosts = fetch_hostfile(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; write lines like `worker-0 slots=4`") from None
+    if hosts is None:
+        raise UserError(f"{path} is no file; give a hostfile with lines like `worker-0 slots=4`")
+    return dict(hosts)
 
 
 def zero_stage(settings: dict[str, Any]) -> int:
@@ -252,18 +267,6 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
 
 
-def _reshard(shards: Path, universal: Path) -> None:
-    """Write a sharded state as DeepSpeed's universal checkpoint, which any number of ranks can load."""
-    shutil.rmtree(universal.parent, ignore_errors=True)
-    arguments = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(
-            SimpleNamespace(
-                input_folder=str(shards), output_folder=str(universal), inject_missing_state=True, **arguments
-            )
-        )
-
-
 class StudentEngine:
     """The student under DeepSpeed: losses by the row, one division by the global rows, one update a step."""
 
@@ -292,6 +295,10 @@ class StudentEngine:
         self._loss = torch.zeros((), device=device)
         self._judged = False
         self._optimizer = make_optimizer(model, run.optim)
+        named = {parameter: name for name, parameter in model.named_parameters()}
+        groups = [group["params"] for group in self._optimizer.param_groups]
+        self._group_sizes = [len(group) for group in groups]
+        self._parameters = {named[parameter]: parameter for group in groups for parameter in group}
         self._optimizer.register_step_pre_hook(lambda *_: self._judge())
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -388,27 +395,28 @@ class StudentEngine:
         if is_main():
             (folder / tag / _GUARD).write_text(json.dumps(self.guard.state()), encoding="utf-8")
 
-    def load(self, folder: Path, tag: str, *, saved_world: int) -> None:
+    def load(self, folder: Path, tag: str, *, saved_world: int, saved_stage: int) -> None:
         """Restore what `save` wrote with `saved_world` ranks: bit for bit with as many, to float32 with others.
 
         Raises:
-            UserError: DeepSpeed cannot load it.
+            UserError: it cannot be loaded at this stage.
         """
         if (folder / tag / _GUARD).exists():
             self.guard.load(json.loads((folder / tag / _GUARD).read_text(encoding="utf-8")))
-        if self.zero_stage == 0 or saved_world == world_size():  # stage 0 has no shards
-            self._load(folder, tag)
+        like = {saved_stage, self.zero_stage}
+        if like == {0} or (saved_world == world_size() and (len(like) == 1 or like == {1, 2})):
+            self._load(folder, tag)  # stage 0 has no shards; 1 and 2 have the same
             return
-        resharded = folder.with_name(f".{folder.name}.resharded")
-        if is_main():
-            _reshard(folder / tag, resharded / tag)
+        universal = folder.with_name(f".{folder.name}.resharded") / tag
+        if is_main() and saved_stage:
+            engine_state.reshard(folder / tag, universal)
         barrier()
-        self._engine._config.load_universal_checkpoint = True
-        self._load(resharded, tag)
-        self._engine._config.load_universal_checkpoint = False
+        source = universal if saved_stage else folder / tag
+        whole = engine_state.read(source, list(self._parameters), self._group_sizes, stage=saved_stage)
+        engine_state.write(whole, self._engine, self._parameters)
         barrier()
         if is_main():
-            shutil.rmtree(resharded)
+            shutil.rmtree(universal.parent, ignore_errors=True)
 
     def _load(self, folder: Path, tag: str) -> None:
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag)

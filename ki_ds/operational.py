@@ -26,6 +26,7 @@ OPERATIONAL_FIELDS = frozenset(
         "engine.ds_config",
         "engine.activation_checkpointing",
         "engine.watchdog_seconds",
+        "engine.connect_seconds",
         "engine.num_threads",
         "train.micro_batch_size",
         "train.eval_micro_batch_size",

@@ -48,6 +48,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "optim.max_grad_norm": (0, 1e9, True),
     "engine.num_threads": (0, 4096, True),
     "engine.watchdog_seconds": (0, 1e9, True),
+    "engine.connect_seconds": (0, 1e9, False),
     "train.num_steps": (1, 2**62, True),
     "train.global_batch_size": (1, 2**40, True),
     "train.micro_batch_size": (1, 2**30, True),

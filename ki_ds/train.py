@@ -44,9 +44,8 @@ def train(config: RunConfig, *, started: float | None = None) -> None:
         UserError: the configuration, the data, the teacher or the run folder cannot be used.
         ResumableError: a signal asked the run to stop; it is saved.
     """
-    with common_to_all_ranks():
-        ranks = config.teacher.num_ranks if config.teacher.placement == "ranks" else 0
-        device, bridge = connect(config.engine, num_teacher_ranks=ranks)
+    ranks = config.teacher.num_ranks if config.teacher.placement == "ranks" else 0
+    device, bridge = connect(config.engine, num_teacher_ranks=ranks)
     preemption = Preemption()
     watchdog = Watchdog(
         bridge.rank if bridge else rank(),

@@ -22,12 +22,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 import torch.distributed as dist
 
+from ki_ds.distributed import attempt
 from ki_ds.errors import EXIT_RESUMABLE, ResumableError
 from ki_ds.preemption import Preemption
 
@@ -108,7 +110,15 @@ def name(number: int, beat: Mapping[str, Any]) -> str:
     return f"{kind} {number} (host {beat['host']}, pid {beat['pid']})"
 
 
-def verdict(ranks: Mapping[int, Rank], now: float, *, timeout: float, host: str) -> tuple[str, list[int]] | None:
+def own_machine() -> str:
+    """What tells this host's processes from those of any other, which may have the same name."""
+    told = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        told += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(told)
+
+
+def verdict(ranks: Mapping[int, Rank], now: float, *, timeout: float, machine: str) -> tuple[str, list[int]] | None:
     """The line that ends the job and the ranks that are to blame; None while all is well.
 
     Pure but for a look at the processes of this host.
@@ -118,7 +128,7 @@ def verdict(ranks: Mapping[int, Rank], now: float, *, timeout: float, host: str)
     patience = min(timeout, _LOST_SECONDS) if broken else timeout
     for number, rank in active.items():
         said = f"{name(number, rank.beat)}, last seen at step {rank.beat['step']} in {rank.beat['phase']},"
-        if rank.beat["host"] == host and not _runs(rank.beat):
+        if rank.beat["machine"] == machine and not _runs(rank.beat):
             return f"{said} is gone; {_AGAIN}", [number]
         if now - rank.heard > patience:
             return f"{said} has given no sign of life for {now - rank.heard:.0f} s; {_AGAIN}", [number]
@@ -174,11 +184,13 @@ class Watchdog:
             "signal": None,
             "teaches": self.teaches,
             "host": socket.gethostname(),
+            "machine": own_machine(),
             "pid": own.pid,
             "born": own.create_time(),
         }
         self._closed = threading.Event()
-        self._exchanged, self._first = time.monotonic(), {"host": "unknown", "pid": 0, "teaches": False}
+        self._began = time.monotonic()
+        self._exchanged, self._first = self._began, {"host": "unknown", "machine": "", "pid": 0, "teaches": False}
         self._ranks: dict[int, Rank] = {}
         self._threads = [threading.Thread(target=self._look, daemon=True)]
         if self.num_ranks > 1 and self.timeout_seconds:
@@ -244,7 +256,6 @@ class Watchdog:
 
     def _pulse(self) -> None:
         """Leave heartbeats and read the verdict; on rank 0, give it."""
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         try:
             plain = dist.TCPStore(
                 os.environ["MASTER_ADDR"],
@@ -253,7 +264,7 @@ class Watchdog:
                 timeout=timedelta(seconds=60),
                 wait_for_workers=False,
             )
-            store = dist.PrefixStore(f"ki_ds_{attempt}_watchdog", plain)
+            store = dist.PrefixStore(f"ki_ds_{attempt(os.environ)}_watchdog", plain)
             while True:
                 closed = self._closed.wait(_PULSE_SECONDS)
                 self._exchange(store)
@@ -286,14 +297,18 @@ class Watchdog:
         now = time.monotonic()
         if now - self._exchanged > 5 * _PULSE_SECONDS:  # it was stopped itself: begin to count anew
             self._ranks.clear()
+            self._began = now
         keys = {number: f"beat_{number}" for number in range(self.num_ranks)}
         there = [number for number, key in keys.items() if number in self._ranks or store.check([key])]
         for number, text in zip(there, store.multi_get([keys[number] for number in there]), strict=True):
             beat = json.loads(text)
             self._ranks.setdefault(number, Rank(beat, now, now)).hear(beat, now)
         signals = [r.beat["signal"] for r in self._ranks.values() if r.beat["signal"]]
-        found = verdict(self._ranks, now, timeout=self.timeout_seconds, host=self._beat["host"])
+        found = verdict(self._ranks, now, timeout=self.timeout_seconds, machine=self._beat["machine"])
         line, blamed = found or (None, [])
+        never = [number for number in keys if number not in self._ranks]
+        if line is None and never and now - self._began > self.timeout_seconds:
+            line = f"rank {never[0]} has given no sign of life since it came; {_AGAIN}"
         return {
             "number": self._beat["number"],
             "first": self._beat,
@@ -332,5 +347,5 @@ def _runs(beat: Mapping[str, Any]) -> bool:
 def _kill(beat: Mapping[str, Any]) -> None:
     """Kill a rank of this job on this host that hangs; never another process that got its number."""
     with contextlib.suppress(psutil.Error):
-        if beat["host"] == socket.gethostname() and beat["pid"] != os.getpid() and _runs(beat):
+        if beat["machine"] == own_machine() and beat["pid"] != os.getpid() and _runs(beat):
             psutil.Process(beat["pid"]).send_signal(signal.SIGKILL)

@@ -16,6 +16,8 @@ case " $* " in
     *) alone= ;;
 esac
 started="${RANK:+${WORLD_SIZE:-}}${OMPI_COMM_WORLD_RANK:-}${SLURM_PROCID:+${SLURM_STEP_NUM_TASKS:-}}"
+# over pdsh: ssh itself never notices that a host is gone, and the job would never end
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND--o ServerAliveInterval=15 -o ServerAliveCountMax=4}"
 if [ -n "$alone$started" ]; then
     exec "${PYTHON:-python3}" -u "$0" "$@"        # a launcher has started this rank already
 fi

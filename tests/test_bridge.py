@@ -15,7 +15,7 @@ PROGRAM = """
 import os, sys, torch
 import torch.distributed as dist
 from ki_ds.bridge import split_world
-bridge = split_world(os.environ, int(sys.argv[1]))
+bridge = split_world(os.environ, int(sys.argv[1]), seconds=60)
 if bridge.is_teacher:
     bridge.put(f"students_{bridge.rank}", bridge.students)
     for student in bridge.students:
@@ -70,10 +70,10 @@ def test_every_student_has_one_teacher(students, teachers):
 def test_no_rank_is_left_for_the_student_or_the_port_is_taken():
     env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     with pytest.raises(UserError, match=r"teacher\.num_ranks=2 of 2 ranks leave none for the student"):
-        split_world(env, 2)
+        split_world(env, 2, seconds=5)
     store = torch.distributed.TCPStore("127.0.0.1", 0, 1, True)
     with pytest.raises(UserError, match=rf"MASTER_PORT={store.port} cannot be used"):
-        split_world({**env, "MASTER_PORT": str(store.port)}, 1)
+        split_world({**env, "MASTER_PORT": str(store.port)}, 1, seconds=5)
 
 
 def test_it_imports_nothing_heavy():

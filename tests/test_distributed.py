@@ -1,6 +1,7 @@
 import json
 import socket
 import subprocess
+import threading
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_an_address_that_the_user_gave_stays(outer, monkeypatch):
 def test_without_any_launcher_nothing_is_made_up():
     env: dict[str, str] = {}
     distributed.repair_environment(env)
-    distributed.pick_gloo_interface(env)
+    distributed.pick_interface(env)
     assert env == {}
 
 
@@ -98,25 +99,95 @@ def test_without_any_launcher_nothing_is_made_up():
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_the_interface_that_routes_to_the_master(host):
     env = {"MASTER_ADDR": host}
-    distributed.pick_gloo_interface(env)
+    distributed.pick_interface(env)
     assert env["GLOO_SOCKET_IFNAME"].startswith("lo")
 
 
 def test_an_interface_that_the_user_chose_stays():
     env = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "ib7"}
-    distributed.pick_gloo_interface(env)
+    distributed.pick_interface(env)
     assert env["GLOO_SOCKET_IFNAME"] == "ib7"
 
 
 def test_a_master_that_nobody_knows_is_one_line():
     with pytest.raises(UserError, match=r"MASTER_ADDR=no-such-host\.invalid cannot be reached") as caught:
-        distributed.pick_gloo_interface({"MASTER_ADDR": "no-such-host.invalid"})
+        distributed.pick_interface({"MASTER_ADDR": "no-such-host.invalid"})
     assert "\n" not in str(caught.value)
 
 
 def test_a_free_port_can_be_listened_on():
     with socket.socket() as server:
         server.bind(("127.0.0.1", int(distributed.free_port())))
+
+
+def test_nccl_is_told_the_very_interface_unless_it_is_loopback(monkeypatch):
+    monkeypatch.setattr(distributed, "interface_to", lambda host: {"far": "eth1", "here": "lo"}[host])
+    env = {"MASTER_ADDR": "far"}
+    distributed.pick_interface(env)
+    assert (env["GLOO_SOCKET_IFNAME"], env["NCCL_SOCKET_IFNAME"]) == ("eth1", "=eth1")
+    env = {"MASTER_ADDR": "here"}
+    distributed.pick_interface(env)
+    assert (env["GLOO_SOCKET_IFNAME"], "NCCL_SOCKET_IFNAME" in env) == ("lo", False)
+    env = {"MASTER_ADDR": "far", "NCCL_SOCKET_IFNAME": "ib"}
+    distributed.pick_interface(env)
+    assert (env["GLOO_SOCKET_IFNAME"], env["NCCL_SOCKET_IFNAME"]) == ("eth1", "ib")
+
+
+# --- the meeting ---
+
+
+def ranks_that_meet(*numbers, world, seconds=2.0, port=None):
+    """What each of the ranks that come, here as threads, ends with: None, or its error."""
+    port, found = port or distributed.free_port(), {}
+
+    def come(place, number):
+        env = {"RANK": str(number), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        try:
+            found[place] = distributed.meet(env | {"LOCAL_RANK": str(number)}, seconds=seconds)
+        except UserError as error:
+            found[place] = error
+
+    threads = [threading.Thread(target=come, args=pair) for pair in enumerate(numbers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[place] if isinstance(found[place], UserError) else None for place in range(len(numbers))]
+
+
+def test_all_ranks_come():
+    assert ranks_that_meet(0, 1, 2, world=3, seconds=20) == [None, None, None]
+
+
+def test_ranks_that_do_not_come_are_named_by_those_that_did():
+    errors = ranks_that_meet(0, 2, world=4)
+    for error in errors:
+        assert "rank 1, 3 of 4 has not come within 2 s" in str(error)
+        assert error.said_by_main  # rank 0 is among them
+
+
+def test_without_rank_0_each_host_says_so():
+    (error,) = ranks_that_meet(1, world=2)
+    assert "cannot be used by rank 1" in str(error)
+    assert error.said_by_main  # LOCAL_RANK 1: the first rank of this host says it
+    env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": distributed.free_port()}
+    with pytest.raises(UserError, match="cannot be used by rank 1 on ") as caught:
+        distributed.meet(env | {"LOCAL_RANK": "0"}, seconds=1)
+    assert not caught.value.said_by_main
+
+
+def test_a_rank_that_comes_twice_is_refused():
+    errors = ranks_that_meet(0, 1, 1, world=2, seconds=20)
+    assert sorted(map(str, errors))[:2] == ["None", "None"]
+    (error,) = [error for error in errors if error is not None]
+    assert "two processes call themselves rank 1" in str(error)
+    assert not error.said_by_main
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        (error,) = ranks_that_meet(0, world=2, port=str(server.getsockname()[1]))
+    assert "cannot be used by rank 0" in str(error)
 
 
 # --- one process ---

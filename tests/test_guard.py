@@ -170,6 +170,25 @@ def test_half_precision_too(base):
     assert json.loads(result.stdout.splitlines()[-1]) == [3, 6]
 
 
+def test_what_is_bad_on_one_rank_is_left_out_on_all(base):
+    """Two ranks, every stage; the gradient is no number on the last rank only."""
+    files = []
+    for zero in ("zero0", "zero1", "zero2", "zero3"):
+        config = tiny_config(
+            base / f"bad_two_{zero}",
+            base / "corpus",
+            train={"num_steps": 8, "bad_step": "skip", "save_every": 8},
+            engine={"ds_config": str(ROOT / f"ds_configs/{zero}.json")},
+            optim={"max_grad_norm": 1.0},
+        )
+        files.append(str(write_config(base / f"bad_two_{zero}.yaml", config)))
+    results = run_ranks(["-m", "tests.workers.bad_steps", *files], world=2)
+    assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:]
+    for result in results:
+        found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
+        assert found == [[3, 6]] * 4
+
+
 def test_stop_names_the_step_and_saves_nothing_of_it(base, inject):
     inject(math.nan, {6})
     groups = {"num_steps": 12, "save_every": 5, "log_every": 10, "eval_every": 10}

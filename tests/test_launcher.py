@@ -67,6 +67,20 @@ def test_a_question_needs_no_ranks(question, stand_ins):
     assert started(["--config", "a.yaml", question], stand_ins)[0] == "python3"
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"),
+        ({"PDSH_SSH_ARGS_APPEND": "-p 2222"}, "-p 2222"),
+        ({"PDSH_SSH_ARGS_APPEND": ""}, ""),
+    ],
+)
+def test_ssh_notices_a_host_that_is_gone_unless_the_user_has_said_how(said, expected, stand_ins, tmp_path):
+    (tmp_path / "deepspeed").write_text('#!/usr/bin/env bash\necho "<$PDSH_SSH_ARGS_APPEND>"\n')
+    env = {name: value for name, value in stand_ins.items() if name != "PDSH_SSH_ARGS_APPEND"}
+    assert " ".join(started([], env | said)) == f"<{expected}>"
+
+
 def test_bash_reads_the_file(tmp_path):
     subprocess.run(["bash", "-n", SCRIPT], cwd=ROOT, check=True)
     assert os.access(ROOT / SCRIPT, os.X_OK)
@@ -198,6 +212,45 @@ def mpirun():
 
 def test_mpirun(two_steps):
     trained_on_two_ranks(launch([*mpirun(), "bash", SCRIPT, "--config", two_steps], **AS_ROOT), two_steps)
+
+
+SLURM = {
+    "srun": """#!/usr/bin/env bash
+while [ "${1:0:1}" = - ]; do
+    case "$1" in -n) tasks=$2; shift 2 ;; --export=ALL*) shift ;; *) exit 9 ;; esac
+done
+export SLURM_JOB_ID=$$ SLURM_STEP_NUM_TASKS=$tasks SLURM_STEP_NODELIST=localhost
+for ((i = 0; i < tasks; i++)); do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & all+=($!); done
+for one in ${all[@]}; do wait $one || failed=$?; done
+exit ${failed:-0}
+""",
+    "scontrol": '#!/usr/bin/env bash\n[ "$1 $2" = "show hostnames" ] && echo "$3"\n',
+    "sinfo": "#!/usr/bin/env bash\n",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """The PATH of a machine with stand-ins for Slurm's commands, which set what Slurm sets and nothing else."""
+    (tmp_path / "slurm").mkdir()
+    for name, script in SLURM.items():
+        (tmp_path / "slurm" / name).write_text(script)
+        (tmp_path / "slurm" / name).chmod(0o755)
+    return {"PATH": f"{tmp_path / 'slurm'}:{environment()['PATH']}"}
+
+
+@pytest.mark.slow
+def test_deepspeed_through_slurm_is_one_world(two_steps, slurm, tmp_path):
+    """DeepSpeed hands neither RANK nor WORLD_SIZE to srun: left alone, each rank would train a world of its own."""
+    (tmp_path / "hostfile").write_text("one slots=1\ntwo slots=1\n")
+    command = ["deepspeed", "--launcher", "slurm", "--hostfile", tmp_path / "hostfile", "--no_ssh_check"]
+    command += ["--master_addr", "127.0.0.1", SCRIPT, "--config", two_steps]
+    trained_on_two_ranks(launch(command, **slurm), two_steps)
+
+
+@pytest.mark.slow
+def test_srun(two_steps, slurm):
+    trained_on_two_ranks(launch(["srun", "-n", "2", "bash", SCRIPT, "--config", two_steps], **slurm), two_steps)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A rank that dies, stops or hangs is named, and no process of the job is left."""
 
+import json
 import os
 import signal
 import socket
@@ -10,9 +11,11 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from ki_ds.errors import EXIT_RESUMABLE
-from ki_ds.watchdog import Launcher, Rank, is_alive, verdict, whereabouts
+from ki_ds.preemption import Preemption
+from ki_ds.watchdog import Launcher, Rank, Watchdog, is_alive, own_machine, verdict, whereabouts
 from tests.jobs import ended, start, wait_for_step
 from tests.tiny import tiny_config, write_config
 
@@ -23,13 +26,13 @@ def beat(**fields):
     """A heartbeat of a student in its training, from this very process."""
     common = {"number": 1, "progress": 1, "step": 7, "phase": "training", "watched": True, "broken": False}
     common |= {"left": False, "waits": True, "where": "all_reduce", "signal": None, "teaches": False}
-    return common | {"host": "here", "pid": HERE.pid, "born": HERE.create_time()} | fields
+    return common | {"host": "here", "machine": "here", "pid": HERE.pid, "born": HERE.create_time()} | fields
 
 
 def judged(*beats, heard=0.0, moved=0.0, now=0.0, timeout=30.0):
     """The verdict on ranks that were all heard and moved at the same times."""
     ranks = {number: Rank(each, heard, moved) for number, each in enumerate(beats)}
-    return verdict(ranks, now, timeout=timeout, host="here")
+    return verdict(ranks, now, timeout=timeout, machine="here")
 
 
 def test_all_is_well():
@@ -43,17 +46,25 @@ def test_a_process_that_is_gone_is_seen_at_once():
     assert blamed == [1]
     assert line.startswith(f"rank 1 (host here, pid {2**22 - 1}), last seen at step 7 in training, is gone; start it")
     assert judged(beat(), beat(born=1.0))[1] == [1]  # its number belongs to another process by now
-    assert judged(beat(), beat(host="there", pid=2**22 - 1)) is None  # another host's numbers say nothing
+    assert judged(beat(), beat(machine="there", pid=2**22 - 1)) is None  # another host's numbers say nothing
 
 
 def test_a_silent_rank_is_named_after_the_time_or_earlier_once_a_connection_broke():
-    ranks = {0: Rank(beat(), 100.0, 90.0), 1: Rank(beat(host="there", pid=5), 70.0, 90.0)}
-    assert verdict(ranks, 100.0, timeout=40, host="here") is None
-    line, blamed = verdict(ranks, 100.0, timeout=29, host="here")
+    ranks = {0: Rank(beat(), 100.0, 90.0), 1: Rank(beat(machine="there", pid=5), 70.0, 90.0)}
+    assert verdict(ranks, 100.0, timeout=40, machine="here") is None
+    line, blamed = verdict(ranks, 100.0, timeout=29, machine="here")
     assert blamed == [1]
-    assert "rank 1 (host there, pid 5), last seen at step 7 in training, has given no sign of life for 30 s" in line
+    assert "rank 1 (host here, pid 5), last seen at step 7 in training, has given no sign of life for 30 s" in line
     ranks[0].beat["broken"] = True
-    assert verdict(ranks, 100.0, timeout=600, host="here")[1] == [1]
+    assert verdict(ranks, 100.0, timeout=600, machine="here")[1] == [1]
+
+
+def test_hosts_of_one_name_are_not_mixed_up():
+    """A rank of another machine is not gone because this one has no such process."""
+    assert judged(beat(), beat(pid=2**22 - 1))[1] == [1]
+    assert judged(beat(), beat(pid=2**22 - 1, machine="there")) is None
+    assert own_machine() == own_machine()
+    assert os.readlink("/proc/self/ns/pid") in own_machine()
 
 
 def test_who_makes_the_others_wait_is_named():
@@ -67,6 +78,17 @@ def test_who_makes_the_others_wait_is_named():
     line, blamed = judged(beat(where="receive"), beat(**busy, teaches=True), heard=100, now=100)
     assert blamed == [1]
     assert "teacher rank 1" in line
+
+
+def test_a_rank_that_never_leaves_a_heartbeat_is_named_after_the_time():
+    store = torch.distributed.HashStore()
+    with Watchdog(0, 1, Preemption(), 5.0) as watchdog:
+        watchdog.num_ranks = 3
+        for number in (0, 2):
+            store.set(f"beat_{number}", json.dumps(beat()))
+        assert watchdog._judged(store)["line"] is None
+        watchdog._began -= 6
+        assert watchdog._judged(store)["line"].startswith("rank 1 has given no sign of life since it came; start it")
 
 
 def test_who_has_left_is_not_missed():

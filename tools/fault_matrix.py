@@ -19,18 +19,24 @@ ROOT = Path(__file__).resolve().parent.parent
 # row: promise, what of the test suite holds it (pytest's names, or -k expressions behind a blank)
 ROWS: dict[int, tuple[str, list[str]]] = {
     1: ("resume is bitwise the same run", ["tests/test_train.py -k bitwise"]),
-    2: ("other ranks on resume", ["tests/test_train.py -k another_", "tests/data/test_batches.py"]),
+    2: (
+        "other ranks or stage on resume",
+        ["tests/test_engine_state.py", "tests/test_train.py -k another_", "tests/data/test_batches.py"],
+    ),
     3: ("other loader workers", ["tests/data/test_batches.py -k worker"]),
     4: ("SIGKILL during a save", ["tests/test_checkpoint.py -k killed"]),
     5: ("bit rot in a checkpoint", ["tests/test_checkpoint.py -k flipped", "tests/test_train.py -k damaged"]),
     6: ("missing or cut files", ["tests/test_checkpoint.py -k 'truncated or intact'"]),
     7: ("disk full", ["tests/test_checkpoint.py -k 'full or error'"]),
     8: ("SIGTERM, SIGUSR1, Ctrl-C", ["tests/test_preemption.py", "tests/test_watchdog.py -k signalled"]),
-    9: ("a rank dies, stops, hangs", ["tests/test_watchdog.py -k 'not signalled'", "tests/test_supervisor.py"]),
+    9: (
+        "a rank or host dies, stops, hangs",
+        ["tests/test_watchdog.py -k 'not signalled'", "tests/test_supervisor.py", "tests/multinode"],
+    ),
     10: ("NaN, Inf, spikes", ["tests/test_guard.py"]),
     11: ("straggler named", ["tests/test_stragglers.py"]),
     12: ("hostile pickle", ["tests/convert/test_safe_pickle.py", "tests/test_checkpoint.py -k unpickled"]),
-    13: ("malformed input", ["tests/data/test_store_fuzz.py", "tests/test_config.py"]),
+    13: ("malformed input", ["tests/data/test_store_fuzz.py", "tests/test_config.py", "tests/test_preflight.py"]),
     14: ("data or tokenizer changed", ["tests/test_run.py -k 'changed or vocabulary'"]),
     15: ("foreign teacher cache", ["tests/teachers/test_cache.py"]),
     16: ("the teacher stays as it is", ["tests/teachers/test_online.py"]),
@@ -41,7 +47,7 @@ ROWS: dict[int, tuple[str, list[str]]] = {
 def test(selection: str, *, short: bool) -> tuple[int, int, int, list[str]]:
     """(passed, failed, skipped, figures) of one selection of tests."""
     file, _, expression = selection.partition(" -k ")
-    marks = "not gpu and not multinode" + (" and not slow" if short else "")
+    marks = "not gpu" + (" and not slow" if short else "")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", marks, f"--junitxml={report}", file]

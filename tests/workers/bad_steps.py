@@ -1,6 +1,6 @@
-"""One run in which the gradients of updates 3 and 6 are NaN; prints the updates that changed no weight.
+"""Runs in which the last rank's gradients of updates 3 and 6 are NaN; prints which updates changed no weight, by run.
 
-usage: bad_steps.py CONFIG.yaml
+usage: bad_steps.py CONFIG.yaml...
 """
 
 import json
@@ -15,8 +15,8 @@ from ki_ds.engine import StudentEngine
 from ki_ds.train import train
 
 
-def main(file: str) -> None:
-    unchanged = []
+def main(files: list[str]) -> None:
+    unchanged: list[int] = []
     backward, step = StudentEngine.backward, StudentEngine.step
 
     def bad(self, loss_sum, rows):
@@ -33,10 +33,12 @@ def main(file: str) -> None:
             unchanged.append(self._engine.global_steps)
 
     StudentEngine.backward, StudentEngine.step = bad, watched
-    train(configuration.load(file))
-    print(json.dumps(unchanged), flush=True)
+    for file in files:
+        unchanged.clear()
+        train(configuration.load(file))
+        print(json.dumps(unchanged), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])
     leave(0)

@@ -10,7 +10,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from ki_ds.distributed import all_sum, barrier, from_main, is_main, leave, pick_gloo_interface, rank, say, together
+from ki_ds.distributed import all_sum, barrier, from_main, is_main, leave, pick_interface, rank, say, together
 from ki_ds.errors import UserError, ends_cleanly
 
 
@@ -28,7 +28,7 @@ def bad_news_of_rank_1() -> None:
 
 
 def main(codes: list[int]) -> None:
-    pick_gloo_interface(os.environ)
+    pick_interface(os.environ)
     dist.init_process_group("gloo")
     mine = rank()
     found = {
