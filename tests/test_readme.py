@@ -56,7 +56,12 @@ def test_the_readme_has_the_main_entry():
     assert len(commands()) == 12
 
 
-@pytest.mark.parametrize("command", commands())
+def slow(command):
+    """Whether it trains many runs: those are tested a few steps long elsewhere, by default."""
+    return "chain_" in command and "--dry_run" not in command
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=pytest.mark.slow) if slow(c) else c for c in commands()])
 def test_command(command, tree):
     env = environment(PYTHONPATH=str(tree))  # the copy, not the package that is installed
     run = subprocess.run(command, shell=True, cwd=tree, env=env, capture_output=True, text=True)
