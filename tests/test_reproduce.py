@@ -265,14 +265,15 @@ def weights(out):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_chain_killed_anywhere_and_called_again_ends_with_the_same_models(tmp_path, corpora):
-    """G1 -> G2 -> G3 with all seven arms; SIGKILL to the whole tree of processes at six random moments."""
+    """G1 -> G2 -> G3; SIGKILL to the whole tree of processes at six random moments."""
     scale = tmp_path / "small.yaml"
     names = ("roberta_base", "roberta_base_plus", "roberta_large")
     scale.write_text(
         SCALE + "".join(f"  {name}: {SIZE % width}" for name, width in zip(names, (8, 16, 24), strict=True))
     )
-    words = ["--scale", scale, "--data", f"WB={corpora['WB']}", "--parallel", "2"]
+    words = ["--scale", scale, "--data", f"WB={corpora['WB']}", "--no_baselines"]
     whole = tool("chain_roberta_g1_g2_g3.sh", *words, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     choose, kills = random.Random(0), 0
@@ -299,5 +300,5 @@ def test_a_chain_killed_anywhere_and_called_again_ends_with_the_same_models(tmp_
     assert done.returncode == 0, done.stderr
     assert kills >= 3
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
-    assert len(weights(tmp_path / "cut")) == 7
+    assert len(weights(tmp_path / "cut")) == 3
     assert (tmp_path / "cut" / "reports" / "fig2b.html").exists()
