@@ -12,8 +12,13 @@ Called again, it goes on: finished runs are skipped, interrupted ones resumed. E
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ki_ds.errors import UserError, ends_cleanly
+
+if TYPE_CHECKING:
+    from ki_ds.chain import Place
+    from ki_ds.reproduce import PlannedExperiment
 
 
 @ends_cleanly
@@ -62,11 +67,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from ki_ds.chain import hostfile_places, local_places
-    from ki_ds.devices import device_named, peak_flops_of
-    from ki_ds.forecast import device_hours, forecast, table
     from ki_ds.reproduce import Request, plan, reproduce
 
     data: dict[str, list[str]] = {}
@@ -88,6 +89,18 @@ def _run(args: argparse.Namespace) -> None:
     else:
         places = local_places(args.num_gpus, args.parallel)
     planned = plan(request, num_ranks=places[0].num_ranks, dry=args.dry_run)
+    if planned.jobs:
+        _print_plan(args, planned, places)
+    if not args.dry_run:
+        reproduce(planned, places, max_restarts=args.max_restarts)
+
+
+def _print_plan(args: argparse.Namespace, planned: "PlannedExperiment", places: "list[Place]") -> None:
+    from rich.console import Console
+
+    from ki_ds.devices import device_named, peak_flops_of
+    from ki_ds.forecast import device_hours, forecast, table
+
     device, on_gpu = device_named(args.device)
     precision = "fp32" if args.scale == "tiny" else "bf16"
     peak = peak_flops_of(device, precision) if args.peak_tflops is None else 1e12 * args.peak_tflops
@@ -95,8 +108,6 @@ def _run(args: argparse.Namespace) -> None:
     Console(width=None if sys.stdout.isatty() else 180).print(table(planned, places, plans))
     if (hours := device_hours(list(plans.values()))) is not None:
         print(f"all runs: {hours:,.0f} hours of one {device} at {args.mfu:.0%} of its peak", flush=True)
-    if not args.dry_run:
-        reproduce(planned, places, max_restarts=args.max_restarts)
 
 
 if __name__ == "__main__":
