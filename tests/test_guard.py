@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -185,8 +186,8 @@ def test_what_is_bad_on_one_rank_is_left_out_on_all(base):
     results = run_ranks(["-m", "tests.workers.bad_steps", *files], world=2)
     assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:]
     for result in results:
-        found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
-        assert found == [[3, 6]] * 4
+        found = [line for line in result.stdout.splitlines() if re.fullmatch(r"\[[\d, ]*\]", line)]
+        assert found == ["[3, 6]"] * 4
 
 
 def test_stop_names_the_step_and_saves_nothing_of_it(base, inject):
