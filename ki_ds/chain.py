@@ -26,6 +26,7 @@ from ki_ds import checkpoint
 from ki_ds.data.store import write_atomically
 from ki_ds.distributed import free_port
 from ki_ds.errors import EXIT_USER_ERROR, ResumableError, UserError
+from ki_ds.preflight import read_hosts
 from ki_ds.supervisor import LAUNCHER, is_finished, saved_step, signals_handled
 
 RECIPES = LAUNCHER.parent / "recipes"
@@ -115,7 +116,7 @@ def hostfile_places(hostfile: Path, num_gpus: int | None = None, parallel: int =
     Raises:
         UserError: the hostfile cannot be read, or the hosts cannot be parted so.
     """
-    slots = read_hostfile(hostfile)
+    slots = read_hosts(str(hostfile))
     hosts = list(slots)
     if len(hosts) % parallel:
         raise UserError(f"{hostfile} has {len(hosts)} hosts, not a multiple of --parallel {parallel}; change one")
@@ -129,26 +130,6 @@ def hostfile_places(hostfile: Path, num_gpus: int | None = None, parallel: int =
         include = "@".join(f"{host}:{','.join(map(str, range(count)))}" for host, count in used.items())
         places.append(Place(", ".join(part), ("--hostfile", str(hostfile), "--include", include), sum(used.values())))
     return places
-
-
-def read_hostfile(path: Path) -> dict[str, int]:
-    """{host: slots} of lines `HOST slots=N`. UserError for anything else."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--hostfile {path} cannot be read ({error}); give lines like `worker-1 slots=8`") from None
-    slots: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
-        count = words[1].removeprefix("slots=") if len(words) == 2 and words[1].startswith("slots=") else ""
-        if not count.isdecimal() or not int(count) or words[0] in slots:
-            raise UserError(f"{path}, line {number}: {line.strip()!r} is not `HOST slots=N`, once a host; mend it")
-        slots[words[0]] = int(count)
-    if not slots:
-        raise UserError(f"{path} names no host; give lines like `worker-1 slots=8`")
-    return slots
 
 
 # --- running ------------------------------------------------------------------------------------------------------

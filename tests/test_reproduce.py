@@ -232,7 +232,7 @@ def test_the_papers_scale_is_planned_without_any_corpus(tmp_path):
         (["fig1a", "--seeds", "0"], "--seeds 0 is too small; give at least 1"),
         (["fig1a", "--data", "WB"], "--data WB is not DOMAIN=PATH"),
         (["fig0"], "fig0 is no experiment"),
-        (["fig1a", "--scale", "tiny", "--hostfile", "/none"], "--hostfile /none cannot be read"),
+        (["fig1a", "--scale", "tiny", "--hostfile", "/none"], "/none is no file; give a hostfile"),
     ],
 )
 def test_bad_input_is_one_line(words, message):
