@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import hashlib
 import html
 import random
@@ -107,7 +108,7 @@ def test_texts_are_prepared_with_the_first_domains_tokenizer(tmp_path, corpora, 
     data = {domain: [str(path.with_suffix(".txt"))] for domain, path in corpora.items()}
     scale = experiment.Scale(vocab_size={"mlm": 300}, valid_fraction=0.1)
     planned = plan(request(tmp_path, corpora, "fig3b", data={"WB": data["WB"], "CS": data["CS"]}))
-    reproduce._prepare(reproduce.dataclasses.replace(planned, scale=scale))
+    reproduce._prepare(dataclasses.replace(planned, scale=scale))
     made = [planned.corpora[domain] / "tokenizer" / "tokenizer.json" for domain in ("WB", "CS")]
     assert made[0].read_bytes() == made[1].read_bytes()
     assert len(planned.texts["WB"]) == 1
