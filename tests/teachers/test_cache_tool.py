@@ -147,7 +147,7 @@ def test_a_run_without_a_teacher_asks_nothing(command, tmp_path):
 
 
 def test_top_k_semantics_belong_to_a_cache(base):
-    with pytest.raises(UserError, match="topk_semantics=tail has no meaning without teacher.topk or teacher"):
+    with pytest.raises(UserError, match=r"topk_semantics=tail has no meaning without teacher.topk or"):
         config_of(base, teacher={"topk_semantics": "tail"})
     with pytest.raises(UserError, match=r"inherit.schedule=linear needs a teacher"):
         config_of(base, teacher={"placement": "cache", "path": None})
