@@ -223,7 +223,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
 def test_the_papers_scale_is_planned_without_any_corpus(tmp_path):
     done = tool("chain_roberta_g1_g2_g3.sh", "--dry_run", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("125,000") == 7
+    assert done.stdout.count("│ 125,000 │") == 7
+    assert done.stdout.count("best teacher.placement") == 4
+    assert done.stdout.count("optimizer states") == 7
 
 
 @pytest.mark.parametrize(
