@@ -409,7 +409,9 @@ class StudentEngine:
             return
         universal = folder.with_name(f".{folder.name}.resharded") / tag
         if is_main() and saved_stage:
-            engine_state.reshard(folder / tag, universal)
+            from deepspeed.checkpoint import ds_to_universal
+
+            engine_state.reshard(folder / tag, universal, ds_to_universal.main)
         barrier()
         source = universal if saved_stage else folder / tag
         whole = engine_state.read(source, list(self._parameters), self._group_sizes, stage=saved_stage)

@@ -16,9 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from deepspeed.checkpoint import ds_to_universal
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from ki_ds.errors import UserError
@@ -47,12 +44,12 @@ class WholeState:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def reshard(shards: Path, universal: Path) -> None:
-    """Write the shards of stages 1 to 3 parameter by parameter. Called by one rank."""
+def reshard(shards: Path, universal: Path, convert: Callable[[SimpleNamespace], None]) -> None:
+    """Write the shards of stages 1 to 3 parameter by parameter, by DeepSpeed's converter. Called by one rank."""
     shutil.rmtree(universal.parent, ignore_errors=True)
     arguments = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(
+        convert(
             SimpleNamespace(
                 input_folder=str(shards), output_folder=str(universal), inject_missing_state=True, **arguments
             )
@@ -124,9 +121,10 @@ def write(whole: WholeState, engine: Any, parameters: Mapping[str, nn.Parameter]
         )
     if getattr(optimizer, "dynamic_loss_scale", False) and whole.loss_scaler is not None:
         optimizer.loss_scaler = whole.loss_scaler
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
         _write_stage_3(whole, optimizer, parameters)
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+    elif stage:
         _write_stages_1_and_2(whole, optimizer, parameters)
     else:
         for name, parameter in parameters.items():
