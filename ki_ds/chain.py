@@ -143,6 +143,13 @@ class _Held:
     place: Place
     process: subprocess.Popen
     began: float
+    asked: bool = False  # to save and leave
+
+    def ask(self) -> None:
+        """Ask the job to save and leave; what is asked twice ends at once."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.asked = True
 
 
 def run_jobs(jobs: Sequence[Job], places: Sequence[Place], *, max_restarts: int = 0) -> None:
@@ -165,7 +172,8 @@ def run_jobs(jobs: Sequence[Job], places: Sequence[Place], *, max_restarts: int 
 
     def handle(signum: int, _frame: object) -> None:
         received.append(signal.Signals(signum).name)
-        _stop(running, signal.SIGTERM)
+        for held in running:
+            held.ask()
 
     with signals_handled(handle):
         try:
@@ -176,12 +184,14 @@ def run_jobs(jobs: Sequence[Job], places: Sequence[Place], *, max_restarts: int 
                     if not _already(job):  # by another chain, meanwhile
                         running.append(_start(job, free.pop(0), f"[{number}/{total}]", len(places) > 1, max_restarts))
                 time.sleep(_POLL_SECONDS)
-                for held in [each for each in running if each.process.poll() is not None]:
+                for held in [each for each in running if each.process.poll() is not None and not received]:
                     running.remove(held)
                     free.append(held.place)
                     _check_ended(held, quiet=len(places) == 1)
         finally:
-            _stop(running, signal.SIGTERM)
+            for held in running:
+                if not held.asked:
+                    held.ask()
             for held in running:
                 held.process.wait()
     if received:
@@ -253,9 +263,3 @@ def _check_ended(held: _Held, *, quiet: bool) -> None:
     why = "its own line says why" if quiet else f"{job.run_dir}.log says why"
     text = f"{job.name} ended with exit code {code} before its last step; {why}"
     raise UserError(text) if code == EXIT_USER_ERROR else ResumableError(f"{text}; call it again to go on")
-
-
-def _stop(running: Sequence[_Held], number: signal.Signals) -> None:
-    for held in running:
-        if held.process.poll() is None:
-            held.process.send_signal(number)

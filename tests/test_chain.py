@@ -176,6 +176,26 @@ def chain_in_a_process(tmp_path, script):
 ENDLESS = "(run_dir / 'pid').write_text(str(os.getpid())); time.sleep(300)"
 
 
+SAVES_FOR_A_WHILE = """
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+(run_dir / "pid").write_text(str(os.getpid()))
+while not asked:
+    time.sleep(0.05)
+time.sleep(2)
+(run_dir / "times").write_text(str(len(asked)))
+sys.exit(75)
+"""
+
+
+def test_a_job_that_takes_its_time_to_save_is_asked_once(tmp_path, launcher):
+    """Being asked twice would end it at once."""
+    process, _ = chain_in_a_process(tmp_path, launcher(SAVES_FOR_A_WHILE))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert (tmp_path / "run" / "times").read_text() == "1"
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_chain_that_is_stopped_or_killed_has_its_job_save_and_leave(tmp_path, launcher, signum):
     process, pid = chain_in_a_process(tmp_path, launcher(ENDLESS))
