@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import yaml
 
 from ki_ds import config as configuration
 from ki_ds.chain import RECIPES, Job
 from ki_ds.config import RunConfig
 from ki_ds.errors import UserError
-from ki_ds.paper import PRESETS, teaching_share
+from ki_ds.paper import ADAPT_STEPS, NUM_STEPS, PRESETS, teaching_share
 
-PAPER_ADAPT_SHARE = 0.032  # 4k of 125k steps
+PAPER_ADAPT_SHARE = ADAPT_STEPS / NUM_STEPS["mlm"]
 ROOT = RECIPES.parent.parent
 Tree = dict[str, Any]
 
@@ -164,21 +165,35 @@ def read_scale(name: str) -> Scale:
     path = Path(name) if name.endswith(".yaml") else RECIPES / "scales" / f"{name}.yaml"
     if not path.exists():
         raise UserError(f"{name} is no scale; take one of {', '.join(scales())}, or a YAML file of your own")
-    return _made(Scale, _read(path), path.name)
+    scale = _made(Scale, _read(path), path.name)
+    known = {"settings": NUM_STEPS, "vocab_size": NUM_STEPS, "models": PRESETS}
+    for field_name, names in known.items():
+        if strangers := getattr(scale, field_name).keys() - names.keys():
+            raise UserError(f"{path.name}: {field_name} has {min(strangers)}; take of {', '.join(names)}")
+    if missing := NUM_STEPS.keys() - scale.vocab_size.keys():
+        raise UserError(f"{path.name}: vocab_size lacks {min(missing)}; give the ids of its tokenizer")
+    return scale
 
 
 def _read(path: Path) -> Tree:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no YAML ({' '.join(str(error).split())}); restore it") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no fields; restore it")
+    return found
 
 
 def _made(kind: Any, values: Tree, where: str) -> Any:
-    unknown = values.keys() - {each.name for each in dataclasses.fields(kind)}
-    if unknown:
-        raise UserError(f"{where} has the unknown key {min(unknown)}; see {kind.__name__} in ki_ds/experiment.py")
-    return kind(**values)
+    """A dataclass of this module from a file's values, whose keys and types are checked."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, as_group=False)
+    try:
+        return kind(**vars(parser.instantiate(parser.parse_object(values))))
+    except jsonargparse.ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: {reason}; {kind.__name__} in ki_ds/experiment.py has the fields") from None
 
 
 def _needs(arm: Arm) -> list[str]:

@@ -9,21 +9,27 @@ from pathlib import Path
 from rich.table import Table
 
 from ki_ds.chain import Job, Place
-from ki_ds.config import ModelConfig, RunConfig, inherit_steps
+from ki_ds.config import ModelConfig, RunConfig
 from ki_ds.data.datasets import read_vocabulary
+from ki_ds.devices import device_named, peak_flops_of
 from ki_ds.experiment import configuration_of
 from ki_ds.planner import Plan, plan
 from ki_ds.reproduce import PlannedExperiment
 from ki_ds.sizes import size_of
 from ki_ds.supervisor import is_finished, saved_step
 
-COLUMNS = ("run", "after", "model", "parameters", "steps", "T_inherit", "FLOPs", "hours", "memory", "disk", "state")
+COLUMNS = ("run", "after", "model", "parameters", "steps", "taught", "FLOPs", "hours", "memory", "disk", "state")
 
 
 def forecast(
-    planned: PlannedExperiment, place: Place, *, on_gpu: bool, peak_flops: float | None, mfu: float
+    planned: PlannedExperiment, place: Place, *, device: str | None, peak_flops: float | None, mfu: float
 ) -> dict[str, Plan]:
-    """{job: its plan} for ranks of one place; sizes and errors as in `planner.plan`."""
+    """{job: its plan} for ranks of one place; sizes and errors as in `planner.plan`.
+
+    Args:
+        device: as `devices.device_named`, whose peak in a run's precision counts where no `peak_flops` is given.
+    """
+    name, on_gpu = device_named(device)
     configs = {str(job.run_dir): configuration_of(job) for job in planned.jobs}
     num_classes = _num_classes(planned, next(iter(configs.values()), None))
     found = {}
@@ -37,7 +43,7 @@ def forecast(
             teachers=[size_of(each.model, each.task, num_classes) for each in teachers],
             on_gpu=on_gpu,
             mfu=mfu,
-            peak_flops=peak_flops,
+            peak_flops=peak_flops_of(name, config.engine.precision) if peak_flops is None else peak_flops,
             model=_model(config, configs),
         )
     return found
@@ -85,16 +91,15 @@ def device_hours(plans: Sequence[Plan]) -> float | None:
 
 
 def _row(planned: PlannedExperiment, job: Job, found: Plan) -> list[str]:
-    config = configuration_of(job)
-    taught, step = inherit_steps(config), saved_step(job.run_dir)
+    step = saved_step(job.run_dir)
     state = "finished" if is_finished(job.run_dir) else f"from step {step:,}" if step else "to do"
     return [
         job.name,
         "\n".join(Path(folder).name for folder in job.after),
         planned.recipe.runs[job.run_dir.name].model,
         f"{found.parameters / 1e6:,.1f}M",
-        f"{config.train.num_steps:,}",
-        "" if taught is None else f"{taught:,}",
+        f"{found.num_steps:,}",
+        f"{found.num_taught_steps:,}" if found.teachers else "",
         f"{found.flops:.3g}",
         _hours([found.seconds]),
         _bytes(found.total_memory),

@@ -36,6 +36,8 @@ PRESETS: dict[str, Preset] = {
 
 # Updates of every model trained from scratch at a global batch of 2,048 (section 4.1).
 NUM_STEPS: dict[Task, int] = {"mlm": 125_000, "causal": 62_500}
+# Updates that adapt a model to another domain (section 4.4).
+ADAPT_STEPS = 4_000
 
 # Table 7, the steps of teacher-guided learning: (student, its teacher, the teacher's own teacher, ...).
 TEACHING_STEPS: dict[tuple[str, ...], int] = {

@@ -65,6 +65,10 @@ def plan(request: Request, *, num_ranks: int = 1, dry: bool = False) -> PlannedE
         UserError: an unknown recipe or scale, or missing corpora.
     """
     recipe, scale = read_recipe(request.recipe), read_scale(request.scale)
+    if not request.baselines and not any(arm.baseline for arm in recipe.runs.values()):
+        raise UserError(f"--no_baselines: {request.recipe} has no runs that could be left out; leave the option out")
+    if request.downstream is not None and "{downstream}" not in " ".join(recipe.then.values()):
+        raise UserError(f"--downstream {request.downstream}: {request.recipe} fine-tunes nothing; leave it out")
     if not request.baselines:
         recipe = recipe.without_baselines()
     task = "mlm" if recipe.family == "roberta" else "causal"
@@ -83,6 +87,8 @@ def plan(request: Request, *, num_ranks: int = 1, dry: bool = False) -> PlannedE
         else:
             corpora[domain] = request.out / "corpora" / task / domain
             texts[domain] = [path for each in given for path in _files(domain, each)]
+    if request.tokenizer is not None and not (texts and recipe.runs):
+        raise UserError(f"--tokenizer {request.tokenizer}: no text is tokenized, a corpus brings its own; leave it out")
     seeds = range(1, request.seeds + 1)
     jobs = plan_runs(recipe, scale, corpora=corpora, seeds=seeds, out=request.out, num_ranks=num_ranks)
     return PlannedExperiment(request, recipe, scale, task, corpora, texts, jobs)

@@ -169,8 +169,8 @@ def test_the_order_of_sizes_is_kept_at_every_scale():
     [
         ("title: x\nruns:\n  a: {model: roberta_huge}", "a has model=roberta_huge, no preset"),
         ("title: x\nruns:\n  a: {model: roberta_base, inherits: b}", "a needs b, which is no run above it"),
-        ("title: x\nruns:\n  a: {model: roberta_base, teacher: b}", "unknown key teacher"),
-        ("title: x\nruns: {}\nextra: 1", "unknown key extra"),
+        ("title: x\nruns:\n  a: {model: roberta_base, teacher: b}", "mine.yaml: a: .*teacher"),
+        ("title: x\nruns: {}\nextra: 1", "mine.yaml: .*extra"),
     ],
 )
 def test_a_broken_recipe_is_refused_in_a_line(tmp_path, monkeypatch, text, message):
@@ -213,3 +213,22 @@ def test_a_micro_batch_is_no_larger_than_a_ranks_share():
     for num_ranks, micro in ((1, 16), (2, 8), (8, 2), (32, 1)):
         jobs = plan_runs(recipe, scale, corpora={"WB": Path("wb")}, seeds=(1,), out=Path("o"), num_ranks=num_ranks)
         assert {job.groups["train"]["micro_batch_size"] for job in jobs} == {micro}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "holds no fields"),
+        ("a: [", "is no YAML"),
+        ("{}", "vocab_size"),
+        ("vocab_size: {mlm: 10}", "vocab_size lacks causal"),
+        ("vocab_size: {mlm: 10, causal: 10}\ninherit_share: much", "inherit_share"),
+        ("vocab_size: {mlm: 10, causal: 10}\nlayers: 2", "layers"),
+        ("vocab_size: {mlm: 10, causal: 10}\nmodels: {roberta_huge: {}}", "models has roberta_huge; take of"),
+        ("vocab_size: {mlm: 10, causal: 10}\nsettings: {mml: {}}", "settings has mml; take of mlm, causal"),
+    ],
+)
+def test_a_broken_scale_is_refused_in_a_line(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_scale(str(tmp_path / "mine.yaml"))

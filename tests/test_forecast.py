@@ -17,7 +17,7 @@ EIGHT = Place("here", (), 8)
 def forecasts(name, scale="paper", *, place=EIGHT, **values):
     request = Request(recipe=name, scale=scale, data={}, out=Path("nowhere"), **values)
     planned = plan(request, num_ranks=place.num_ranks, dry=True)
-    return planned, forecast.forecast(planned, place, on_gpu=True, peak_flops=312e12, mfu=0.4)
+    return planned, forecast.forecast(planned, place, device="A100", peak_flops=None, mfu=0.4)
 
 
 def cells(planned, plans):
@@ -59,14 +59,14 @@ def test_the_table_has_a_row_a_run_and_sums_what_is_left(tmp_path):
     rows = cells(planned, plans)
     assert [row["run"] for row in rows] == [job.name for job in planned.jobs] + ["left to do"]
     assert rows[2]["after"] == "base"
-    assert rows[2]["T_inherit"] == "40,000"
+    assert rows[2]["taught"] == "40,000"
     assert rows[2]["state"] == "to do"
     assert float(rows[-1]["FLOPs"]) == pytest.approx(sum(each.flops for each in plans.values()), rel=1e-2)
 
 
 def test_what_is_finished_is_not_left_to_do(tmp_path):
     planned = plan(Request(recipe="fig1a", scale="tiny", data={}, out=tmp_path), num_ranks=8, dry=True)
-    plans = forecast.forecast(planned, EIGHT, on_gpu=True, peak_flops=None, mfu=0.4)
+    plans = forecast.forecast(planned, EIGHT, device="gpu", peak_flops=None, mfu=0.4)
     done = planned.jobs[0].run_dir
     done.mkdir(parents=True)
     (done / "run.json").write_text('{"status": "finished"}')
