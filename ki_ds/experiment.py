@@ -166,9 +166,9 @@ def read_scale(name: str) -> Scale:
     if not path.exists():
         raise UserError(f"{name} is no scale; take one of {', '.join(scales())}, or a YAML file of your own")
     scale = _made(Scale, _read(path), path.name)
-    known = {"settings": NUM_STEPS, "vocab_size": NUM_STEPS, "models": PRESETS}
+    known: dict[str, list[str]] = {"settings": [*NUM_STEPS], "vocab_size": [*NUM_STEPS], "models": [*PRESETS]}
     for field_name, names in known.items():
-        if strangers := getattr(scale, field_name).keys() - names.keys():
+        if strangers := getattr(scale, field_name).keys() - set(names):
             raise UserError(f"{path.name}: {field_name} has {min(strangers)}; take of {', '.join(names)}")
     if missing := NUM_STEPS.keys() - scale.vocab_size.keys():
         raise UserError(f"{path.name}: vocab_size lacks {min(missing)}; give the ids of its tokenizer")
