@@ -306,6 +306,8 @@ class StudentEngine:
             optimizer=self._optimizer,
             config=complete_ds_config(settings, run, world=world_size()),
         )
+        if self.zero_stage == 0 and world_size() == 1:  # two copies of all gradients for nothing
+            self._engine.enable_backward_allreduce = False
 
     def loss(self, batch: Batch, signal: Signal | None, alpha: float | Tensor) -> LossOutput:
         """The sums of equation 2 over the labelled rows of this rank's micro-batch, with gradient."""

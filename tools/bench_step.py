@@ -321,7 +321,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--only", default="", help="rows whose name contains one of these, e.g. 'ours|GEMM'")
     options.add_argument("--num_threads", type=int, default=0, help="of the CPU; 0 takes all cores")
     options.add_argument("--num_workers", type=int, default=1 if on_gpu else 0, help="loader processes a row")
-    options.add_argument("--ds_config", default="ds_configs/zero1.json", help="of our rows")
+    options.add_argument("--ds_config", default="ds_configs/zero0.json", help="of our rows, one rank each")
     options.add_argument("--peak_tflops", type=float, help="what utilisation is measured by, e.g. 989 for an H100")
     released = os.environ.get("KI_DS_RELEASED")
     options.add_argument("--released", type=Path, metavar="PATH", default=Path(released) if released else None)
