@@ -244,6 +244,7 @@ class EngineConfig:
         ds_config: DeepSpeed JSON with ZeRO, offload and communication settings only (ds_configs/).
         precision: of the student's weights and activations; losses are always computed in float32.
         activation_checkpointing: recompute activations in the backward pass instead of storing them.
+        compile: torch.compile the student's layers, each by itself. Needs a C++ compiler on a CPU, where it is no gain.
         watchdog_seconds: a rank that is silent, or makes all others wait, for so long is named and the job ends with
             the exit code 75; 0 waits for ever.
         connect_seconds: how long the ranks wait for one another at the start; then those that are missing are named.
@@ -253,6 +254,7 @@ class EngineConfig:
     ds_config: str = "ds_configs/zero1.json"
     precision: Precision = "fp32"
     activation_checkpointing: bool = False
+    compile: bool = False
     watchdog_seconds: float = 600.0
     connect_seconds: float = 300.0
     num_threads: int = 0

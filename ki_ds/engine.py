@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ki_ds.bridge import Bridge, split_world
 from ki_ds.config import EngineConfig, MonitorConfig, OptimConfig, RunConfig
@@ -267,6 +268,19 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
 
 
+def _compile_layers(model: InheritanceModel) -> None:
+    """torch.compile each layer by itself: one layer's graph serves all, and hooks around the body stay as they are.
+
+    Raises:
+        UserError: the architecture has no layers that could be found.
+    """
+    layers = [module for module in model.lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"engine.compile=true finds no layers in {type(model.lm).__name__}; take false")
+    for layer in layers:
+        layer.compile()
+
+
 class StudentEngine:
     """The student under DeepSpeed: losses by the row, one division by the global rows, one update a step."""
 
@@ -290,6 +304,8 @@ class StudentEngine:
         self.model = model
         if run.engine.activation_checkpointing:
             model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if run.engine.compile:
+            _compile_layers(model)
         self._precision = run.engine.precision
         self.guard = Guard(device, spike_sigmas=run.train.spike_sigmas, stop=run.train.bad_step == "stop")
         self._loss = torch.zeros((), device=device)

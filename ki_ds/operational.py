@@ -25,6 +25,7 @@ OPERATIONAL_FIELDS = frozenset(
         "loss.chunk_rows",
         "engine.ds_config",
         "engine.activation_checkpointing",
+        "engine.compile",
         "engine.watchdog_seconds",
         "engine.connect_seconds",
         "engine.num_threads",

@@ -346,7 +346,7 @@ def table(slots: Mapping[str, int], answers: Mapping[str, Mapping[str, Any]]) ->
             *(said["packages"][name] or "none" for name in (*_PACKAGES, "ki_ds")),
             f"{said['free_bytes'] / _GIB:.0f} GiB",
             {True: "yes", False: "no", None: "first"}[said.get("sees_token")],
-            f"{said['skew']:+.1f} s",
+            f"{round(said['skew'], 1) + 0.0:+.1f} s",
             said["interface"] or "none",
         )
     return shown

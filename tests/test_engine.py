@@ -9,6 +9,7 @@ import torch
 from ki_ds import engine
 from ki_ds.config import parse
 from ki_ds.data.batches import TrainBatches
+from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
 from ki_ds.models import build_lm
 from ki_ds.run import load_data
@@ -155,3 +156,16 @@ def test_a_second_precision_in_one_process_is_refused(corpus):
     )
     result = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, cwd=ROOT)
     assert "engine.precision=fp32 after ['bf16'] in one process" in result.stdout, result.stderr[-2000:]
+
+
+def test_compiled_are_the_layers_and_a_model_without_any_is_refused():
+    model = torch.nn.Module()
+    special_ids = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=9)
+    shape = parse([*BASE, "--model.num_layers", "2", "--model.hidden_size", "8", "--model.num_heads", "2"]).model
+    model.lm = build_lm(shape, "mlm", num_classes=10, special_ids=special_ids, seed=1)
+    engine._compile_layers(model)
+    compiled = [name for name, module in model.lm.named_modules() if module._compiled_call_impl is not None]
+    assert compiled == ["roberta.encoder.layer.0", "roberta.encoder.layer.1"]
+    model.lm = torch.nn.Linear(1, 1)
+    with pytest.raises(UserError, match="no layers in Linear"):
+        engine._compile_layers(model)

@@ -14,7 +14,7 @@ from tests.tiny import run_ranks, tiny_corpus
 GRADIENT = {"fp32": 1e-6, "bf16": 0.03, "fp16": 0.01}
 LOSS = {"fp32": 2e-5, "bf16": 0.02, "fp16": 0.01}
 PAIRS = [f"{task}/{teacher}" for task in ("mlm", "causal") for teacher in ("ki", "self")]
-VARIANTS = ["clipped", "accumulated", "recomputed"]
+VARIANTS = ["clipped", "accumulated", "recomputed", "compiled"]
 
 
 @pytest.fixture(scope="module")

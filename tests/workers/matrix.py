@@ -24,6 +24,7 @@ VARIANTS = {
     "plain": [],
     "clipped": ["--optim.max_grad_norm", "0.05"],
     "recomputed": ["--engine.activation_checkpointing", "true"],
+    "compiled": ["--engine.compile", "true"],
 }
 
 
