@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import jsonargparse
 import yaml
@@ -385,8 +385,20 @@ def of_groups(groups: dict[str, Any]) -> RunConfig:
 def _validated(read: Callable[[jsonargparse.ArgumentParser], jsonargparse.Namespace]) -> RunConfig:
     parser = _parser()
     try:
-        groups = parser.instantiate(read(parser))
-    except jsonargparse.ArgumentError as error:
+        values = read(parser)
+        for group in (
+            item.name for item in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(item.default_factory)
+        ):
+            if not isinstance(values[group], jsonargparse.Namespace):
+                raise UserError(
+                    f"configuration: {group}={str(values[group])[:40]} is no group of fields; write {group}.NAME"
+                )
+        groups = parser.instantiate(values)
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"configuration: a YAML file is no UTF-8 text ({error}); save it as UTF-8") from None
+    except (jsonargparse.ArgumentError, ValueError, TypeError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"configuration: {reason}; --help lists every field with its meaning") from None
     config = RunConfig(**{f.name: groups[f.name] for f in dataclasses.fields(RunConfig)})
@@ -436,6 +448,7 @@ def inherit_steps(config: RunConfig) -> int | None:
 
 def validate(config: RunConfig) -> None:
     """Return silently, or raise UserError for the first rule that the values break."""
+    _check_given(config)
     check_ranges(flatten(config))
     _check_inheritance(config)
     if not config.run_dir:
@@ -453,6 +466,18 @@ def validate(config: RunConfig) -> None:
             f"train.global_batch_size={config.train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size={config.train.micro_batch_size}; change one of them"
         )
+
+
+def _check_given(config: Any, prefix: str = "") -> None:
+    """No field is null that needs a value: the parser takes null for any."""
+    types = get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value, name = getattr(config, item.name), prefix + item.name
+        if value is None and type(None) not in get_args(types[item.name]):
+            raise UserError(f"{name} is null, but needs a value; give one, or leave {name} out")
+        for number, entry in enumerate(value if isinstance(value, list) else [value]):
+            if dataclasses.is_dataclass(entry):
+                _check_given(entry, f"{name}.{number}." if isinstance(value, list) else f"{name}.")
 
 
 def _check_inheritance(config: RunConfig) -> None:

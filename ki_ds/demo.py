@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -59,5 +60,5 @@ def run_demo(task: Task, *, size: str = "full", seed: int = 1) -> None:
     run_jobs(jobs, local_places(torch.cuda.device_count() or 2))
     print(f"[3/3] report: {folder}/report.html", flush=True)
     sections = write_report([job.run_dir for job in jobs[1:]], folder / "report.html")
-    Console().print(text_table(sections))
+    Console(width=None if sys.stdout.isatty() else 160).print(text_table(sections))
     print(f"whole demo: {(time.monotonic() - started) / 60:.1f} minutes in this call")

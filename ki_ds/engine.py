@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -48,6 +49,8 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as _deepspeed_logger
 
 from ki_ds import engine_state
@@ -64,6 +67,28 @@ _OWNED_BY = {
     "wandb": "monitor.wandb_project",
     "csv_monitor": "monitor.csv",
     "activation_checkpointing": "engine.activation_checkpointing",
+}
+# How the engine has to be set up, whatever a JSON says.
+_FIXED = {
+    "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own needs a compiler at start
+    "zero_force_ds_cpu_optimizer": False,
+}
+_PASSED_ON = {
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "data_types"),
+    *(
+        "steps_per_print",
+        "comms_logger",
+        "flops_profiler",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "aio",
+    ),
+}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "fp16": DeepSpeedFP16Config,
+    "bf16": DeepSpeedBF16Config,
 }
 _HALVES = ("fp16", "bf16")
 _GUARD = "guard.json"
@@ -128,18 +153,32 @@ def _check_world(expected: int) -> None:
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
-    """The DeepSpeed JSON as a dict. Raises UserError when it is missing or not a JSON object.
+    """The DeepSpeed JSON as a dict. Raises UserError when it is missing, no JSON object, or DeepSpeed refuses it.
 
     A relative path is looked up from the working folder, then beside the package, where ds_configs/ lies.
     """
     file = Path(path) if Path(path).exists() else ROOT / path
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"engine.ds_config={path} cannot be read ({error}); take one of ds_configs/") from None
     if not isinstance(settings, dict):
         raise UserError(f"engine.ds_config={path} is not a JSON object; take one of ds_configs/")
+    for name, model in _SECTIONS.items():
+        _check_section(settings.get(name, {}), model, f"engine.ds_config={path} sets {name}")
     return settings
+
+
+def _check_section(section: Any, model: type[BaseModel], what: str) -> None:
+    """What DeepSpeed itself would say of a section, in one line and before anything is built."""
+    if not isinstance(section, dict):
+        raise UserError(f"{what}={section!r}, which is no JSON object; take one of ds_configs/")
+    try:
+        model(**{key: value for key, value in section.items() if value != "auto"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(f"{what}.{name}={first['input']!r}: {first['msg']}; change it or leave it out") from None
 
 
 def complete_ds_config(settings: dict[str, Any], run: RunConfig, *, world: int) -> dict[str, Any]:
@@ -165,11 +204,10 @@ def complete_ds_config(settings: dict[str, Any], run: RunConfig, *, world: int) 
         section = {k: v for k, v in settings.get(half, {}).items() if k != "enabled"}
         filled[half] = {**section, "enabled": run.engine.precision == half}
     return {
+        "steps_per_print": 10**9,  # metrics are ours
         **settings,
         **filled,
-        "steps_per_print": 10**9,  # metrics are ours
-        "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own needs a compiler at start
-        "zero_force_ds_cpu_optimizer": False,
+        **_FIXED,
         **_monitor_sections(run.monitor, run.run_dir),
     }
 
@@ -215,6 +253,12 @@ def _refuse_foreign_settings(settings: dict[str, Any], run: RunConfig) -> None:
     for key, field in _OWNED_BY.items():
         if key in settings:
             raise UserError(f"engine.ds_config={path} sets {key}, which {field} decides; leave it out of the JSON")
+    for key in sorted(settings.keys() - {*_SECTIONS, *_OWNED, *_PASSED_ON}):
+        if key not in _FIXED or settings[key] != _FIXED[key]:
+            value = f"{key}={json.dumps(settings[key])[:40]}"
+            raise UserError(
+                f"engine.ds_config={path} sets {value}, which has no meaning here; leave it out of the JSON"
+            )
     for half in _HALVES:
         enabled = settings.get(half, {}).get("enabled", "auto")
         if enabled not in ("auto", run.engine.precision == half):

@@ -37,6 +37,8 @@ def test_saved_configuration_loads_as_itself(tmp_path):
         (["--optim.lr", "nan"], ["optim.lr", "nan"]),
         (["--task", "seq2seq"], ["task", "seq2seq"]),
         (["--data.seq_len", "4"], ["data.seq_len=4"]),
+        (["--train.num_steps", "null"], ["train.num_steps"]),
+        (["--data.corpus", "", "--data.sources", "[{path: null}]"], ["data.sources", "path"]),
         (["--data.keep_probability", "0.6", "--data.random_probability", "0.6"], ["add up"]),
         (["--task", "causal", "--data.mask_probability", "0.2"], ["mask_probability", "causal"]),
         (["--train.global_batch_size", "30"], ["global_batch_size=30", "micro_batch_size=16"]),

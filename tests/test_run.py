@@ -1,5 +1,6 @@
 """What is refused before the first step: one line that names it, nothing half-written."""
 
+import random
 import shutil
 
 import pytest
@@ -53,6 +54,31 @@ def test_another_run_in_the_folder(base):
     (base / "stranger").mkdir()
     (base / "stranger" / "thesis.tex").write_text("")
     refused(base, "stranger", "holds thesis.tex but no run")
+
+
+def test_20_changes_of_data_or_tokenizer_under_a_run_are_refused(base, tmp_path, record_property):
+    """Of tokens, of the index and of the tokenizer, a byte that flips or two tokens that change places."""
+    corpus = shutil.copytree(base / "corpus", tmp_path / "corpus")
+    run(tmp_path / "run", corpus, train={"stop_at_step": 2})
+    edited = {path: path.read_bytes() for path in corpus.rglob("*") if path.is_file() and path.parent.name != "index"}
+    draw, outcomes = random.Random(4), []
+    files = sorted(path for path in edited if path.suffix in (".bin", ".idx") or path.name == "tokenizer.json")
+    for number in range(20):
+        path = files[number % len(files)]
+        data = bytearray(edited[path])
+        if number % 3 and path.suffix == ".bin":  # two tokens change places
+            one, other = (2 * place for place in draw.sample(range(len(data) // 2), 2))
+            data[one : one + 2], data[other : other + 2] = data[other : other + 2], data[one : one + 2]
+        if bytes(data) == edited[path]:
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(7)
+        path.write_bytes(data)
+        with pytest.raises(UserError) as caught:
+            run(tmp_path / "run", corpus)
+        assert "\n" not in str(caught.value)
+        outcomes.append(str(caught.value))
+        path.write_bytes(edited[path])
+    run(tmp_path / "run", corpus)  # as it was, it goes on
+    record_property("figure", f"{len(outcomes)}/20 changes refused")
 
 
 def test_data_changed_under_a_run(base):

@@ -37,7 +37,7 @@ def main() -> int:
         slots = preflight.read_hosts(args.hostfile)
         ports = {"master_port": args.master_port, "ssh_port": args.ssh_port}
         answers, problems = preflight.check(slots, args.run_dir, master_addr=args.master_addr, **ports)
-    Console().print(preflight.table(slots, answers))
+    Console(width=None if sys.stdout.isatty() else 160).print(preflight.table(slots, answers))
     for problem in problems:
         print(problem)
     return 1 if any(problem.fatal for problem in problems) else 0

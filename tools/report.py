@@ -24,7 +24,7 @@ def main() -> None:
     args = parser.parse_args()
     sections = write_report(args.runs, args.out, title=args.title, allow_unfinished=args.allow_unfinished)
     print(f"wrote {args.out} and the same with .png and .csv")
-    Console().print(text_table(sections))
+    Console(width=None if sys.stdout.isatty() else 160).print(text_table(sections))
 
 
 if __name__ == "__main__":

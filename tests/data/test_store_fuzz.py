@@ -322,7 +322,7 @@ def test_the_undamaged_stores_are_read(stores, tmp_path):
         assert [item.tolist() for item in map(open_store(prefix).item, range(NUM_ITEMS))] == ITEMS
 
 
-def test_every_damage_is_noticed_or_harmless(stores, tmp_path):
+def test_every_damage_is_noticed_or_harmless(stores, tmp_path, record_property):
     wrong, kinds = [], Counter()
     for number, case in enumerate(all_cases(stores)):
         problem = verdict(put(tmp_path / str(number), case.files), case.noticed_by)
@@ -330,6 +330,8 @@ def test_every_damage_is_noticed_or_harmless(stores, tmp_path):
         if problem:
             wrong.append(f"{case.name}: {problem}")
     assert wrong == []
+    noticed = kinds.total() - kinds["harmless"]
+    record_property("figure", f"{noticed}/{noticed} damaged stores and dictionaries refused")
     assert kinds.total() >= 200
     assert kinds["harmless"] < kinds.total() / 20
     assert min(kinds.values()) > 5
