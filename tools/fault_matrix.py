@@ -62,10 +62,12 @@ def test(selection: str, *, short: bool) -> tuple[int, int, int, list[str]]:
         if not report.exists():
             raise UserError(f"{selection} could not be run; see `python -m pytest {selection}`")
         cases = list(ElementTree.parse(report).iter("testcase"))
-    bad = sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    for case in failed:
+        print(f"  not kept: {file}, {case.get('name')}", flush=True)
     skipped = sum(case.find("skipped") is not None for case in cases)
     figures = [p.get("value", "") for case in cases for p in case.iter("property") if p.get("name") == "figure"]
-    return len(cases) - bad - skipped, bad, skipped, figures
+    return len(cases) - len(failed) - skipped, len(failed), skipped, figures
 
 
 @ends_cleanly
