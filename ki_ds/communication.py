@@ -79,7 +79,7 @@ def traffic(
     """
     zero, stage = settings.get("zero_optimization", {}), zero_stage(settings)
     whole = float(num_parameters * element_bytes)
-    gradients = num_parameters * _BYTES.get(settings.get("communication_data_type"), element_bytes)
+    gradients = num_parameters * _BYTES.get(settings.get("communication_data_type") or "", element_bytes)
     gradients *= micro_steps if stage >= 2 else 1
     match stage:
         case 0:

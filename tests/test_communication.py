@@ -31,7 +31,7 @@ def settings_of(stage, zero, more):
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_formulas_are_what_deepspeed_does(precision, tmp_path):
-    """Two ranks over gloo, a step of each case: bytes by collective, but for the scalars (and 1% with a short reuse)."""
+    """Two ranks over gloo, a step of each case: bytes by collective, but for scalars (1% with a short reuse)."""
     corpus, words = tiny_corpus(tmp_path / "corpus", num_documents=40), []
     for number, (stage, zero, more, micro_steps) in enumerate(CASES[precision]):
         path = tmp_path / f"{number}.json"
