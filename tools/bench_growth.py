@@ -271,7 +271,7 @@ def loss_points(name: str) -> list[LossPoint]:
 
 
 def measure_loss(point: LossPoint, sweep: Sweep) -> None:
-    """Peaks of ours and of eager logits, less the gradients of both; eager ones where half the free memory is enough."""
+    """Peaks of ours and of eager logits, less the gradients of both; eager ones where half of what is free suffices."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(sweep.num_threads or len(os.sched_getaffinity(0)))
     widths = (min(sweep.base.student.get("hidden_size", 1024), 1024), sweep.base.teacher.get("hidden_size", 768))
