@@ -140,6 +140,8 @@ def _rows(found: Plan) -> Iterator[tuple[str, str, str]]:
         yield "hours", "unknown", "the device's peak is not known: give --peak_tflops, or --device with its name"
     else:
         yield "hours", f"{at_most}{found.seconds / 3600:,.2f}", "of training, without validation and saving"
+    if found.bytes_sent:
+        yield "sent a step and rank", _bytes(found.bytes_sent), "gradients and weights through collectives, in rings"
     yield "disk of the run", _bytes(found.disk), f"{_bytes(found.checkpoint_disk)} a checkpoint"
     if found.teachers:
         kinds = f"hidden states in fp16: {_bytes(found.hidden_cache_disk)}"

@@ -36,6 +36,15 @@ SAVED_COSTS = tuple(name for name in COST_TITLES if name != "tokens")  # as good
 Points = Callable[[Run], Sequence[tuple[float, float]]]  # (step, value) of a run
 
 
+class GrowthPanel(NamedTuple):
+    """One quantity over one dimension; both axes are logarithmic. Points are (x, y) by name."""
+
+    xlabel: str
+    ylabel: str
+    measured: Mapping[str, Sequence[tuple[float, float]]]  # drawn as dots
+    expected: Mapping[str, Sequence[tuple[float, float]]]  # as lines
+
+
 class Look(NamedTuple):
     """How an arm is drawn."""
 
@@ -132,6 +141,38 @@ def draw_scores(curves: Mapping[str, Sequence[tuple[int, float, float | None]]],
     axis.set_ylabel(title)
     axis.legend(frameon=False, labelcolor=INK, fontsize="small")
     return figure
+
+
+def draw_growth(panels: Sequence[GrowthPanel]) -> Figure:
+    """Measured dots and expected lines, four panels a row."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes, figure = _panels(len(panels), columns=4, height=2.7)
+    for axis, panel in zip(axes, panels, strict=True):
+        for index, (name, points) in enumerate(panel.measured.items()):
+            axis.plot(*zip(*points, strict=True), "o", color=COLOURS[index], markersize=5, label=name)
+        for index, (name, points) in enumerate(panel.expected.items()):
+            axis.plot(*zip(*points, strict=True), color=COLOURS[~index], linewidth=1.2, label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=10)
+        low, high = axis.get_ylim()
+        axis.set_ylim(low / 1.3, high * 1.3)
+        axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        for which in (axis.xaxis, axis.yaxis):
+            which.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axis.set_xlabel(panel.xlabel)
+        axis.set_ylabel(panel.ylabel)
+        axis.legend(frameon=False, labelcolor=INK, fontsize="x-small")
+    return figure
+
+
+def _short(value: float) -> str:
+    """A number in few signs: 262144 as 256k."""
+    for size, sign in ((2**30, "G"), (2**20, "M"), (2**10, "k")):
+        if value >= size and value % size == 0:
+            return f"{value / size:g}{sign}"
+    return f"{value:,g}" if value < 1e6 else f"{value:.0e}"
 
 
 def _panels(count: int, *, columns: int, height: float) -> tuple[list[Axes], Figure]:

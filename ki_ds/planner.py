@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from ki_ds.communication import traffic
 from ki_ds.config import ModelConfig, RunConfig
 from ki_ds.engine import accumulation_steps, complete_ds_config, read_ds_config, zero_stage
 from ki_ds.errors import UserError
@@ -73,6 +74,7 @@ class Plan:
         teachers: one entry each.
         teacher_flops: of all teachers over the run.
         seconds: of training alone, without validation and saving; None where no peak is known.
+        bytes_sent: of a student's rank in one step, by collectives in rings (`ki_ds.communication`).
         checkpoint_disk: of one checkpoint; `disk` is the most that the run's folder holds.
         topk_cache_disk, hidden_cache_disk: of a cache of all that the run asks (K = 10; hidden states in fp16).
         placements: costs of each; `best_placement` with the reason in one line.
@@ -97,6 +99,7 @@ class Plan:
     teachers: tuple[TeacherPlan, ...]
     teacher_flops: float
     seconds: float | None
+    bytes_sent: float
     checkpoint_disk: int
     disk: int
     topk_cache_disk: int
@@ -165,6 +168,8 @@ def plan(
     placements = costs.placements(caches, num_runs) if teachers else ()
     best, reason = _best(placements, num_runs)
     checkpoint, disk = _disk(config, student, zero_stage(settings))
+    micro_steps, element = accumulation_steps(config, students), DTYPES[config.engine.precision].itemsize
+    sent = traffic(settings, student.num_parameters, element_bytes=element, micro_steps=micro_steps)
     return Plan(
         num_ranks=num_ranks,
         num_teacher_ranks=num_teacher_ranks,
@@ -184,6 +189,7 @@ def plan(
         teachers=teacher_plans,
         teacher_flops=costs.teacher,
         seconds=None if peak_flops is None else costs.device_flops(config.teacher.placement) / (mfu * peak_flops),
+        bytes_sent=sent.sent(students),
         checkpoint_disk=checkpoint,
         disk=disk,
         topk_cache_disk=caches[0],

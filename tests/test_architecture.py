@@ -74,6 +74,7 @@ ORDER = [
     "teachers.factory",
     "teachers.ranks",
     "sizes",
+    "communication",
     "planner",
     "checkpoint",
     "metrics",

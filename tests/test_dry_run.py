@@ -23,7 +23,15 @@ def anywhere(tmp_path, monkeypatch):
 def test_it_prints_and_writes_nothing(anywhere, capsys):
     launcher._run([*PLAN, "--num_gpus", "2", "--device", "H100", "--engine.precision", "bf16"], 0.0)
     said = capsys.readouterr().out
-    for words in ("parameters", "memory a rank", "2 ranks", "FLOPs, student", "hours", "disk of the run"):
+    for words in (
+        "parameters",
+        "memory a rank",
+        "2 ranks",
+        "FLOPs, student",
+        "hours",
+        "sent a step and rank",
+        "disk of the run",
+    ):
         assert words in said
     assert "unknown" not in said
     assert list(anywhere.iterdir()) == []

@@ -5,7 +5,18 @@ import re
 
 import pytest
 
-from ki_ds.figures import COST_TITLES, GAP, draw_curves, draw_savings, draw_scores, draw_training, png_bytes, svg_text
+from ki_ds.figures import (
+    COST_TITLES,
+    GAP,
+    GrowthPanel,
+    draw_curves,
+    draw_growth,
+    draw_savings,
+    draw_scores,
+    draw_training,
+    png_bytes,
+    svg_text,
+)
 from ki_ds.results import read_run
 from ki_ds.savings import compare
 from tests.fake_runs import teacher_record, write_run
@@ -106,3 +117,20 @@ def test_scores_against_steps():
     assert {text.get_text() for text in axis.get_legend().get_texts()} == {"run", "chance"}
     assert axis.get_ylabel() == "accuracy"
     assert png_bytes(figure).startswith(b"\x89PNG")
+
+
+def test_growth_has_dots_for_what_was_measured_and_lines_for_what_was_expected():
+    measured = {"ours": [(8_192, 10.0), (262_144, 20.0)], "eager": [(8_192, 30.0)]}
+    first = GrowthPanel("classes", "MiB", measured, {"forecast": [(8_192, 9.0), (262_144, 21.0)]})
+    axes = draw_growth([first, first._replace(xlabel="ranks", measured={"ours": [(1, 2.0), (4, 3.0)]})]).axes
+    assert [(axis.get_xlabel(), axis.get_xscale(), axis.get_yscale()) for axis in axes] == [
+        ("classes", "log", "log"),
+        ("ranks", "log", "log"),
+    ]
+    ours, eager, forecast = axes[0].get_lines()
+    assert [line.get_label() for line in (ours, eager, forecast)] == ["ours", "eager", "forecast"]
+    assert ours.get_marker() == eager.get_marker() == "o"
+    assert (ours.get_linestyle(), forecast.get_linestyle()) == ("None", "-")
+    assert list(forecast.get_ydata()) == [9.0, 21.0]
+    named = axes[0].xaxis.get_major_formatter()
+    assert [named(value, 0) for value in (512, 8_192, 262_144, 2**25, 1.5)] == ["512", "8k", "256k", "32M", "1.5"]

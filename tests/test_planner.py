@@ -172,3 +172,15 @@ def test_flops_are_those_of_a_finished_runs_metrics(tmp_path):
     assert found.num_tokens == last["tokens"]
     assert found.student_flops == last["student_flops"]
     assert found.teacher_flops == last["teacher_flops"] > 0
+
+
+def test_bytes_sent_follow_stage_ranks_and_micro_steps():
+    """Global batch 32 in micro-batches of 4: 4 micro-steps of 2 ranks; a teacher's rank sends no gradients."""
+    one = planned(*zero("zero1"), *BF16)
+    assert one.bytes_sent == 3 * 2 * one.parameters / 2
+    assert planned(*zero("zero2"), *BF16).bytes_sent == 9 * 2 * one.parameters / 2
+    assert planned(*zero("zero3"), *BF16).bytes_sent == 8 * 2 * one.parameters / 2
+    assert planned(*zero("zero0"), ranks=4).bytes_sent == 2 * 4 * one.parameters * 3 / 4
+    assert planned(*zero("zero1"), ranks=1).bytes_sent == 0
+    teaching = [*TAUGHT, "--teacher.placement", "ranks", "--teacher.num_ranks", "1"]
+    assert planned(*zero("zero1"), *BF16, *teaching, ranks=3).bytes_sent == one.bytes_sent

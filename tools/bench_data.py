@@ -66,7 +66,10 @@ class Row:
 
 
 def write_text(folder: Path, num_tokens: int, *, split: str = "train", vocab_size: int = VOCAB_SIZE) -> None:
-    """A fairseq split of random text, `split`.bin and `split`.idx, with the dict.txt that belongs to it."""
+    """A fairseq split of random text, `split`.bin and `split`.idx, with the dict.txt that belongs to it.
+
+    Ids have two bytes: of a larger vocabulary the first 65,536 occur.
+    """
     num_symbols = vocab_size - (VOCAB_SIZE - NUM_SYMBOLS)
     folder.mkdir(parents=True, exist_ok=True)
     check_space(folder, 3 * num_tokens)
@@ -78,7 +81,7 @@ def write_text(folder: Path, num_tokens: int, *, split: str = "train", vocab_siz
     with (folder / f"{split}.bin").open("wb") as file:
         for first in range(0, num_lines, WINDOW):
             ends = np.cumsum(sizes[first : first + WINDOW], dtype=np.int64)
-            tokens = random.integers(4, vocab_size - 1, int(ends[-1]), np.uint16)
+            tokens = random.integers(4, min(vocab_size - 1, 1 << 16), int(ends[-1]), np.uint16)
             tokens[ends - 1] = SPECIAL_IDS.eos
             file.write(tokens.astype("<u2").tobytes())
     with (folder / f"{split}.idx").open("wb") as file:

@@ -351,7 +351,7 @@ def _milliseconds(run: Callable[[], object], device: str) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
-def _peak_mib(run: Callable[[], object], device: str) -> float:
+def peak_mib(run: Callable[[], object], device: str) -> float:
     """Peak of the tensors' memory during one run, above what was there before it."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -406,7 +406,7 @@ def measure(size: Size, dtype: torch.dtype, device: str, repeats: int, pattern: 
         try:
             run = row.build(x)
             run()  # compiles
-            memory[row], error[row], times[row] = _peak_mib(run, device), _error(row, x), []
+            memory[row], error[row], times[row] = peak_mib(run, device), _error(row, x), []
             runs[row] = run
         except (ImportError, Skip, RuntimeError, AttributeError, TypeError) as reason:
             print(f"skipped: {row.name} ({type(reason).__name__}: {' '.join(str(reason).split())[:200]})")

@@ -41,7 +41,7 @@ from torch import nn
 from ki_ds.config import ModelConfig
 from ki_ds.errors import UserError, ends_cleanly
 from ki_ds.kernels.linear import default_chunk_rows
-from ki_ds.models import build_lm, count_parameters
+from ki_ds.models import build_lm, count_parameters, quieten
 from ki_ds.profiling import OTHER, PARTS
 
 OURS, ALONE, GEMM = "ours, inheriting", "ours, self-learning", "bare GEMM"
@@ -124,6 +124,16 @@ def build(size: Size, model: dict[str, Any], *, seed: int) -> Any:
     return build_lm(fields, size.task, num_classes=size.vocab_size, special_ids=specials, seed=seed)  # type: ignore[arg-type]
 
 
+def make_inputs(size: Size, folder: Path) -> tuple[Any, Any]:
+    """Text and a teacher of random weights in `folder`; the student and that teacher."""
+    quieten()
+    write_text(folder / "text", size.num_tokens, vocab_size=size.vocab_size)
+    write_text(folder / "text", size.num_tokens // 10, split="valid", vocab_size=size.vocab_size)
+    student, teacher = build(size, size.student, seed=1), build(size, size.teacher, seed=2)
+    teacher.save_pretrained(folder / "teacher")
+    return student, teacher
+
+
 def teacher_memory(teacher: Account, student: Any, size: Size) -> tuple[float, float]:
     """MiB of an online teacher's weights in its dtype, and of one chunk of its logits."""
     element = 2 if torch.cuda.is_available() else 4
@@ -158,13 +168,14 @@ class Row:
 class Worker:
     """The process of a row."""
 
-    def __init__(self, name: str, job: Job):
+    def __init__(self, name: str, job: Job, **environment: str):
         self.row = Row(name)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         here = str(Path(__file__).resolve().parent)
         ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         env = {name: value for name, value in os.environ.items() if name not in ranks}
         env |= {"PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": str(job["num_threads"])}
+        env |= environment
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
         command = [sys.executable, __file__, "--row", name, "--job", json.dumps(job)]
         self._process = subprocess.Popen(command, env=env, text=True, **pipes)
@@ -180,11 +191,15 @@ class Worker:
         words = [text for text in self._log.read().splitlines() if text.strip()] or ["no word"]
         raise UserError(words[-1].strip()[:300])
 
-    def tell(self, **command: Any) -> dict[str, Any]:
-        """Give a command and wait for the answer."""
+    def order(self, **command: Any) -> None:
+        """Give a command, whose answer will come."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
+
+    def tell(self, **command: Any) -> dict[str, Any]:
+        """Give a command and wait for the answer."""
+        self.order(**command)
         return self.answer()
 
     def turn(self, steps: int) -> None:
@@ -211,6 +226,19 @@ class Worker:
         """End it whatever it does."""
         self._process.kill()
         self._process.wait()
+
+
+def job_of(size: Size, folder: Path, *, num_threads: int, num_workers: int, ds_config: str) -> Job:
+    """What the processes of a size are told; 0 threads are all cores."""
+    return {
+        **{name: getattr(size, name) for name in ("task", "seq_len", "micro_batch_size", "vocab_size", "precision")},
+        "student": size.shape(size.student),
+        "teacher": size.shape(size.teacher),
+        "folder": str(folder),
+        "num_threads": num_threads or len(os.sched_getaffinity(0)),
+        "num_workers": num_workers,
+        "ds_config": ds_config,
+    }
 
 
 def unavailable(name: str, size: Size, checkout: Path | None) -> str | None:
@@ -347,24 +375,13 @@ def check(args: argparse.Namespace) -> list[str]:
 
 def measure(args: argparse.Namespace, size: Size, names: list[str], folder: Path) -> tuple[list[Row], Account, Account]:
     """All rows in turns, and the accounts of student and teacher."""
-    write_text(folder / "text", size.num_tokens, vocab_size=size.vocab_size)
-    write_text(folder / "text", size.num_tokens // 10, split="valid", vocab_size=size.vocab_size)
-    student, teacher = build(size, size.student, seed=1), build(size, size.teacher, seed=2)
-    teacher.save_pretrained(folder / "teacher")
+    student, teacher = make_inputs(size, folder)
     accounts = account(student, size), account(teacher, size)
     weights, chunk = teacher_memory(accounts[1], student, size)
     print(f"an online teacher's memory: {weights:.1f} MiB of weights + {chunk:.1f} MiB, a chunk of its logits")
     del student, teacher
-    job = {
-        **{name: getattr(size, name) for name in ("task", "seq_len", "micro_batch_size", "vocab_size", "precision")},
-        "student": size.shape(size.student),
-        "teacher": size.shape(size.teacher),
-        "folder": str(folder),
-        "num_threads": args.num_threads or len(os.sched_getaffinity(0)),
-        "num_workers": args.num_workers,
-        "ds_config": args.ds_config,
-        "released": str(args.released.resolve()) if args.released else None,
-    }
+    job = job_of(size, folder, num_threads=args.num_threads, num_workers=args.num_workers, ds_config=args.ds_config)
+    job["released"] = str(args.released.resolve()) if args.released else None
     workers = start_workers(names, job, size, args.released)
     try:
         for turn in range(args.turns):

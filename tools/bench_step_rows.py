@@ -99,7 +99,7 @@ def _status_bytes(name: str) -> int:
 
 
 def arguments(job: Job, *, taught: bool) -> list[str]:
-    """The command line of a run of ours."""
+    """The command line of a run of ours; the job's own `fields` come last."""
     fields = {
         "run_dir": f"{job['folder']}/{'inherit' if taught else 'self'}_{os.getpid()}",
         "task": job["task"],
@@ -119,23 +119,26 @@ def arguments(job: Job, *, taught: bool) -> list[str]:
     if taught:
         fields |= {"teacher.path": f"{job['folder']}/teacher", "inherit.schedule": "constant", "inherit.tau": TAU}
         fields |= {"inherit.constant_alpha": ALPHA}
+    fields |= job.get("fields", {})
     return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
 
 
 def ours(job: Job, pace: Pace, *, taught: bool) -> None:
-    """This project's step, as its loop takes it."""
+    """This project's step, as its loop takes it; with `give_back` in the job freed memory is not kept."""
     from ki_ds import config as configuration
-    from ki_ds.engine import connect
+    from ki_ds import engine
     from ki_ds.metrics import Window
     from ki_ds.preemption import Preemption
     from ki_ds.run import prepare
     from ki_ds.stragglers import Pace as RankPace
     from ki_ds.train import _batches, train_step
 
+    if job.get("give_back"):
+        engine.keep_freed_memory = lambda: False
     pace.imported()
     config = configuration.parse(arguments(job, taught=taught))
-    Path(config.run_dir).mkdir()
-    device, _ = connect(config.engine)
+    Path(config.run_dir).mkdir(exist_ok=True)
+    device, _ = engine.connect(config.engine)
     run = prepare(config, device)
     window, num_teachers = Window(device, num_teachers=len(run.facts)), len(run.facts)
     preemption, rank_pace = Preemption(), RankPace(device)
@@ -371,6 +374,6 @@ def work(name: str, job: Job) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not come between the answers
     torch.set_num_threads(job["num_threads"])
-    ROWS[name](job, Pace(sys.stdin, answers, num_warm_steps=NUM_WARM_STEPS))
+    ROWS[name](job, Pace(sys.stdin, answers, num_warm_steps=job.get("num_warm_steps", NUM_WARM_STEPS)))
     answers.flush()
     os._exit(0)
