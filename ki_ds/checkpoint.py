@@ -7,8 +7,8 @@
     RUN_DIR/checkpoints/latest     the newest one's name, written last
     RUN_DIR/best/                  Hugging Face folder with the lowest validation cross-entropy
 
-A checkpoint is written under a temporary name, hashed, synced and renamed; `load` verifies the hashes before
-anything is unpickled, and takes the newest intact one.
+A checkpoint is written under a temporary name, synced, hashed and renamed; `newest_intact` verifies the hashes before
+anything is unpickled.
 """
 
 from __future__ import annotations
@@ -20,18 +20,23 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
 from ki_ds.data.store import sync_folder, write_atomically
-from ki_ds.distributed import barrier, from_main, is_main, say, world_size
+from ki_ds.distributed import barrier, from_main, is_main, say
 from ki_ds.errors import UserError
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _WRITER_WORDS = ("PytorchStreamWriter", "inline_container", "unexpected pos", "No space left", "File too large")
+
+
+File = tuple[Path, Callable[[Path], object]]  # a file or folder that one rank writes, and what writes it
+Hashes = dict[str, list[int | str]]  # relative name: [bytes, SHA-256]
+Snapshot = Callable[[Any], Any]  # nested state -> the same as it is now, whatever training does to it later
 
 
 class EngineState(Protocol):
@@ -39,7 +44,7 @@ class EngineState(Protocol):
 
     zero_stage: int
 
-    def save(self, folder: Path, tag: str) -> None: ...
+    def save(self, folder: Path, tag: str, snapshot: Snapshot) -> list[File]: ...
     def load(self, folder: Path, tag: str, *, saved_world: int, saved_stage: int) -> None: ...
 
 
@@ -113,65 +118,70 @@ def naming_a_full_disk(run_dir: Path) -> Iterator[None]:
 
 
 # --- saving -----------------------------------------------------------------------------------------------------
+# `saver.Saver` calls `begin`, then `write_part` on every rank, then `commit` on rank 0.
 
 
-def save(
-    root: Path,
-    step: int,
-    engine: EngineState,
-    state: dict[str, Any],
-    export: Callable[[Path], None],
-    *,
-    keep: int,
-    keep_every: int | None = None,
-) -> Path:
-    """Write checkpoint `step` and return its folder. Called by all ranks, on a file system they share.
+def begin(root: Path, step: int) -> Path:
+    """A new temporary folder for checkpoint `step`; those that killed jobs have left go. Called by all ranks.
 
     Args:
-        root: RUN_DIR/checkpoints.
+        root: RUN_DIR/checkpoints, on a file system that all ranks share.
+    """
+    temporary = root / f".step_{step:08d}.tmp"
+    if is_main():
+        for left in root.glob(".step_*.tmp"):
+            shutil.rmtree(left)
+        temporary.mkdir(parents=True)
+    barrier()
+    return temporary
+
+
+def write_part(temporary: Path, files: list[File]) -> Hashes:
+    """Write this rank's files, sync them to disk, and hash them. `files` is emptied, so that their memory is freed."""
+    hashes: Hashes = {}
+    while files:
+        path, write = files.pop(0)
+        write(path)
+        hashes |= _sync_and_hash(temporary, [path] if path.is_file() else path.rglob("*"))
+    return hashes
+
+
+def commit(temporary: Path, state: dict[str, Any], hashes: Hashes, *, keep: int, keep_every: int | None = None) -> Path:
+    """Make what all ranks have written the newest checkpoint and return its folder. Called by rank 0 alone.
+
+    Args:
+        temporary: the folder that `begin` has made.
         state: the loop's own state, as JSON.
-        export: writes the Hugging Face folder; called by all ranks, writes on rank 0.
+        hashes: of all ranks' files; what else lies in the folder is hashed here.
         keep: newest checkpoints that stay; older ones are removed once this one is whole,
         keep_every: but for those at multiples of so many steps.
     """
-    name = f"step_{step:08d}"
-    temporary, final = root / f".{name}.tmp", root / name
-    if is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
-    engine.save(temporary, "engine")
-    export(temporary / "hf")
-    barrier()
-    if is_main():
-        write_json(temporary / "state.json", {**state, **_saved_by(step, engine)})
-        write_json(temporary / "manifest.json", {"files": _hash_files(temporary)})
-        sync_folder(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        sync_folder(root)
-        write_atomically(root / "latest", name + "\n")
-        for redone in [other for other in _names(root) if other > name]:
-            shutil.rmtree(root / redone)  # of a part of the run that was damaged and is done again
-        for old in _names(root)[:-keep]:
-            if not keep_every or int(old.removeprefix("step_")) % keep_every:
-                shutil.rmtree(root / old)
-    barrier()
+    root, name = temporary.parent, temporary.stem.removeprefix(".")
+    final = root / name
+    write_json(temporary / "state.json", state)
+    others = (path for path in temporary.rglob("*") if str(path.relative_to(temporary)) not in hashes)
+    hashes = hashes | _sync_and_hash(temporary, others)
+    write_json(temporary / "manifest.json", {"files": dict(sorted(hashes.items()))})
+    sync_folder(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
+    sync_folder(root)
+    write_atomically(root / "latest", name + "\n")
+    for redone in [other for other in _names(root) if other > name]:
+        shutil.rmtree(root / redone)  # of a part of the run that was damaged and is done again
+    for old in _names(root)[:-keep]:
+        if not keep_every or int(old.removeprefix("step_")) % keep_every:
+            shutil.rmtree(root / old)
     return final
 
 
-def _saved_by(step: int, engine: EngineState) -> dict[str, Any]:
-    return {"step": step, "world_size": world_size(), "zero_stage": engine.zero_stage}
-
-
-def _hash_files(folder: Path) -> dict[str, list[int | str]]:
-    """{relative name: [bytes, SHA-256]} of every file, each synced to disk."""
-    files: dict[str, list[int | str]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+def _sync_and_hash(folder: Path, paths: Iterable[Path]) -> Hashes:
+    hashes: Hashes = {}
+    for path in sorted(p for p in paths if p.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        files[str(path.relative_to(folder))] = [path.stat().st_size, _sha256(path)]
-    return files
+        hashes[str(path.relative_to(folder))] = [path.stat().st_size, _sha256(path)]
+    return hashes
 
 
 def _sha256(path: Path) -> str:

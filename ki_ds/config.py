@@ -272,6 +272,8 @@ class TrainConfig:
         eval_every: steps between validations; the first (step 0) and the last step are always validated.
         save_every: steps between checkpoints; the last step is always saved.
         log_every: steps between lines of metrics.
+        save_in_background: at a checkpoint training waits only until the state has been copied into the host's memory;
+            it is written while training goes on. It takes that memory, and time of the CPU (docs/reliability.md).
         keep_checkpoints: newest full checkpoints kept; the best weights are kept beside them.
         keep_every: checkpoints at multiples of so many steps stay for good, besides the newest; null keeps no others.
         stop_at_step: leave after this step with a checkpoint, all schedules unchanged; null runs to the end.
@@ -290,6 +292,7 @@ class TrainConfig:
     eval_every: int = 1000
     save_every: int = 1000
     log_every: int = 10
+    save_in_background: bool = False
     keep_checkpoints: int = 2
     keep_every: int | None = None
     stop_at_step: int | None = None

@@ -5,6 +5,7 @@ Works with one process as well, where nothing is initialised and every reduction
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -158,6 +159,54 @@ def join_world(store: dist.Store, rank: int, world: int) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     named = dist.PrefixStore(f"ki_ds_{attempt(os.environ)}_students", store)
     dist.init_process_group(backend, store=named, rank=rank, world_size=world, timeout=FOREVER)
+
+
+def store_client(name: str) -> dist.Store:
+    """A client of its own to the store on the launcher's port, for a thread; keys are this job's under `name`.
+
+    Whoever waits on a client of the store holds up all who share it.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    plain = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60), wait_for_workers=False)
+    return dist.PrefixStore(f"ki_ds_{attempt(os.environ)}_{name}", plain)
+
+
+class Notes:
+    """What all ranks tell rank 0, and its answer to all, from threads beside training.
+
+    Through the store on the launcher's port: collectives of a thread would be taken for training's, and a rank whose
+    disk is full could leave no file.
+    """
+
+    def __init__(self, name: str):
+        self._store = store_client(name) if world_size() > 1 else dist.PrefixStore(name, dist.HashStore())
+
+    def to_main(self, note: Any) -> list[Any]:
+        """The notes (JSON) of all ranks, in their order, on rank 0, which waits for them; nothing on the others."""
+        self._store.set(f"note_{rank()}", json.dumps(note))
+        if not is_main():
+            return []
+        keys = [f"note_{number}" for number in range(world_size())]
+        self._wait_for(keys)
+        return [json.loads(found) for found in self._store.multi_get(keys)]
+
+    def from_main(self, answer: Any) -> Any:
+        """What rank 0 answers, on every rank. Rank 0 returns last: the store may end with it."""
+        if is_main():
+            self._store.set("answer", json.dumps(answer))
+        self._wait_for(["answer"])
+        found = json.loads(self._store.get("answer"))
+        self._store.set(f"heard_{rank()}", "")
+        if is_main():
+            heard = [f"heard_{number}" for number in range(world_size())]
+            self._wait_for(heard)
+            for key in ["answer", *heard, *(f"note_{number}" for number in range(world_size()))]:
+                self._store.delete_key(key)
+        return found
+
+    def _wait_for(self, keys: list[str]) -> None:
+        while not self._store.check(keys):
+            time.sleep(0.02)
 
 
 def free_port() -> str:

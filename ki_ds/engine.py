@@ -7,11 +7,14 @@ without a word, is refused.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ki_ds.bridge import Bridge, split_world
+from ki_ds.checkpoint import File, Snapshot
 from ki_ds.config import EngineConfig, MonitorConfig, OptimConfig, RunConfig
 from ki_ds.data.batches import Batch
 from ki_ds.distributed import (
@@ -49,6 +53,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as _deepspeed_logger
@@ -67,6 +72,8 @@ _OWNED_BY = {
     "wandb": "monitor.wandb_project",
     "csv_monitor": "monitor.csv",
     "activation_checkpointing": "engine.activation_checkpointing",
+    "checkpoint": "train.save_in_background",
+    "datastates_ckpt": "train.save_in_background",
 }
 # How the engine has to be set up, whatever a JSON says.
 _FIXED = {
@@ -325,6 +332,26 @@ def _compile_layers(model: InheritanceModel) -> None:
         layer.compile()
 
 
+class _LaterWriter(TorchCheckpointEngine):
+    """Takes the files that DeepSpeed wants written, to write them as DeepSpeed does once its collectives are over."""
+
+    @contextlib.contextmanager
+    def collecting(self, snapshot: Snapshot) -> Iterator[list[File]]:
+        """Collect the files of one checkpoint, and drop the snapshot at the end: it would keep what it has copied."""
+        self._files: list[File] = []
+        self._snapshot = snapshot
+        try:
+            yield self._files
+        finally:
+            del self._files, self._snapshot
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._files.append((Path(path), functools.partial(self._write, self._snapshot(state_dict))))
+
+    def _write(self, state: Any, path: Path) -> None:
+        super().save(state, str(path))
+
+
 class StudentEngine:
     """The student under DeepSpeed: losses by the row, one division by the global rows, one update a step."""
 
@@ -368,6 +395,7 @@ class StudentEngine:
         )
         if self.zero_stage == 0 and world_size() == 1:  # two copies of all gradients for nothing
             self._engine.enable_backward_allreduce = False
+        self._engine.checkpoint_engine = self._writer = _LaterWriter(self._engine._config)
 
     def loss(self, batch: Batch, signal: Signal | None, alpha: float | Tensor) -> LossOutput:
         """The sums of equation 2 over the labelled rows of this rank's micro-batch, with gradient."""
@@ -451,11 +479,17 @@ class StudentEngine:
             state = self._engine.module.state_dict()
         return {name.removeprefix("lm."): tensor for name, tensor in state.items()}
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write the engine's sharded state (weights, optimizer, counters) to folder/tag. Called by all ranks."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def save(self, folder: Path, tag: str, snapshot: Snapshot) -> list[File]:
+        """This rank's files of the sharded state (weights, optimizer, counters) in folder/tag. Called by all ranks.
+
+        All collectives are over when it returns; what the files will hold has gone through `snapshot`.
+        """
+        with self._writer.collecting(snapshot) as files:
+            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
         if is_main():
-            (folder / tag / _GUARD).write_text(json.dumps(self.guard.state()), encoding="utf-8")
+            guard = json.dumps(self.guard.state())
+            files.append((folder / tag / _GUARD, lambda path: path.write_text(guard, encoding="utf-8")))
+        return files
 
     def load(self, folder: Path, tag: str, *, saved_world: int, saved_stage: int) -> None:
         """Restore what `save` wrote with `saved_world` ranks: bit for bit with as many, to float32 with others.

@@ -34,6 +34,7 @@ OPERATIONAL_FIELDS = frozenset(
         "train.eval_every",
         "train.save_every",
         "train.log_every",
+        "train.save_in_background",
         "train.keep_checkpoints",
         "train.keep_every",
         "train.stop_at_step",

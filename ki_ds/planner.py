@@ -66,7 +66,8 @@ class Plan:
         parameters: of the student; `dense_parameters` count for FLOPs.
         memory: by component, of a student's rank at its worst moment; `memory_moment` names it.
         moments: the whole of a rank's memory at each moment.
-        host_memory: by component, of what ZeRO offloads to the host, per rank; on a CPU it is part of `memory`.
+        host_memory: by component, of what ZeRO offloads to the host and of a copy that is being saved, per rank; on a
+            CPU it is part of `memory`.
         teacher_memory: by component, of a teacher's rank; empty without such ranks.
         num_steps, num_tokens: of the whole run; tokens as metrics count them.
         num_taught_steps: steps in which alpha can be above 0; `taught_is_bound` where the run may end them sooner.
@@ -302,11 +303,13 @@ class _Memory:
     # -- what lies there from the first step to the last
 
     def on_host(self) -> dict[str, int]:
-        """What ZeRO keeps in the host's memory instead of the device's."""
-        if not self.offloads["optimizer"]:
-            return {}
+        """What ZeRO keeps in the host's memory instead of the device's, and what a save in the background has there."""
         own = self.p // self.ranks
-        held = {"optimizer states": 12 * own, "gradients": 4 * own, "communication": self.s * own}
+        copied = self.s * self.p + (8 * self.p if self.stage == 0 else 12 * own)  # on rank 0, the others lack weights
+        held = {"checkpoint": copied} if self.config.train.save_in_background else {}
+        if not self.offloads["optimizer"]:
+            return held
+        held |= {"optimizer states": 12 * own, "gradients": 4 * own, "communication": self.s * own}
         if self.stage == 3:
             held["gradients"] += self.s * own
             held["weights"] = self.s * own if self.offloads["param"] else 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from ki_ds import checkpoint, lineage, schedules
 from ki_ds.bridge import Bridge
+from ki_ds.checkpoint import Snapshot
 from ki_ds.config import RunConfig
 from ki_ds.data.batches import Batch, TrainBatches, with_next
 from ki_ds.distributed import is_main, on_main, rank, say, world_size
@@ -30,6 +33,7 @@ from ki_ds.models import weights_sha256
 from ki_ds.preemption import Preemption
 from ki_ds.profiling import each, part, profiled_steps
 from ki_ds.run import Run, measured_domains, prepare
+from ki_ds.saver import Saver, as_it_is
 from ki_ds.signals import teacher_tokens
 from ki_ds.stragglers import Pace
 from ki_ds.teachers.factory import TeacherFacts
@@ -104,6 +108,7 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
     watch, window = Stopwatch(totals.seconds), _window(run)
     with (
         contextlib.closing(display),
+        _saver(run, watchdog) as saver,
         profiled_steps(config.monitor.profile_steps if is_main() else 0, run.run_dir / "profile") as count_step,
     ):
         if totals.step == 0:
@@ -123,6 +128,7 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
             at_end = stopping or totals.step == last
             if at_end or _due(totals.step, config.train.log_every, config.train.eval_every):
                 _report(run, log, display, watch, window, rates)
+                saver.look()
                 run.notice_hand_over()
                 if line := pace.report(totals.step):
                     say(line)
@@ -133,7 +139,7 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
             if at_end or _due(totals.step, config.train.save_every):
                 totals.seconds = watch.pause()
                 watchdog.at(totals.step, "saving", watched=False)
-                _save(run)
+                _save(run, saver, at_once=at_end)
             if stopping:
                 _stop(run, preemption)
             watch.run()
@@ -304,34 +310,57 @@ def _validate(run: Run, log: MetricsLog, display: Display, watchdog: Watchdog) -
     display.validation(run.totals.step, result.ppl, {domain: found.ppl for domain, found in by_domain.items()})
     if result.ce < run.best_ce:
         run.best_ce = result.ce
-        checkpoint.replace_folder(run.run_dir / "best", lambda folder: _export(run, folder, result))
+        write = _export(run, result=result)
+        checkpoint.replace_folder(run.run_dir / "best", lambda folder: write(folder) if write else None)
 
 
-def _export(run: Run, folder: Path, result: Perplexity | None = None) -> None:
-    """Write the student as a Hugging Face folder with its tokenizer. Called by all ranks."""
+def _export(run: Run, snapshot: Snapshot = as_it_is, result: Perplexity | None = None) -> Callable[[Path], None] | None:
+    """What writes the student as it is now as a Hugging Face folder with its tokenizer; None on ranks above 0.
+
+    Called by all ranks. The writer looks at nothing that training changes, if `snapshot` copies the weights.
+    """
     state = run.engine.state_dict()
     if not is_main():
-        return
-    lm = run.engine.model.lm
+        return None
+    state = snapshot(state)
+    lm = copy.copy(run.engine.model.lm)
+    lm.config = copy.deepcopy(lm.config)  # training goes on with its own
     lm.config.use_cache = True  # of no use in training, but whoever generates with the exported model wants it
-    lm.save_pretrained(folder, state_dict=state)
-    lm.config.use_cache = False
-    run.data.vocabulary.export(folder, run.config.task)
     totals = run.totals
-    record = lineage.describe(
-        run.manifest,
+    describe = functools.partial(
+        lineage.describe,
+        copy.deepcopy(run.manifest),
         step=totals.step,
         tokens=totals.tokens,
         flops=(totals.student_flops, totals.teacher_flops),
         ppl=result.ppl if result is not None else None,
-        weights=weights_sha256(str(folder)),
     )
-    checkpoint.write_json(folder / lineage.FILE_NAME, record)
-    if result is not None:
-        checkpoint.write_json(folder / "valid.json", {"step": run.totals.step, **asdict(result), "ppl": result.ppl})
+    measured = {"step": totals.step, **asdict(result), "ppl": result.ppl} if result is not None else None
+
+    def write(folder: Path) -> None:
+        lm.save_pretrained(folder, state_dict=state)
+        run.data.vocabulary.export(folder, run.config.task)
+        checkpoint.write_json(folder / lineage.FILE_NAME, describe(weights=weights_sha256(str(folder))))
+        if measured is not None:
+            checkpoint.write_json(folder / "valid.json", measured)
+
+    return write
 
 
-def _save(run: Run) -> None:
+def _saver(run: Run, watchdog: Watchdog) -> Saver:
+    train = run.config.train
+    return Saver(
+        run.run_dir / "checkpoints",
+        keep=train.keep_checkpoints,
+        keep_every=train.keep_every,
+        in_background=train.save_in_background,
+        device=run.device,
+        about_to_wait=lambda: watchdog.at(run.totals.step, "saving", watched=False),
+    )
+
+
+def _save(run: Run, saver: Saver, *, at_once: bool) -> None:
+    """Save this step, or begin to, if its weights are fit for it; what ends the run is saved at once."""
     _check_health(run)
     if not run.engine.weights_are_finite():
         with common_to_all_ranks():
@@ -342,15 +371,7 @@ def _save(run: Run) -> None:
     state: dict[str, Any] = {"totals": asdict(run.totals), "best_ce": run.best_ce}
     if run.handover is not None:
         state["handover"] = {"start_step": run.config.inherit.start_step, "state": run.handover.state()}
-    checkpoint.save(
-        run.run_dir / "checkpoints",
-        run.totals.step,
-        run.engine,
-        state,
-        lambda folder: _export(run, folder),
-        keep=run.config.train.keep_checkpoints,
-        keep_every=run.config.train.keep_every,
-    )
+    saver.save(run.totals.step, run.engine, state, lambda snapshot: _export(run, snapshot), at_once=at_once)
 
 
 def _stop(run: Run, preemption: Preemption) -> None:

@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,7 +28,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from ki_ds.distributed import attempt
+from ki_ds.distributed import store_client
 from ki_ds.errors import EXIT_RESUMABLE, ResumableError
 from ki_ds.preemption import Preemption
 
@@ -257,14 +256,7 @@ class Watchdog:
     def _pulse(self) -> None:
         """Leave heartbeats and read the verdict; on rank 0, give it."""
         try:
-            plain = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=False,
-                timeout=timedelta(seconds=60),
-                wait_for_workers=False,
-            )
-            store = dist.PrefixStore(f"ki_ds_{attempt(os.environ)}_watchdog", plain)
+            store = store_client("watchdog")
             while True:
                 closed = self._closed.wait(_PULSE_SECONDS)
                 self._exchange(store)

@@ -9,6 +9,7 @@ import pytest
 
 from ki_ds import checkpoint
 from ki_ds.errors import UserError
+from ki_ds.saver import Saver
 from tests.tiny import run_ranks, tiny_config, write_config
 
 KILLED = 77
@@ -22,12 +23,14 @@ class FakeEngine:
         self.state = state
         self.loaded_world: int | None = None
 
-    def save(self, folder: Path, tag: str) -> None:
+    def save(self, folder: Path, tag: str, snapshot) -> list:
         (folder / tag).mkdir()
-        for shard in range(2):
-            path = folder / tag / f"shard_{shard}.pt"
-            path.write_bytes(random.Random(self.state + shard).randbytes(700) + b"\0" * 700)
-        (folder / tag / "number").write_text(str(self.state))
+        state = snapshot(self.state)
+        shards = [random.Random(state + shard).randbytes(700) + b"\0" * 700 for shard in range(2)]
+        return [
+            *((folder / tag / f"shard_{n}.pt", lambda path, n=n: path.write_bytes(shards[n])) for n in range(2)),
+            (folder / tag / "number", lambda path: path.write_text(str(state))),
+        ]
 
     def load(self, folder: Path, tag: str, *, saved_world: int, saved_stage: int) -> None:
         self.state = int((folder / tag / "number").read_text())
@@ -40,8 +43,13 @@ def export(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
 
 
-def save(root, step, *, keep=2, state=None):
-    return checkpoint.save(root, step, FakeEngine(step), state or {"best_ce": step / 2}, export, keep=keep)
+def save(root, step, *, engine=None, write=export, state=None, keep=2, keep_every=None, in_background=False):
+    with Saver(root, keep=keep, keep_every=keep_every, in_background=in_background) as saver:
+        saver.save(step, engine or FakeEngine(step), state or {"best_ce": step / 2}, lambda snapshot: write)
+    return root / f"step_{step:08d}"
+
+
+BOTH_WAYS = pytest.mark.parametrize("in_background", [False, True], ids=["at_once", "in_background"])
 
 
 def names(root):
@@ -130,8 +138,10 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 # --- saving and loading ---
 
 
-def test_what_is_saved_comes_back(tmp_path):
-    folder = save(tmp_path, 40, state={"best_ce": 2.5, "totals": {"step": 40, "seconds": 1.25}})
+@BOTH_WAYS
+def test_what_is_saved_comes_back(tmp_path, in_background):
+    state = {"best_ce": 2.5, "totals": {"step": 40, "seconds": 1.25}}
+    folder = save(tmp_path, 40, state=state, in_background=in_background)
     assert folder == tmp_path / "step_00000040"
     assert checkpoint.damage(folder) is None
     assert checkpoint.newest_intact(tmp_path) == folder
@@ -162,12 +172,12 @@ def test_the_newest_stay(tmp_path, keep):
 
 def test_milestones_stay_besides_the_newest(tmp_path):
     for step in range(2, 22, 2):
-        checkpoint.save(tmp_path, step, FakeEngine(step), {}, export, keep=2, keep_every=8)
+        save(tmp_path, step, keep=2, keep_every=8)
     assert [int(name.removeprefix("step_")) for name in names(tmp_path)] == [8, 16, 18, 20]
 
 
 def test_the_engine_is_told_what_wrote_its_shards(tmp_path):
-    folder = checkpoint.save(tmp_path, 2, FakeEngine(2, zero_stage=3), {}, export, keep=1)
+    folder = save(tmp_path, 2, engine=FakeEngine(2, zero_stage=3))
     engine = FakeEngine(0, zero_stage=1)
     checkpoint.load(folder, engine)
     assert (engine.state, engine.loaded_world, engine.loaded_stage) == (2, 1, 3)
@@ -197,8 +207,16 @@ def test_damaged_newer_ones_do_not_push_out_the_one_just_written(tmp_path):
 # --- killed while saving ---
 
 
+def test_what_a_killed_save_of_any_step_has_left_goes_with_the_next(tmp_path):
+    for name in (".step_00000003.tmp", ".step_00000009.tmp"):
+        (tmp_path / name / "engine").mkdir(parents=True)
+    save(tmp_path, 4)
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@BOTH_WAYS
 @pytest.mark.parametrize("keep", [1, 2])
-def test_killed_anywhere_in_a_save_a_whole_checkpoint_loads(tmp_path, keep, record_property):
+def test_killed_anywhere_in_a_save_a_whole_checkpoint_loads(tmp_path, keep, in_background, record_property):
     """At every mkdir, write, fsync, rename and removal: the one before loads, or the new one, and a next save works."""
     root = tmp_path / "checkpoints"
     before, new = root / "step_00000002", root / "step_00000004"
@@ -208,7 +226,7 @@ def test_killed_anywhere_in_a_save_a_whole_checkpoint_loads(tmp_path, keep, reco
         save(root, 2, keep=keep)
 
     outcomes = []
-    for moment in moments(lambda: save(root, 4, keep=keep), prepare):
+    for moment in moments(lambda: save(root, 4, keep=keep, in_background=in_background), prepare):
         newest = checkpoint.newest_intact(root)
         assert newest is not None, moment
         outcomes.append(newest)
@@ -219,13 +237,15 @@ def test_killed_anywhere_in_a_save_a_whole_checkpoint_loads(tmp_path, keep, reco
         save(root, 4, keep=keep)
         assert checkpoint.newest_intact(root) == new
         assert [p for p in root.iterdir() if p.name.endswith(".tmp")] == []
-    record_property("figure", f"killed at {len(outcomes)} points, {len(outcomes)} resumed")
+    how = "in the background" if in_background else "at once"
+    record_property("figure", f"{how}: killed at {len(outcomes)} points, {len(outcomes)} resumed")
     assert outcomes == sorted(outcomes)  # from one moment on it is the new one
     assert {before, new} == set(outcomes)
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("moment", ["engine", "export", "state.json", "manifest.json", "rename", "latest"])
-def test_an_error_in_a_save_comes_out_and_leaves_the_one_before(tmp_path, moment, monkeypatch):
+def test_an_error_in_a_save_is_one_line_and_leaves_the_one_before(tmp_path, moment, in_background, monkeypatch):
     save(tmp_path, 2)
 
     def fails(*_args, **_kwargs):
@@ -234,7 +254,7 @@ def test_an_error_in_a_save_comes_out_and_leaves_the_one_before(tmp_path, moment
     engine, write, write_text = FakeEngine(4), export, checkpoint.write_atomically
     match moment:
         case "engine":
-            monkeypatch.setattr(engine, "save", fails)
+            monkeypatch.setattr(engine, "save", lambda folder, tag, snapshot: [(folder / tag, fails)])
         case "export":
             write = fails
         case "rename":
@@ -243,18 +263,20 @@ def test_an_error_in_a_save_comes_out_and_leaves_the_one_before(tmp_path, moment
             monkeypatch.setattr(
                 checkpoint, "write_atomically", lambda p, text: fails() if p.name == name else write_text(p, text)
             )
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path, 4, engine, {}, write, keep=1)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left"):
+        save(tmp_path, 4, engine=engine, write=write, keep=1, in_background=in_background)
     whole = ["step_00000002"] if moment != "latest" else ["step_00000002", "step_00000004"]
     assert names(tmp_path) == whole
     assert checkpoint.newest_intact(tmp_path) == tmp_path / whole[-1]
+    assert [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
 
 
 # --- damage ---
 
 
-def test_every_flipped_bit_is_noticed(tmp_path, record_property):
-    folder = save(tmp_path, 2)
+@BOTH_WAYS
+def test_every_flipped_bit_is_noticed(tmp_path, in_background, record_property):
+    folder = save(tmp_path, 2, in_background=in_background)
     choose = random.Random(0)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     assert len(files) == 7
@@ -273,8 +295,9 @@ def test_every_flipped_bit_is_noticed(tmp_path, record_property):
     assert checkpoint.damage(folder) is None
 
 
-def test_every_truncated_emptied_or_missing_file_is_noticed_and_named(tmp_path):
-    folder = save(tmp_path, 2)
+@BOTH_WAYS
+def test_every_truncated_emptied_or_missing_file_is_noticed_and_named(tmp_path, in_background):
+    folder = save(tmp_path, 2, in_background=in_background)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         original = path.read_bytes()
         name = str(path.relative_to(folder))
@@ -399,15 +422,18 @@ def test_what_the_writers_say_of_a_full_disk_is_one_line(tmp_path):
             raise other
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("num_offsets", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_disk_that_is_full_in_the_middle_of_a_save(base, num_offsets, record_property):
+def test_a_disk_that_is_full_in_the_middle_of_a_save(base, num_offsets, in_background, record_property):
     """At offsets from the first byte of the smallest file to the last but one of the largest."""
-    name = f"full_{num_offsets}"
-    config = tiny_config(base / name, base / "corpus", train={"num_steps": 4, "save_every": 2, "eval_every": 100})
+    how = "in the background" if in_background else "at once"
+    name = f"full_{num_offsets}_{in_background}"
+    train = {"num_steps": 6, "save_every": 2, "eval_every": 100, "save_in_background": in_background}
+    config = tiny_config(base / name, base / "corpus", train=train)
     file = write_config(base / f"{name}.yaml", config)
     offsets = [str(int(8 * 20_000 ** (i / num_offsets))) for i in range(num_offsets)]
     (result,) = run_ranks(["-m", "tests.workers.full_disk", str(file), *offsets], world=1)
     assert result.returncode == 0, result.stderr[-2000:]
     survived = json.loads(result.stdout.splitlines()[-1])
-    record_property("figure", f"{len(survived)}/{num_offsets} full disks survived")
+    record_property("figure", f"{how}: {len(survived)}/{num_offsets} full disks survived")
     assert [str(offset) for offset in survived] == offsets, result.stdout

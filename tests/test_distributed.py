@@ -207,6 +207,8 @@ def test_alone_every_collective_is_the_identity(capsys):
         distributed.together(mine)
     assert caught.value is mine
     assert not mine.said_by_main  # no other rank says it, whatever RANK may be in the environment
+    assert distributed.Notes("alone").to_main("note") == ["note"]
+    assert distributed.Notes("alone").from_main("answer") == "answer"
     distributed.say("a line")
     assert capsys.readouterr().out == "a line\n"
 
@@ -256,6 +258,7 @@ def test_two_ranks_agree(two_ranks):
         assert values["both"] == ["rank 0", True]
         assert values["exit_code"] == 2
         assert values["interface"].startswith("lo")
+        assert values["notes"] == [[{"rank": 0}, {"rank": 1}] if rank == 0 else [], "rank 0 answers"]
     assert lines[0][0] == "said once"
     assert len(lines[1]) == 1
 

@@ -80,6 +80,8 @@ def test_the_engine_fills_in_what_the_run_decides():
         ({"gradient_clipping": 1.0}, [], "gradient_clipping=1.0, the run needs 0.0"),
         ({"optimizer": {"type": "Adam"}}, [], "sets optimizer, which optim"),
         ({"torch_autocast": {"enabled": True}}, [], "torch_autocast, which engine.precision"),
+        ({"checkpoint": {"writer": {"type": "fast"}}}, [], "sets checkpoint, which train.save_in_background"),
+        ({"datastates_ckpt": {}}, [], "datastates_ckpt, which train.save_in_background decides"),
         ({"fp16": {"enabled": True}}, [], "fp16.enabled=True, engine.precision=fp32"),
         ({}, ["--engine.precision", "fp16"], "fp16 with ZeRO stage 0"),
         ({"zero_optimization": {"stage": 0}}, ["--engine.precision", "bf16"], "bf16 with ZeRO stage 0"),

@@ -68,6 +68,24 @@ def test_the_worst_moment_is_the_sum_of_its_parts():
     assert planned(*TAUGHT, on_gpu=True).memory["teacher weights"] == 2 * TEACHER.num_parameters
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "weights", "states"),
+    [("zero0", [], 4, 8), ("zero1", [], 4, 12 / 4), ("zero3", BF16, 2, 12 / 4), ("zero2_offload", BF16, 2, 12 / 4)],
+)
+def test_a_save_in_the_background_has_its_copy_in_host_memory(name, arguments, weights, states):
+    for on_gpu in (True, False):
+        plans = [
+            planned(*zero(name), *arguments, "--train.save_in_background", answer, ranks=4, on_gpu=on_gpu)
+            for answer in ("false", "true")
+        ]
+        copied = (weights + states) * plans[0].parameters
+        if on_gpu:
+            assert plans[1].host_memory.pop("checkpoint") == pytest.approx(copied, rel=1e-4)
+            assert plans[1] == plans[0]
+        else:
+            assert plans[1].total_memory - plans[0].total_memory == pytest.approx(copied, rel=1e-4)
+
+
 def test_a_cpus_framework_is_told_apart():
     assert planned(*zero("zero0")).memory["framework"] == CPU_IMPORTS + CPU_STARTED
     assert planned().memory["framework"] == CPU_IMPORTS + CPU_STARTED_ZERO

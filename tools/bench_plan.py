@@ -54,6 +54,7 @@ ROWS = {
     "mlm_zero3": Row("mlm", 2, "zero3"),
     "causal_zero2_offload_bf16": Row("causal", 2, "zero2_offload", BF16 | AGAIN),
     "causal_zero1_cut_chunks": Row("causal", 1, "zero1", {"loss.chunk_rows": 128, "train.micro_batch_size": 4}),
+    "mlm_zero1_save_in_background": Row("mlm", 2, "zero1", {"train.save_in_background": True, "train.save_every": 1}),
 }
 
 

@@ -18,17 +18,23 @@ from ki_ds.errors import UserError, ends_cleanly
 ROOT = Path(__file__).resolve().parent.parent
 # row: promise, what of the test suite holds it (pytest's names, or -k expressions behind a blank)
 ROWS: dict[int, tuple[str, list[str]]] = {
-    1: ("resume is bitwise the same run", ["tests/test_train.py -k bitwise"]),
+    1: (
+        "resume is bitwise the same run",
+        ["tests/test_train.py -k bitwise", "tests/test_saver.py -k 'as_it_was or two_ranks'"],
+    ),
     2: (
         "other ranks or stage on resume",
         ["tests/test_engine_state.py", "tests/test_train.py -k another_", "tests/data/test_batches.py"],
     ),
     3: ("other loader workers", ["tests/data/test_batches.py -k worker"]),
-    4: ("SIGKILL during a save", ["tests/test_checkpoint.py -k killed"]),
+    4: ("SIGKILL during a save", ["tests/test_checkpoint.py -k killed", "tests/test_saver.py -k dies"]),
     5: ("bit rot in a checkpoint", ["tests/test_checkpoint.py -k flipped", "tests/test_train.py -k damaged"]),
     6: ("missing or cut files", ["tests/test_checkpoint.py -k 'truncated or intact'"]),
-    7: ("disk full", ["tests/test_checkpoint.py -k 'full or error'"]),
-    8: ("SIGTERM, SIGUSR1, Ctrl-C", ["tests/test_preemption.py", "tests/test_watchdog.py -k signalled"]),
+    7: ("disk full", ["tests/test_checkpoint.py -k 'full or error'", "tests/test_saver.py -k 'full or error'"]),
+    8: (
+        "SIGTERM, SIGUSR1, Ctrl-C",
+        ["tests/test_preemption.py", "tests/test_watchdog.py -k signalled", "tests/test_saver.py -k signal"],
+    ),
     9: (
         "a rank or host dies, stops, hangs",
         ["tests/test_watchdog.py -k 'not signalled'", "tests/test_supervisor.py", "tests/multinode"],

@@ -10,7 +10,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from ki_ds.distributed import all_sum, barrier, from_main, is_main, leave, pick_interface, rank, say, together
+from ki_ds.distributed import Notes, all_sum, barrier, from_main, is_main, leave, pick_interface, rank, say, together
 from ki_ds.errors import UserError, ends_cleanly
 
 
@@ -31,6 +31,7 @@ def main(codes: list[int]) -> None:
     pick_interface(os.environ)
     dist.init_process_group("gloo")
     mine = rank()
+    notes = Notes("test")
     found = {
         "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
         "sum": all_sum(torch.tensor([1.0, 10.0 * mine], dtype=torch.float64)).tolist(),
@@ -40,6 +41,7 @@ def main(codes: list[int]) -> None:
         "both": raised(UserError(f"rank {mine}")),
         "exit_code": ends_cleanly(bad_news_of_rank_1)(),
         "is_main": is_main(),
+        "notes": [notes.to_main({"rank": mine}), notes.from_main(f"rank {mine} answers")],
     }
     barrier()
     say("said once")

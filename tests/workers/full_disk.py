@@ -1,4 +1,4 @@
-"""One run whose disk is full after so many bytes of a file, in its second save, once for each offset.
+"""One run whose disk is full after so many bytes of a file, in its save of step 4, once for each offset.
 
 usage: full_disk.py CONFIG.yaml OFFSET...; prints the offsets after which the run went on from its first checkpoint.
 """
@@ -15,6 +15,7 @@ from ki_ds import config as configuration
 from ki_ds import train as training
 from ki_ds.distributed import leave
 from ki_ds.errors import UserError
+from ki_ds.saver import Saver
 
 
 def main(file: str, offsets: list[int]) -> None:
@@ -23,26 +24,28 @@ def main(file: str, offsets: list[int]) -> None:
     first = dataclasses.replace(config, train=dataclasses.replace(config.train, stop_at_step=2))
     training.train(first)
     shutil.copytree(run_dir, whole)
-    save, survived = checkpoint.save, []
+    save, survived = Saver.save, []
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for offset in offsets:
         shutil.rmtree(run_dir)
         shutil.copytree(whole, run_dir)
 
-        def save_on_a_full_disk(*arguments, _offset=offset, **options):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (_offset, hard))
+        def save_on_a_full_disk(saver, step, *arguments, _offset=offset, **options):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (_offset if step == 4 else hard, hard))
             try:
-                return save(*arguments, **options)
+                save(saver, step, *arguments, **options)
+                if saver._save is not None:
+                    saver._save.thread.join()
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-        checkpoint.save = save_on_a_full_disk
+        Saver.save = save_on_a_full_disk
         try:
             training.train(config)
             line = "no error"
         except UserError as error:
             line = str(error)
-        checkpoint.save = save
+        Saver.save = save
         newest = checkpoint.newest_intact(run_dir / "checkpoints")
         if "cannot be written" in line and newest is not None and newest.name == "step_00000002":
             training.train(config)
