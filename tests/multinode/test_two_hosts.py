@@ -83,7 +83,7 @@ def started(hosts, run_dir, job, step):
         pytest.param("zero3", (1, 2), {"placement": "ranks"}, marks=pytest.mark.slow),
     ],
 )
-def test_it_is_bitwise_the_run_of_one_host(hosts, configure, base, zero, slots, teacher):
+def test_it_is_bitwise_the_run_of_one_host(hosts, configure, base, zero, slots, teacher, record_property):
     engine = {"ds_config": str(ROOT / f"ds_configs/{zero}.json")}
     name = f"hosts_{zero}_{slots[0]}_{slots[1]}"
     config, run_dir = configure(name, engine=engine, teacher=teacher)
@@ -93,6 +93,8 @@ def test_it_is_bitwise_the_run_of_one_host(hosts, configure, base, zero, slots, 
     assert {r.returncode for r in train_ranks(one, world=sum(slots))} == {0}
     assert figures(run_dir) == figures(one_dir)
     assert weights(run_dir) == weights(one_dir)
+    where = "ranks of its own" if teacher else "the students' processes"
+    record_property("figure", f"two hosts, {zero}, {sum(slots)} ranks, teacher in {where}: bitwise as on one host")
     manifest = json.loads((run_dir / "run.json").read_text())
     assert (manifest["status"], manifest["world_size"]) == ("finished", sum(slots) - len(teacher))
     assert hosts.wait_until_idle(seconds=20) == []
