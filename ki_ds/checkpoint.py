@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +65,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 # --- one run a folder -------------------------------------------------------------------------------------------
 
 
+def keep_others_out() -> None:
+    """Let nobody but the user and the group write what this process makes from now on: checkpoints hold pickles."""
+    os.umask(os.umask(0o022) | stat.S_IWOTH)
+
+
 @contextlib.contextmanager
 def claimed(run_dir: Path, *, what: str = "run_dir") -> Iterator[None]:
     """Hold the folder for this job while the context lasts; `what` is the field or option that names it.
@@ -83,6 +89,8 @@ def claimed(run_dir: Path, *, what: str = "run_dir") -> Iterator[None]:
             raise UserError(
                 f"{what}={run_dir} is in use by a job that still runs; wait for it or give another"
             ) from None
+        if run_dir.stat().st_mode & stat.S_IWOTH:
+            say(f"warning: {what}={run_dir} can be written by every user, whose files would be read: chmod o-w it")
         yield
 
 

@@ -48,6 +48,7 @@ def train(config: RunConfig, *, started: float | None = None) -> None:
         UserError: the configuration, the data, the teacher or the run folder cannot be used.
         ResumableError: a signal asked the run to stop; it is saved.
     """
+    checkpoint.keep_others_out()
     ranks = config.teacher.num_ranks if config.teacher.placement == "ranks" else 0
     device, bridge = connect(config.engine, num_teacher_ranks=ranks)
     preemption = Preemption()

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -168,3 +169,17 @@ def test_a_loss_that_is_no_number_stops_the_run_with_a_line(base, monkeypatch):
     with pytest.raises(UserError, match="the loss is nan at step 4"):
         run(base / "diverged", base / "corpus", train={"save_every": 2})
     assert sorted(p.name for p in (base / "diverged" / "checkpoints").glob("step_*")) == ["step_00000002"]
+
+
+def test_nobody_else_can_write_what_a_run_makes(base, capsys):
+    before = os.umask(0)
+    try:
+        folder = inherit(base, "open_to_all", train={"stop_at_step": 2})
+        made = [path for path in (folder, *folder.rglob("*")) if path.stat().st_mode & 0o002]
+        assert made == []
+        assert "can be written by every user" not in capsys.readouterr().out
+        folder.chmod(0o777)
+        inherit(base, "open_to_all", train={"stop_at_step": 3})
+    finally:
+        os.umask(before)
+    assert f"run_dir={folder} can be written by every user" in capsys.readouterr().out
