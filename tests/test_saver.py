@@ -110,7 +110,9 @@ def hashes(run_dir, step):
 
 def counting_from_zero(monkeypatch):
     """ZeRO-3 numbers all parameters of a process, and writes the numbers down."""
-    monkeypatch.setattr("deepspeed.runtime.zero.partition_parameters.Init.param_id", 0)
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    monkeypatch.setattr(Init, "param_id", 0)
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
