@@ -174,6 +174,7 @@ def fake_modules(**classes):
     """Modules by dotted name with classes that torch.save can name; gone afterwards, as fairseq will be."""
     names = {name.replace("__", ".") for name in classes}
     parents = {".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 2)}
+    before = {name: sys.modules[name] for name in parents if name in sys.modules}
     for name in sorted(parents):
         sys.modules[name] = types.ModuleType(name)
     made = {}
@@ -187,6 +188,7 @@ def fake_modules(**classes):
     finally:
         for name in parents:
             del sys.modules[name]
+        sys.modules.update(before)
 
 
 def save(path, model, *, style="0.9", legacy=False, half=False, state=None, cfg=False, more=None, **flags):
