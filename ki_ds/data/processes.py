@@ -69,6 +69,9 @@ def _process_pool(num_workers: int) -> Iterator[Executor]:
         pool.shutdown()
     finally:
         held.close()
+        if (results := pool._result_queue) is not None:
+            # or the pool would wait for ever for the rest of what a worker was sending when it ended
+            results._writer.close()  # type: ignore[attr-defined]
         pool.shutdown(wait=True, cancel_futures=True)
         watched.close()
 

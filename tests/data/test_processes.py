@@ -80,3 +80,16 @@ for _ in ordered_map(time.sleep, [0, *[100] * 5], num_workers=2):
     while any(alive(pid) for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def large(_number):
+    return bytes(100_000_000)
+
+
+def test_workers_that_end_while_they_send_hold_nobody_up():
+    """In a process of its own, for a pool that waits for the rest of a result waits for ever, at its exit too."""
+    program = "from tests.data.test_processes import large\nfrom ki_ds.data.processes import ordered_map\n"
+    program += "if __name__ == '__main__':\n    found = ordered_map(large, range(40), num_workers=2)\n"
+    program += "    next(found)\n    found.close()\n    print('closed')\n"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "closed\n", done.stderr
