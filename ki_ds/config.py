@@ -389,9 +389,7 @@ def _validated(read: Callable[[jsonargparse.ArgumentParser], jsonargparse.Namesp
     parser = _parser()
     try:
         values = read(parser)
-        for group in (
-            item.name for item in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(item.default_factory)
-        ):
+        for group in (f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory)):
             if not isinstance(values[group], jsonargparse.Namespace):
                 raise UserError(
                     f"configuration: {group}={str(values[group])[:40]} is no group of fields; write {group}.NAME"

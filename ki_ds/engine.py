@@ -82,15 +82,8 @@ _FIXED = {
 }
 _PASSED_ON = {
     *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "data_types"),
-    *(
-        "steps_per_print",
-        "comms_logger",
-        "flops_profiler",
-        "wall_clock_breakdown",
-        "memory_breakdown",
-        "dump_state",
-        "aio",
-    ),
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger", "flops_profiler", "dump_state"),
+    "aio",
 }
 _SECTIONS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,
@@ -323,8 +316,11 @@ def _compile_layers(model: InheritanceModel) -> None:
     """torch.compile each layer by itself: one layer's graph serves all, and hooks around the body stay as they are.
 
     Raises:
-        UserError: the architecture has no layers that could be found.
+        UserError: the architecture has no layers that could be found, or a CPU has no compiler.
     """
+    compiler = os.environ.get("CXX", "g++")
+    if not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise UserError(f"engine.compile=true needs {compiler} on a CPU, which is not there; install it, or take false")
     layers = [module for module in model.lm.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UserError(f"engine.compile=true finds no layers in {type(model.lm).__name__}; take false")

@@ -160,7 +160,7 @@ def test_a_second_precision_in_one_process_is_refused(corpus):
     assert "engine.precision=fp32 after ['bf16'] in one process" in result.stdout, result.stderr[-2000:]
 
 
-def test_compiled_are_the_layers_and_a_model_without_any_is_refused():
+def test_compiled_are_the_layers_and_a_model_without_any_is_refused(monkeypatch):
     model = torch.nn.Module()
     special_ids = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=9)
     shape = parse([*BASE, "--model.num_layers", "2", "--model.hidden_size", "8", "--model.num_heads", "2"]).model
@@ -170,4 +170,8 @@ def test_compiled_are_the_layers_and_a_model_without_any_is_refused():
     assert compiled == ["roberta.encoder.layer.0", "roberta.encoder.layer.1"]
     model.lm = torch.nn.Linear(1, 1)
     with pytest.raises(UserError, match="no layers in Linear"):
+        engine._compile_layers(model)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="needs no-such-compiler on a CPU"):
         engine._compile_layers(model)

@@ -349,7 +349,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--only", default="", help="rows whose name contains one of these, e.g. 'ours|GEMM'")
     options.add_argument("--num_threads", type=int, default=0, help="of the CPU; 0 takes all cores")
     options.add_argument("--num_workers", type=int, default=1 if on_gpu else 0, help="loader processes a row")
-    options.add_argument("--ds_config", default="ds_configs/zero0.json", help="of our rows, one rank each")
+    options.add_argument(
+        "--ds_config", help="of our rows, one rank each; default: ZeRO 0 in fp32, else 1, as 0 refuses halves"
+    )
     options.add_argument("--peak_tflops", type=float, help="what utilisation is measured by, e.g. 989 for an H100")
     released = os.environ.get("KI_DS_RELEASED")
     options.add_argument("--released", type=Path, metavar="PATH", default=Path(released) if released else None)
@@ -380,7 +382,8 @@ def measure(args: argparse.Namespace, size: Size, names: list[str], folder: Path
     weights, chunk = teacher_memory(accounts[1], student, size)
     print(f"an online teacher's memory: {weights:.1f} MiB of weights + {chunk:.1f} MiB, a chunk of its logits")
     del student, teacher
-    job = job_of(size, folder, num_threads=args.num_threads, num_workers=args.num_workers, ds_config=args.ds_config)
+    ds_config = args.ds_config or f"ds_configs/zero{0 if size.precision == 'fp32' else 1}.json"
+    job = job_of(size, folder, num_threads=args.num_threads, num_workers=args.num_workers, ds_config=ds_config)
     job["released"] = str(args.released.resolve()) if args.released else None
     workers = start_workers(names, job, size, args.released)
     try:
