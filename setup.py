@@ -10,6 +10,7 @@ setup(
     description="Knowledge inheritance for pre-training language models, on DeepSpeed",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    package_data={"ki_ds.data": ["*.tsv"]},
     python_requires=">=3.11",
     packages=find_packages(include=["ki_ds", "ki_ds.*"]),
     install_requires=[
@@ -21,7 +22,6 @@ setup(
         "protobuf",
         "safetensors",
         "jsonargparse[signatures]",
-        "mwxml",
         "mwparserfromhell",
         "matplotlib",
         "numpy",

@@ -25,6 +25,7 @@ ORDER = [
     "data.token_index",
     "data.store",
     "data.sources",
+    "data.mediawiki",
     "data.wikitext",
     "data.corpora",
     "data.sentencepieces",
@@ -126,7 +127,6 @@ ORDER = [
 OWNERS = {
     "deepspeed": ["engine"],
     "triton": ["kernels.triton_"],
-    "mwxml": ["data.corpora"],
     "pyarrow": ["data.corpora"],
     "mwparserfromhell": ["data.wikitext"],
     "sentencepiece": ["data.sentencepieces"],

@@ -8,12 +8,15 @@ import importlib.util
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 from xml.etree.ElementTree import ParseError
 
+from ki_ds.data import mediawiki
+from ki_ds.data.mediawiki import Language
 from ki_ds.data.sources import UNPACK_ERRORS, FileSource, HubSource, Source, required, resolve
 from ki_ds.errors import UserError
 
@@ -36,24 +39,24 @@ class Document:
 class RawDocument:
     """A document, or a part of a long one, as it stands in its file.
 
-    `namespaces` are the names of the dump's namespaces for wikitext, None for plain text.
+    `wiki` is the language of wikitext, None for plain text.
     """
 
     text: str
     id: str
     title: str = ""
     domain: str = ""
-    namespaces: frozenset[str] | None = None
+    wiki: Language | None = None
     starts: bool = True
     ends: bool = True
 
     def cleaned(self) -> Document:
         """The paragraphs: wikitext as `plain_wikitext` does it, plain text only trimmed."""
         text = self.text
-        if self.namespaces is not None:
+        if self.wiki is not None:
             from ki_ds.data.wikitext import plain_wikitext  # only dumps need the parser
 
-            text = plain_wikitext(text, self.namespaces)
+            text = plain_wikitext(text, self.wiki)
         lines = (line.strip() for line in text.split("\n"))
         return Document(tuple(line for line in lines if line), self.id, self.title, self.domain)
 
@@ -77,6 +80,7 @@ class Corpus:
         if not self.sources:
             raise UserError("no corpus was named; give at least one file, folder, glob or hf:NAME")
         self.total_bytes = sum(source.num_bytes for source in self.sources)
+        self.left_out: Counter[str] = Counter()
         self._bytes_before = 0
         self._open_file: BinaryIO | None = None
 
@@ -98,6 +102,7 @@ class Corpus:
 
     def __iter__(self) -> Iterator[RawDocument]:
         self._bytes_before = 0
+        self.left_out.clear()
         found = False
         for source in self.sources:
             for document in self._read(source):
@@ -267,23 +272,13 @@ def _no_text(where: str, name: str) -> UserError:
 
 
 def _read_wiki(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocument]:
-    """The latest revision of each article (namespace 0) that is no redirect."""
-    import mwxml
-
+    """The latest revision of each article that is wikitext, no redirect and not blank."""
     try:
-        dump = mwxml.Dump.from_file(file)
-        namespaces = frozenset(n.name.casefold() for n in dump.site_info.namespaces or () if n.name)
-        for page in dump:
-            if page.namespace != 0 or page.redirect is not None:
-                continue
-            text = ""
-            for revision in page:
-                text = revision.text or text
-            yield RawDocument(text, str(page.id), page.title or "", corpus.domain, namespaces=namespaces)
-    except (ParseError, mwxml.errors.MalformedXML, AssertionError) as error:
+        for article in mediawiki.articles(file, corpus.left_out):
+            yield RawDocument(article.text, article.id, article.title, corpus.domain, wiki=article.language)
+    except (ParseError, ValueError) as error:
         raise UserError(
-            f"{path} is no whole MediaWiki dump ({str(error) or 'another kind of XML'}); "
-            "it is cut, not UTF-8 or something else: fetch it again"
+            f"{path} is no whole MediaWiki dump ({error}); it is cut, not UTF-8 or something else: fetch it again"
         ) from None
 
 

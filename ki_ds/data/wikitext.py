@@ -1,5 +1,6 @@
 """Running text out of wikitext, the markup of MediaWiki pages."""
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -7,13 +8,24 @@ from typing import Any
 import mwparserfromhell
 from mwparserfromhell.nodes import ExternalLink, Heading, HTMLEntity, Tag, Text, Wikilink
 
+from ki_ds.data.mediawiki import ENGLISH, Language, words
+
 # Tags whose content is no running text.
 _DROPPED_TAGS = frozenset(
     {"ref", "references", "table", "gallery", "math", "chem", "timeline", "syntaxhighlight", "source", "pre"}
     | {"code", "score", "imagemap", "graph", "hiero", "templatedata", "mapframe", "maplink", "style", "script"}
+    | {"includeonly"}
 )
-# English names work in every wiki, beside those of its own language.
-_DROPPED_NAMESPACES = frozenset({"file", "image", "media", "category"})
+# Endings of what is a file whatever its namespace is called: a wiki may have names of its own.
+_FILE = re.compile(
+    r"[^:]+\.(?:jpe?g|png|gif|svgz?|webp|tiff?|xcf|pdf|djvu|og[gavx]|opus|webm|mp[34]|mpe?g|midi?|wav|flac|stl)\s*",
+    re.IGNORECASE,
+)
+_DIRECTION_MARKS = str.maketrans("", "", "\u200e\u200f\u202a\u202b\u202c\u202d\u202e")
+# Flags of -{...}- with which nothing is shown: a title, a rule hidden or removed.
+_HIDDEN_FLAGS = frozenset("TH-")
+_VARIANTS = re.compile(r"-\{(?:([A-Za-z;\s-]*)\|)?((?:(?!-\{|\}-).)*)\}-", re.DOTALL)
+_VARIANT = re.compile(r"(?:^|;)\s*(?:[^;:]*=>\s*)?[a-z]{2,3}(?:-[a-z]+)*\s*:\s*([^;]*)")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]+)*|simple")
 _QUOTES = re.compile(r"'{2,5}")
 _EMPTY_BRACKETS = re.compile(r"\s?\(\s*[;,:]?\s*\)")
@@ -22,14 +34,17 @@ _BLANKS = re.compile(r"[^\S\n]+")
 _LIST_MARKS = re.compile(r"[*#:;\s]+")
 
 
-def plain_wikitext(text: str, namespaces: frozenset[str] = frozenset()) -> str:
+def plain_wikitext(text: str, language: Language = ENGLISH) -> str:
     """The running text of wikitext, a paragraph, heading or list entry a line.
 
-    Out go templates, tables, references, comments, formulas and other non-text tags, links to files,
-    categories and other languages, and lines without any letter; of other links the visible text stays.
+    Out go templates, tables, references, comments, formulas and other non-text tags, behaviour switches
+    (`__NOTOC__`), links to files, categories and other languages, and lines without any letter; of other links the
+    visible text stays, of `-{...}-` the first script.
     """
     code = mwparserfromhell.parse(text, skip_style_tags=True)
-    plain = _QUOTES.sub("", _plain(code.nodes, namespaces | _DROPPED_NAMESPACES))
+    plain = _switches().sub("", _QUOTES.sub("", _plain(code.nodes, language.hidden)))
+    if language.has_variants:
+        plain = _first_variants(plain)
     lines = []
     for line in plain.split("\n"):
         line = _LIST_MARKS.sub("", line, count=1) if line[:1] in "*#:;" else line
@@ -40,33 +55,54 @@ def plain_wikitext(text: str, namespaces: frozenset[str] = frozenset()) -> str:
     return "\n".join(lines)
 
 
-def _plain(nodes: Sequence[Any], namespaces: frozenset[str]) -> str:
+@functools.cache
+def _switches() -> re.Pattern[str]:
+    return re.compile(rf"__(?:{'|'.join(map(re.escape, words('#switch')))})__", re.IGNORECASE)
+
+
+def _first_variants(text: str) -> str:
+    """The text with each -{flags|script: text; script: text}- replaced by what is shown in the first script."""
+
+    def shown(match: re.Match[str]) -> str:
+        flags, content = set(re.split(r"[;\s]+", match[1] or "")), match[2]
+        if flags & _HIDDEN_FLAGS:
+            return ""
+        return content if "R" in flags or not (first := _VARIANT.search(content)) else first[1].strip()
+
+    while (replaced := _VARIANTS.sub(shown, text)) != text:  # from the innermost outwards
+        text = replaced
+    return text
+
+
+def _plain(nodes: Sequence[Any], hidden: frozenset[str]) -> str:
     parts = []
     for node in nodes:
         match node:
             case Text():
                 parts.append(node.value)
             case Wikilink():
-                parts.append(_link_text(node, namespaces))
+                parts.append(_link_text(node, hidden))
             case ExternalLink() if node.title is not None:
-                parts.append(_plain(node.title.nodes, namespaces))
+                parts.append(_plain(node.title.nodes, hidden))
             case Heading():
-                parts.append(_plain(node.title.nodes, namespaces))
+                parts.append(_plain(node.title.nodes, hidden))
             case HTMLEntity():
                 parts.append(_entity(node))
             case Tag():
-                parts.append(_tag_text(node, namespaces))
+                parts.append(_tag_text(node, hidden))
     return "".join(parts)
 
 
-def _link_text(link: Wikilink, namespaces: frozenset[str]) -> str:
-    prefix, colon, _ = str(link.title).partition(":")
-    if colon and prefix.strip().replace("_", " ").casefold() in namespaces:
+def _link_text(link: Wikilink, hidden: frozenset[str]) -> str:
+    prefix, colon, name = str(link.title).translate(_DIRECTION_MARKS).partition(":")
+    if colon and prefix.strip().replace("_", " ").casefold() in hidden:
+        return ""
+    if prefix.strip() and _FILE.fullmatch(name):
         return ""
     if colon and _LANGUAGE.fullmatch(prefix):  # small letters only: [[CSI: Miami]] is an article
         return ""
     visible = link.text if link.text is not None else link.title
-    return _plain(visible.nodes, namespaces).removeprefix(":")
+    return _plain(visible.nodes, hidden).removeprefix(":")
 
 
 def _entity(node: HTMLEntity) -> str:
@@ -76,7 +112,7 @@ def _entity(node: HTMLEntity) -> str:
         return ""
 
 
-def _tag_text(node: Tag, namespaces: frozenset[str]) -> str:
+def _tag_text(node: Tag, hidden: frozenset[str]) -> str:
     name = str(node.tag).strip().lower()
     if name in _DROPPED_TAGS:
         return ""
@@ -84,4 +120,4 @@ def _tag_text(node: Tag, namespaces: frozenset[str]) -> str:
         return "\n"
     if node.wiki_markup in ("*", "#", ":", ";", "----"):
         return "" if node.wiki_markup != "----" else "\n"
-    return _plain(node.contents.nodes, namespaces) if node.contents is not None else ""
+    return _plain(node.contents.nodes, hidden) if node.contents is not None else ""

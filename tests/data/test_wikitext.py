@@ -2,6 +2,7 @@
 
 import pytest
 
+from ki_ds.data.mediawiki import Language
 from ki_ds.data.wikitext import plain_wikitext
 
 
@@ -25,3 +26,34 @@ from ki_ds.data.wikitext import plain_wikitext
 )
 def test_markup(wikitext, plain):
     assert plain_wikitext(wikitext) == plain
+
+
+@pytest.mark.parametrize(
+    ("wikitext", "plain"),
+    [
+        ("__NOTOC__\nThe place. __NOEDITSECTION__\n__forcetoc__", "The place."),
+        ("__KEIN_INHALTSVERZEICHNIS__ Der Ort.\n__БЕЗ_ОГЛАВЛЕНИЯ__\n__目次非表示__", "Der Ort."),
+        ("Call <nowiki>__init__</nowiki> and __DIR__ in code.", "Call __init__ and __DIR__ in code."),
+        ("a [[Unbekannt:Turm.JPG|miniatur|Der [[Turm]]]] b [[Beispiel:Turm|c]] [[c:File:x.png|d]]", "a b c d"),
+        ("[[\u200eFile:a.png|thumb]]x [[ image : a b ]]y", "x y"),
+        ("see [[User:A|her]], [[Portal:Tea]], [[:File:a.png]]", "see her, Portal:Tea, File:a.png"),
+        ("shown <noinclude>here</noinclude><includeonly>elsewhere</includeonly>", "shown here"),
+    ],
+)
+def test_what_a_page_shows(wikitext, plain):
+    assert plain_wikitext(wikitext) == plain
+
+
+@pytest.mark.parametrize(
+    ("wikitext", "plain"),
+    [
+        ("-{zh-hans:[[计算机|电脑]]; zh-hant:電腦;}-很好", "电脑很好"),
+        ("-{A|zh-cn:博客; zh-tw:網誌}-和-{R|原文: x}-", "博客和原文: x"),
+        ("-{T|zh:题; zh-hant:題}-文-{H|zh:a; zh-tw:b}-字-{-|zh:c}-", "文字"),
+        ("-{简}- -{zh-cn:甲-{乙}-;zh-tw:丙}-", "简 甲乙"),
+        ("a -{b => zh-cn:丁; }- c", "a 丁 c"),
+    ],
+)
+def test_scripts(wikitext, plain):
+    assert plain_wikitext(wikitext, Language(frozenset({"file"}), has_variants=True)) == plain
+    assert "-{" in plain_wikitext(wikitext)
