@@ -3,6 +3,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from typing import get_args
 
 from ki_ds.data.prepare import TokenizerSpec, build_store
@@ -18,7 +19,8 @@ def main() -> None:
         "--input",
         nargs="+",
         required=True,
-        help="files, folders, globs: .txt .jsonl .csv .xml [.gz .bz2 .xz .zst], .parquet; hf:NAME[:CONFIG][@SPLIT]",
+        help="files, folders, globs: .txt .json .jsonl .csv .xml [.gz .bz2 .xz .zst], .parquet .arrow; "
+        "hf:NAME[:CONFIG][@SPLIT]",
     )
     parser.add_argument("--out", required=True, help="corpus folder to make")
     parser.add_argument("--tokenizer", help="Hugging Face tokenizer, folder or hub name; SentencePiece .model")
@@ -29,9 +31,10 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, help="workers (default: one a core)")
     parser.add_argument("--valid_fraction", type=float, default=1 / 200, help="share of documents for validation")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of validation documents")
-    parser.add_argument("--text_key", default="text", help="key or column of the text in JSON lines, tables")
+    parser.add_argument("--text_key", default="text", help="key or column of the text in JSON, tables")
     parser.add_argument("--drop_duplicates", action="store_true", help="keep the first of documents with equal text")
     parser.add_argument("--pad_vocab_to", type=int, default=1, help="note the vocabulary rounded up to a multiple")
+    parser.add_argument("--quiet", action="store_true", help="no table of what was found, no progress")
     args = parser.parse_args()
     if (args.tokenizer is None) != args.train_tokenizer:
         raise UserError("--tokenizer and --train_tokenizer: exactly one of them says where the tokenizer comes from")
@@ -51,11 +54,17 @@ def main() -> None:
         drop_duplicates=args.drop_duplicates,
         pad_vocab_to=args.pad_vocab_to,
         fairseq_dict=args.fairseq_dict,
+        show_progress=not args.quiet,
     )
     for name, count in corpus.info["counts"].items():
         print(f"{args.out}/{name}: " + ", ".join(f"{number:,} {what}" for what, number in count.items()))
     if args.drop_duplicates:
         print(f"{corpus.info['num_duplicates']:,} documents dropped as duplicates")
+    if pages := corpus.info.get("left_out_pages"):
+        print("pages of dumps left out: " + ", ".join(f"{count:,} {reason}" for reason, count in pages.items()))
+    if replaced := corpus.info.get("replaced_characters"):
+        names = ", ".join(f"{name} {count:,}" for name, count in Counter(replaced).most_common(3))
+        print(f"{sum(replaced.values()):,} characters that are no Unicode became U+FFFD (most in: {names})")
 
 
 if __name__ == "__main__":

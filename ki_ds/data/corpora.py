@@ -3,26 +3,41 @@
 Reading is cheap and done in order; `RawDocument.cleaned` (the slow part for wikitext) can run anywhere.
 """
 
+import codecs
 import csv
 import importlib.util
 import io
-import json
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, TextIO
 from xml.etree.ElementTree import ParseError
 
 from ki_ds.data import mediawiki
+from ki_ds.data.json_records import json_records
 from ki_ds.data.mediawiki import Language
-from ki_ds.data.sources import UNPACK_ERRORS, FileSource, HubSource, Source, required, resolve
+from ki_ds.data.packings import UNPACK_ERRORS, unpack_error
+from ki_ds.data.processes import StoppedError
+from ki_ds.data.sources import FileSource, HubSource, Source, find, required
 from ki_ds.errors import UserError
 
 # A longer document is handed on in parts, so that a file without any blank line stays within memory.
 MAX_PART_CHARACTERS = 1 << 20
 _PARQUET_ROWS = 256  # decoded at once
+_TEXT_BUFFER_BYTES = 1 << 18
+
+# Bytes that are no UTF-8 are read as half a surrogate pair, which no text holds, so that one place tells, counts and
+# replaces all that is no Unicode: such bytes, and the halves of pairs that JSON can name.
+_SURROGATE = "\ud800"
+_SURROGATES = re.compile("[\ud800-\udfff]")
+codecs.register_error("surrogate", lambda error: (_SURROGATE, error.end))  # type: ignore[attr-defined]
+
+# A source of which more than this many characters, and this share, are no Unicode is in another encoding.
+_MAX_REPLACED = 100
+_MAX_REPLACED_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -68,19 +83,24 @@ class Corpus:
     """The raw documents of some sources, in the order given (files of a folder or glob by name).
 
     Iterating reads the sources as streams; `bytes_read` of `total_bytes` (compressed sizes; data sets of the hub
-    count nothing) says how far it is. `text_key` names the key or column of the text in JSON lines and tables.
-    UserError, when made: a source is missing, empty or of no known kind. While iterating: a file is not UTF-8, cut
-    off, not what its name says, or has no text under `text_key`.
+    count nothing) says how far it is. `text_key` names the key or column of the text in JSON and tables. What is no
+    Unicode becomes U+FFFD; `replaced` counts it by the names of sources, `left_out_pages` the pages of dumps that are
+    no articles by reason. `found` says what is read and what is not.
+    UserError, when made: a source is missing, empty or of no known kind. While iterating: a file is in another
+    encoding, cut off, not what its name says, or has no text under `text_key`.
     """
 
     def __init__(self, sources: Iterable[str | Path], *, domain: str = "", text_key: str = "text") -> None:
-        self.sources = [found for source in sources for found in resolve(str(source))]
+        self.found = find(map(str, sources), text_key=text_key)
+        self.sources = self.found.sources
         self.domain = domain
         self.text_key = text_key
         if not self.sources:
             raise UserError("no corpus was named; give at least one file, folder, glob or hf:NAME")
         self.total_bytes = sum(source.num_bytes for source in self.sources)
-        self.left_out: Counter[str] = Counter()
+        self.left_out_pages = Counter[str]()
+        self.replaced = Counter[str]()
+        self._num_replaced = 0  # in the source that is being read
         self._bytes_before = 0
         self._open_file: BinaryIO | None = None
 
@@ -102,21 +122,37 @@ class Corpus:
 
     def __iter__(self) -> Iterator[RawDocument]:
         self._bytes_before = 0
-        self.left_out.clear()
+        self.left_out_pages.clear()
+        self.replaced.clear()
         found = False
         for source in self.sources:
+            self._num_replaced = num_characters = 0
             for document in self._read(source):
                 found = True
+                text, title = self.unicode(document.text), self.unicode(document.title)
+                if text is not document.text or title is not document.title:
+                    document = replace(document, text=text, title=title)
+                num_characters += len(document.text)
+                if self._num_replaced > max(_MAX_REPLACED, _MAX_REPLACED_SHARE * num_characters):
+                    raise UserError(
+                        f"{_place(source)} is not UTF-8: {self._num_replaced:,} of its first {num_characters:,} "
+                        "characters are none; convert it, e.g. iconv -f LATIN1 -t UTF-8"
+                    )
                 yield document
+            if self._num_replaced:
+                self.replaced[source.name] += self._num_replaced
             self._open_file = None
             self._bytes_before += source.num_bytes
         if not found:
-            raise UserError(f"{self._first_name} and its like hold no document; bring files with text")
+            raise UserError(f"{_place(self.sources[0])} and its like hold no document; bring files with text")
 
-    @property
-    def _first_name(self) -> str:
-        first = self.sources[0]
-        return str(first.path) if isinstance(first, FileSource) else first.name
+    def unicode(self, text: str) -> str:
+        """The text with U+FFFD for each half of a surrogate pair, which is counted."""
+        if text.isascii() or not _SURROGATES.search(text):
+            return text
+        text, count = _SURROGATES.subn("\ufffd", text)
+        self._num_replaced += count
+        return text
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """What tells equal sources from others at once: see their `fingerprint`."""
@@ -129,34 +165,51 @@ class Corpus:
         with source.open() as raw:
             self._open_file = raw
             try:
-                unpacked = source.opener(raw) if source.opener else raw
-                yield from _READERS[source.kind](self, source.path, unpacked)
+                unpacked = source.packing.open(raw) if source.packing else raw
+                as_read = _AS_READ.get(source.kind, lambda _, __, file: file)
+                yield from _READERS[source.kind](self, source.path, as_read(self, source, unpacked))
             except UNPACK_ERRORS as error:
-                if source.opener is None:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise StoppedError(
+                        f"{source.path} cannot be read ({error.strerror}); what is done stays: call again"
+                    ) from None
+                if source.packing is None:
                     raise
-                raise UserError(
-                    f"{source.path} cannot be unpacked to its end ({error}); it is cut or damaged: fetch it again"
-                ) from None
+                raise unpack_error(source.path, source.packing, error) from None
+
+
+def _place(source: Source) -> str:
+    return str(source.path) if isinstance(source, FileSource) else source.name
 
 
 # -------------------------------------------------------------------------------------------- plain formats
 
 
-def _decoded_lines(path: Path, file: IO[bytes]) -> Iterator[str]:
-    """The lines of a UTF-8 file; UserError with the byte offset of what is not UTF-8."""
-    offset = 0
-    for line in io.BufferedReader(file, 1 << 20) if isinstance(file, io.RawIOBase) else file:
-        try:
-            yield line.decode("utf-8-sig" if offset == 0 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path} is not UTF-8 at byte offset {offset + error.start:,} of its text; "
-                "convert it, e.g. iconv -f LATIN1 -t UTF-8"
-            ) from None
-        offset += len(line)
+def _as_text(_: Corpus, source: FileSource, file: IO[bytes]) -> TextIO:
+    """The text of a file, its lines ended by line feeds alone; what is not in its encoding as `_SURROGATE`."""
+    buffered = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, _TEXT_BUFFER_BYTES)  # type: ignore[type-var]
+    return io.TextIOWrapper(buffered, source.encoding, errors="surrogate", newline="\n")
 
 
-def _read_text(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocument]:
+class _Utf8(io.RawIOBase):
+    """A text as bytes of UTF-8, for a parser that wants nothing else; what is no Unicode is replaced in it."""
+
+    def __init__(self, corpus: Corpus, source: FileSource, file: IO[bytes]) -> None:
+        self._corpus = corpus
+        self._text = _as_text(corpus, source, file)
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a part of the buffer; 0 at the end of the file."""
+        data = self._corpus.unicode(self._text.read(len(buffer) // 4)).encode()
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _read_text(corpus: Corpus, path: Path, file: TextIO) -> Iterator[RawDocument]:
     """Documents between blank lines, long ones in parts."""
     lines: list[str] = []
     size, number, starts = 0, 0, True
@@ -165,7 +218,7 @@ def _read_text(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocum
         name = f"{path.name}#{number}"
         return RawDocument("".join(lines), name, domain=corpus.domain, starts=starts, ends=ends)
 
-    for line in _decoded_lines(path, file):
+    for line in file:
         blank = not line.strip()
         if not blank and size >= MAX_PART_CHARACTERS:
             # handed on only now that another line has come, so that a last part is never empty
@@ -181,37 +234,25 @@ def _read_text(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocum
         yield document(ends=True)
 
 
-def _read_jsonl(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocument]:
-    """One document a line."""
-    for number, line in enumerate(_decoded_lines(path, file)):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path} line {number + 1} is not JSON ({error}); mend or remove that line") from None
-        text = record.get(corpus.text_key) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise UserError(
-                f"{path} line {number + 1} has no text under {corpus.text_key!r}; "
-                "give each line an object with that key"
-            )
+def _read_json(corpus: Corpus, path: Path, file: TextIO) -> Iterator[RawDocument]:
+    """One document a record."""
+    for number, record in enumerate(json_records(file, path, corpus.text_key)):
         title = record.get("title")
-        yield RawDocument(text, f"{path.name}#{number}", title if isinstance(title, str) else "", corpus.domain)
+        yield RawDocument(
+            record[corpus.text_key], f"{path.name}#{number}", title if isinstance(title, str) else "", corpus.domain
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- tables
 
 
-def _read_csv(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocument]:
+def _read_csv(corpus: Corpus, path: Path, file: TextIO) -> Iterator[RawDocument]:
     """One document a row; the first row names the columns."""
     csv.field_size_limit(sys.maxsize)
-    rows = csv.reader(_decoded_lines(path, file), strict=True)
+    rows = csv.reader(file, strict=True)
     try:
         names = next(rows, [])
-        if names.count(corpus.text_key) != 1:
-            raise _no_column(path, corpus.text_key, names)
-        column = names.index(corpus.text_key)
+        column = names.index(_only_column(path, corpus.text_key, names))
         for number, row in enumerate(rows):
             if not row:
                 continue
@@ -228,35 +269,87 @@ def _read_csv(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocume
 def _read_parquet(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocument]:
     """One document a row, decoded a few rows at a time."""
     parquet = required("pyarrow.parquet", str(path))
-    from pyarrow import ArrowException
 
-    try:
+    def batches() -> Iterator[Any]:
         table = parquet.ParquetFile(file, pre_buffer=False)
-        names = table.schema_arrow.names
-        if names.count(corpus.text_key) != 1:
-            raise _no_column(path, corpus.text_key, names)
-        number = 0
-        for batch in table.iter_batches(_PARQUET_ROWS, columns=[corpus.text_key], use_threads=False):
-            for text in batch.column(0).to_pylist():
-                if not isinstance(text, str):
-                    raise _no_text(f"{path} row {number + 1}", corpus.text_key)
+        column = _only_column(path, corpus.text_key, table.schema_arrow.names)
+        return table.iter_batches(_PARQUET_ROWS, columns=[column], use_threads=False)
+
+    yield from _read_columnar(corpus, path, "Parquet", batches)
+
+
+def _read_arrow(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocument]:
+    """One document a row of an Arrow file or stream."""
+    ipc = required("pyarrow.ipc", str(path))
+
+    def batches() -> Iterator[Any]:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        reader = ipc.open_file(file) if is_file else ipc.open_stream(file)
+        column = _only_column(path, corpus.text_key, reader.schema.names)
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+            for first in range(0, batch.num_rows, _PARQUET_ROWS):
+                yield batch.slice(first, _PARQUET_ROWS).select([column])
+
+    yield from _read_columnar(corpus, path, "Arrow", batches)
+
+
+def _read_columnar(
+    corpus: Corpus, path: Path, kind: str, batches: Callable[[], Iterator[Any]]
+) -> Iterator[RawDocument]:
+    """The documents of batches of one column; UserError for what pyarrow cannot read, and for damage."""
+    from pyarrow import ArrowException, ArrowNotImplementedError
+
+    number = 0
+    try:
+        for batch in batches():
+            for text in _texts(batch.column(0), f"{path} row", number, corpus.text_key):
                 yield RawDocument(text, f"{path.name}#{number}", domain=corpus.domain)
                 number += 1
-    except (ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is no whole Parquet file ({reason}); it is cut or damaged: fetch it again") from None
+    except (ArrowException, OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ArrowException):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        foreign = isinstance(error, ArrowNotImplementedError | MemoryError) or "encrypt" in reason.casefold()
+        if foreign:
+            raise UserError(
+                f"{path} is {kind} that cannot be read here ({reason}); write it anew without that"
+            ) from None
+        raise UserError(f"{path} is no whole {kind} file ({reason}); it is cut or damaged: fetch it again") from None
+
+
+def _texts(column: Any, where: str, first: int, name: str) -> Iterator[str]:
+    """The texts of an Arrow array, which pyarrow does not compare with UTF-8; UserError where there is none."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kinds = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    has_text = any(is_kind(column.type) for is_kind in (*kinds, types.is_binary_view))
+    for number, text in enumerate(
+        column.cast(pyarrow.large_binary()).to_pylist() if has_text else [None] * len(column)
+    ):
+        if text is None:
+            raise _no_text(f"{where} {first + number + 1}", name)
+        yield text.decode(errors="surrogate")
 
 
 def _read_hub(corpus: Corpus, source: HubSource) -> Iterator[RawDocument]:
     """One document a row of a data set that the package datasets streams."""
-    with source.errors_are_one_line():
-        for number, row in enumerate(source.rows()):
-            if corpus.text_key not in row:
-                raise _no_column(source.name, corpus.text_key, list(row))
-            text = row[corpus.text_key]
-            if not isinstance(text, str):
-                raise _no_text(f"{source.name} row {number + 1}", corpus.text_key)
-            yield RawDocument(text, f"{source.name}#{number}", domain=corpus.domain)
+    number = 0
+    for table in source.tables():
+        column = table.column(_only_column(source.name, corpus.text_key, table.column_names))
+        for chunk in column.chunks:
+            for text in _texts(chunk, f"{source.name} row", number, corpus.text_key):
+                yield RawDocument(text, f"{source.name}#{number}", domain=corpus.domain)
+                number += 1
+
+
+def _only_column(source: str | Path, name: str, names: list[str]) -> str:
+    if names.count(name) != 1:
+        raise _no_column(source, name, names)
+    return name
 
 
 def _no_column(source: str | Path, name: str, names: list[str]) -> UserError:
@@ -274,7 +367,7 @@ def _no_text(where: str, name: str) -> UserError:
 def _read_wiki(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocument]:
     """The latest revision of each article that is wikitext, no redirect and not blank."""
     try:
-        for article in mediawiki.articles(file, corpus.left_out):
+        for article in mediawiki.articles(file, corpus.left_out_pages):
             yield RawDocument(article.text, article.id, article.title, corpus.domain, wiki=article.language)
     except (ParseError, ValueError) as error:
         raise UserError(
@@ -282,12 +375,20 @@ def _read_wiki(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocum
         ) from None
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Corpus, Path, Any], Iterator[RawDocument]]] = {
     "text": _read_text,
-    "jsonl": _read_jsonl,
+    "json": _read_json,
     "csv": _read_csv,
     "parquet": _read_parquet,
+    "arrow": _read_arrow,
     "wiki": _read_wiki,
+}
+# how a reader is given its file; the others read bytes as they are
+_AS_READ: dict[str, Callable[[Corpus, FileSource, Any], Any]] = {
+    "text": _as_text,
+    "json": _as_text,
+    "csv": _as_text,
+    "wiki": lambda corpus, source, file: io.BufferedReader(_Utf8(corpus, source, file), _TEXT_BUFFER_BYTES),
 }
 
 

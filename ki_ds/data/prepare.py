@@ -136,7 +136,8 @@ def build_store(
     model, a hub name or a `TokenizerSpec` to train; with `fairseq_dict` the ids are those of that dict.txt, whose
     symbols are ids of `tokenizer` (GPT-2). `drop_duplicates` leaves out documents whose clean text came before
     (compared by 128-bit hashes; documents handed on in parts by those of their parts). `pad_vocab_to` only notes
-    the vocabulary size rounded up to its multiple.
+    the vocabulary size rounded up to its multiple. What is no Unicode becomes U+FFFD, counted in corpus.json. With
+    `show_progress` a table on stderr says first what is read and what is left out.
 
     Called again with the same inputs it finds its work done, or goes on where it was stopped (only the training of
     a tokenizer begins again). UserError: bad sources, `out` holds something else, too few documents for a split:
@@ -165,6 +166,8 @@ def build_store(
     folder = Path(out)
     if _is_taken(folder):
         return _finished(folder, request)
+    if show_progress:
+        print(corpus.found.table(), file=sys.stderr)
     workers = num_workers if num_workers is not None else len(os.sched_getaffinity(0))
     with _work_folder(folder, request, tell=show_progress) as work, _progress_bar(show_progress) as progress:
         run = _Run(corpus, workers, progress)
@@ -174,6 +177,9 @@ def build_store(
         chosen = destinations(pieces, valid_fraction=valid_fraction, drop_duplicates=drop_duplicates)
         with work_stays(work):
             info = _write_stores(pieces, chosen, work / "corpus", encoder, request)
+            told = {"replaced_characters": corpus.replaced, "left_out_pages": corpus.left_out_pages}
+            # said only where there are some, as folders made before do not tell
+            info |= {name: dict(counts) for name, counts in told.items() if counts}
             write_atomically(work / "corpus" / "corpus.json", json.dumps(info, indent=2, sort_keys=True) + "\n")
     return open_corpus(folder)
 

@@ -1,59 +1,93 @@
-"""What a source of text names: files told apart by their names, and data sets of the Hugging Face hub.
+"""What sources of text name: files told apart by name and content, and data sets of the Hugging Face hub.
 
-A source is a file, a folder, a glob or `hf:NAME[:CONFIG][@SPLIT]`. The kind of a file is told by its name, before
-a `.gz`, `.bz2`, `.xz` or `.zst`:
+A source is a file, a folder (links in it are followed), a glob or `hf:NAME[:CONFIG][@SPLIT]`. The kind of a file is
+told by the ending of its name in any case, before one of a packing (`.gz`, `.bz2`, `.xz`, `.zst`) or a number:
 
-    .txt             UTF-8, a paragraph a line, blank lines between documents
-    .jsonl           UTF-8, an object a line, one of whose keys holds a document
-    .csv             UTF-8, names of columns first; a column holds documents
-    .parquet         a column holds documents (packed within: takes no further suffix)
-    .xml, .xml-…     MediaWiki dump (any part or history of one)
+    .txt                       UTF-8, a paragraph a line, blank lines between documents
+    .json, .jsonl, .ndjson     records one of whose keys holds a document: see `ki_ds.data.json_records`
+    .csv                       names of columns first; a column holds documents
+    .parquet, .arrow           a column holds documents (packed within: takes no further suffix)
+    .xml, .xml-…               MediaWiki dump (any part or history of one)
+
+Packings, Parquet and Arrow are told by the first bytes of a file, as is what a name without an ending holds.
 """
 
-import bz2
+import codecs
 import contextlib
+import fnmatch
 import glob
-import gzip
 import hashlib
 import importlib
 import json
-import lzma
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from backports import zstd
+from rich.filesize import decimal
 
+from ki_ds.data.json_records import is_record_list
+from ki_ds.data.packings import BY_SUFFIX, UNPACK_ERRORS, Packing, packing_of, window_bytes
 from ki_ds.errors import UserError
 
-Opener = Callable[[BinaryIO], Any]
-
-CODECS: dict[str, Opener] = {
-    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
-    ".zst": zstd.ZstdFile,
-}
-UNPACK_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError)
-
 HUB_PREFIX = "hf:"
-_KINDS = {".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
-_KINDS_IN_WORDS = ".txt, .jsonl, .csv, .parquet or .xml file (or .gz, .bz2, .xz, .zst of one)"
+_KINDS = {
+    ".txt": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".jsonlines": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_TITLES = {
+    "text": "text",
+    "json": "JSON records",
+    "csv": "CSV",
+    "parquet": "Parquet",
+    "arrow": "Arrow",
+    "wiki": "MediaWiki dump",
+    "hub": "data set of the hub",
+}
+_COLUMNAR = {b"PAR1": "parquet", b"PARE": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
+_KINDS_IN_WORDS = ".txt, .json, .jsonl, .csv, .parquet, .arrow or .xml file (or .gz, .bz2, .xz, .zst of one)"
+_BYTE_ORDER_MARKS = {
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
 _FINGERPRINT_BYTES = 1 << 20
+_HEAD_BYTES = 1 << 16
+_TOLD_WINDOW_BYTES = 1 << 27  # what zstd itself takes without being asked
+_NAMES_TOLD = 3
+_HUB_ROWS = 256  # handed on at once
+
+# What lies beside data and is none, though its ending says so. Only what is found in a folder or by a glob is
+# compared with this; a file that was named is read.
+_ABOUT_DATA = re.compile(
+    r"(readme|licen[cs]e|copying|copyright|notice|changelog|citation|contributing|authors|data_?set_?card)"
+    r"([_-][\w-]{1,16})?(\.[a-z]{2})?(\.(txt|md|rst|html?))?"
+    r"|(.*[._-])?(md5|sha\d+|check)[._-]?sums?(\.(txt|json))?|.*\.(md5|sha\d+)(\.txt)?"
+    r"|_success|_(common_)?metadata|requirements\.txt"
+    r"|dataset_(infos?|dict)\.json|state\.json|index\.json|.*-rss\.xml|.*-all-titles(-in-ns\d+)?"
+    r"|(tokenizer|vocab)\.json|(merges|vocab|dict)\.txt"
+)
+_INDEX_LINES = re.compile(rb"(\d+:\d+:[^\n]+(\n|$))+")
+_JSON_BEGINS = re.compile(r'\s*\[?\s*\{\s*("([^"\\]|\\.)*"\s*:|\})')
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """A file of a known kind: "text", "jsonl", "csv", "parquet" or "wiki"; `opener` unpacks it, None if plain."""
+    """A file of a known kind: "text", "json", "csv", "parquet", "arrow" or "wiki"; `packing` is None if plain."""
 
     path: Path
     kind: str
-    opener: Opener | None
+    packing: Packing | None
 
     @property
     def name(self) -> str:
@@ -74,6 +108,27 @@ class FileSource:
             return self.path.open("rb")
         except OSError as error:
             raise UserError(f"{self.path} cannot be read ({error.strerror}); get the right to read it") from None
+
+    def head(self) -> bytes:
+        """The first bytes of what it holds, unpacked; those before the fault where it cannot be unpacked."""
+        with self.open() as raw:
+            file: Any = self.packing.open(raw) if self.packing else raw
+            head = b""
+            with contextlib.suppress(*UNPACK_ERRORS):  # reading it tells what is wrong
+                while len(head) < _HEAD_BYTES and (block := file.read1(_HEAD_BYTES - len(head))):
+                    head += block
+            return head
+
+    @cached_property
+    def encoding(self) -> str:
+        """UTF-8 unless a byte order mark says otherwise; UserError for what cannot be text."""
+        head = self.head()
+        for mark, encoding in _BYTE_ORDER_MARKS.items():
+            if head.startswith(mark):
+                return encoding
+        if head.count(0) > len(head) // 4:
+            raise UserError(f"{self.path} is binary, or UTF-16 without a byte order mark; convert it to UTF-8")
+        return "utf-8-sig"
 
     def fingerprint(self) -> dict[str, Any]:
         """Name, bytes and a hash of both ends: what tells equal inputs from others at once."""
@@ -113,10 +168,10 @@ class HubSource:
         with self.errors_are_one_line():
             return datasets.load_dataset_builder(self.dataset, self.config)
 
-    def rows(self) -> Any:
-        """The rows of the split as a stream of dicts."""
+    def tables(self) -> Iterator[Any]:
+        """The rows of the split as a stream of Arrow tables, in which text is bytes that may be no UTF-8."""
         with self.errors_are_one_line():
-            return self.builder.as_streaming_dataset(split=self.split)
+            yield from self.builder.as_streaming_dataset(split=self.split).with_format("arrow").iter(_HUB_ROWS)
 
     @contextlib.contextmanager
     def errors_are_one_line(self) -> Iterator[None]:
@@ -148,32 +203,289 @@ def required(package: str, source: str) -> Any:
         raise UserError(f"{source} needs the package {package}; pip install {package.partition('.')[0]}") from None
 
 
-def resolve(source: str) -> list[Source]:
-    """What a source names, in the order of names. UserError: nothing, or nothing of a known kind."""
+@dataclass(frozen=True)
+class LeftOut:
+    """A file or folder that was found and is not read; `reason` continues "it is"."""
+
+    path: Path
+    reason: str
+
+
+@dataclass
+class Found:
+    """What sources name, in their order, and what was left out of it."""
+
+    sources: list[Source] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def table(self) -> str:
+        """What is read by kind, then what is left out by reason: numbers, sizes and the first names of each."""
+        rows = [("", "", "files", "size", "names")]
+        kinds: dict[str, list[Source]] = {}
+        for source in self.sources:
+            packing = source.packing.name if isinstance(source, FileSource) and source.packing else ""
+            kinds.setdefault(f"{_TITLES[source.kind]}{packing and f', {packing}'}", []).append(source)
+        for title, sources in kinds.items():
+            size = sum(source.num_bytes for source in sources)  # of data sets of the hub not known before they are read
+            names = _some([source.name for source in sources])
+            rows.append(("read", title, f"{len(sources):,}", decimal(size) if size else "", names))
+        reasons: dict[str, list[Path]] = {}
+        for left in self.left_out:
+            reasons.setdefault(left.reason, []).append(left.path)
+        for reason, paths in reasons.items():
+            rows.append(("left out", reason, f"{len(paths):,}", "", _some([path.name for path in paths])))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            f"{what:<{widths[0]}}  {title:<{widths[1]}}  {count:>{widths[2]}}  {size:>{widths[3]}}  {names}"
+            for what, title, count, size, names in rows
+        ]
+        return "\n".join([*lines, *self._windows()])
+
+    def _windows(self) -> Iterator[str]:
+        """A line for the zstd file that takes the most memory to unpack, if that is much."""
+        files = [s for s in self.sources if isinstance(s, FileSource) and s.packing and s.packing.name == "zstd"]
+        windows = [(window_bytes(_first_bytes(file.path)), file.name) for file in files]
+        if windows and max(windows)[0] > _TOLD_WINDOW_BYTES:
+            window, name = max(windows)
+            yield f"{name} takes {window / 2**30:,.2f} GiB of memory to unpack"
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _NAMES_TOLD
+    return ", ".join(names[:_NAMES_TOLD]) + (f" and {more:,} more" if more > 0 else "")
+
+
+# ------------------------------------------------------------------------------------- what a source names
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file that a source leads to; `named` if it is the source itself."""
+
+    path: Path
+    source: str
+    named: bool
+
+
+def find(sources: Iterable[str], *, text_key: str = "text") -> Found:
+    """What the sources name, each file once, folders and globs in the order of names.
+
+    UserError: a source does not exist, is of no known kind, or leads to nothing that can be read. What is found in
+    folders and by globs and is no text is left out.
+    """
+    found = Found()
+    files: dict[tuple[int, int], list[_Entry]] = {}  # by device and inode: all the ways that lead to a file
+    order: dict[HubSource | tuple[int, int], None] = {}
+    sources = list(sources)
+    for source in sources:
+        if source.startswith(HUB_PREFIX):
+            hub = HubSource.parse(source)
+            if hub in order:
+                found.left_out.append(LeftOut(Path(source), "read already"))
+            order[hub] = None
+            continue
+        for entry in _entries(source, found.left_out):
+            status = entry.path.stat()
+            files.setdefault((status.st_dev, status.st_ino), []).append(entry)
+            order[status.st_dev, status.st_ino] = None
+    for key in order:
+        if isinstance(key, HubSource):
+            found.sources.append(key)
+        else:
+            _take(files[key], found, text_key)
+    for source in sources:
+        _refuse_if_nothing_is_left(source, files, found)
+    return found
+
+
+def _take(entries: list[_Entry], found: Found, text_key: str) -> None:
+    """Put a file among the sources or among what is left out, and its other names there."""
+    # the cache of the hub has a file under a hash and, by a link, under its name, which says what it is
+    best = min(entries, key=lambda entry: (not entry.named, not _ending(entry.path.name)))
+    classified = _classified(best.path, named=best.named, text_key=text_key)
+    if isinstance(classified, FileSource):
+        found.sources.append(classified)
+        others = [entry.path for entry in entries if entry is not best]
+        found.left_out += [LeftOut(path, "read already (the same file, by link or named again)") for path in others]
+    elif best.named:
+        raise UserError(f"{best.path} is {classified}; give a {_KINDS_IN_WORDS}")
+    else:
+        found.left_out += [LeftOut(entry.path, classified) for entry in entries]
+
+
+def _refuse_if_nothing_is_left(source: str, files: dict[Any, list[_Entry]], found: Found) -> None:
     if source.startswith(HUB_PREFIX):
-        return [HubSource.parse(source)]
+        return
+    read = {file.path for file in found.sources if isinstance(file, FileSource)}
+    ways = [entries for entries in files.values() if any(entry.source == source for entry in entries)]
+    if any(entry.path in read for entries in ways for entry in entries):
+        return
+    left = [left for left in found.left_out if left.path.is_relative_to(_glob_root(source))]
+    said = "; ".join(f"{one.path.name} is {one.reason}" for one in left[:_NAMES_TOLD])
+    count = f" ({len(left):,} left out: {said})" if left else ""
+    raise UserError(f"{source} holds no {_KINDS_IN_WORDS}{count}; name files")
+
+
+def _entries(source: str, left_out: list[LeftOut]) -> list[_Entry]:
+    """The files that a source leads to, in the order of names; what is no file goes to `left_out`."""
     path = Path(source)
     if path.is_dir():
-        found = [file for p in sorted(path.rglob("*")) if p.is_file() and (file := _file_source(p)) is not None]
-        if not found:
-            raise UserError(f"{source} holds no {_KINDS_IN_WORDS}; name files")
-        return list(found)
-    if path.is_file():
-        file = _file_source(path)
-        if file is None:
-            raise UserError(f"{source} is of no known kind; give a {_KINDS_IN_WORDS}")
-        return [file]
-    matches = sorted(map(Path, glob.glob(source, recursive=True)))
+        return [_Entry(file, source, named=False) for file in _files_below(path, left_out)]
+    if path.exists():
+        if not path.is_file():
+            raise UserError(f"{source} is no plain file; write what it gives to one")
+        return [_Entry(path, source, named=True)]
+    matches = _matches(source, left_out)
     if not matches:
         raise UserError(f"{source} does not exist; name a file, a folder, a glob or hf:NAME")
-    return [file for match in matches for file in resolve(str(match))]
+    files = [file for match in matches for file in (_files_below(match, left_out) if match.is_dir() else [match])]
+    return [_Entry(file, source, named=False) for file in files]
 
 
-def _file_source(path: Path) -> FileSource | None:
-    opener = CODECS.get(path.suffix)
-    stem = path.stem if opener else path.name
+def _glob_root(source: str) -> Path:
+    """The folder below which a glob looks; the path itself where it is none."""
+    parts = Path(source).parts
+    plain = [glob.has_magic(part) for part in parts]
+    return Path(*parts[: plain.index(True)]) if True in plain else Path(source)
+
+
+def _matches(source: str, left_out: list[LeftOut]) -> list[Path]:
+    """What a glob matches, in the order of names; `**` follows links, but into no folder twice."""
+    pattern = Path(source).parts
+    if "**" not in pattern:
+        return sorted(map(Path, glob.glob(source)))
+    root = _glob_root(source)
+    files = _files_below(root, left_out) if root.is_dir() else []
+    # a folder that matches stands for the files in it
+    depths = range(len(root.parts) + 1, max((len(file.parts) for file in files), default=0) + 1)
+    return [file for file in files if any(_fits(file.parts[:depth], pattern) for depth in depths)]
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path has the form of a glob, in which `**` stands for any number of folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_fits(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
+
+
+def _files_below(folder: Path, left_out: list[LeftOut]) -> list[Path]:
+    """The files in a folder and those below it, in the order of names; every folder is gone through once.
+
+    Links are followed last, so that a folder with two ways to it is read under its own name.
+    """
+    files: list[Path] = []
+    folders, links, seen = [folder], list[Path](), set[tuple[int, int]]()
+    while folders or links:
+        current = folders.pop() if folders else links.pop(0)
+        status = current.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            left_out.append(LeftOut(current, "a link to a folder that is read already"))
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        try:
+            entries = sorted(current.iterdir())
+        except OSError as error:
+            raise UserError(f"{current} cannot be read ({error.strerror}); get the right to read it") from None
+        if (current / "corpus.json").exists() and (current / "train.idx").exists():
+            left_out.append(LeftOut(current, "a prepared corpus"))
+            continue
+        for path in entries:
+            if path.name.startswith("."):
+                left_out.append(LeftOut(path, "hidden (its name begins with a dot)"))
+            elif path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            elif path.is_file():
+                files.append(path)
+            else:
+                left_out.append(LeftOut(path, "no plain file" if path.exists() else "a link to nothing"))
+    return sorted(files)
+
+
+# ---------------------------------------------------------------------------------------- what a file holds
+
+
+def _ending(name: str) -> str:
+    """The ending of a name that says its kind, in lower case, without packings and numbers; "" where there is none."""
+    stem = Path(name.casefold())
+    while stem.suffix in BY_SUFFIX or re.fullmatch(r"\.\d+", stem.suffix):
+        stem = stem.with_suffix("")
     # Wikimedia puts the page range behind the suffix: pages-articles1.xml-p1p41242.bz2
-    kind = "wiki" if re.search(r"\.xml(-|$)", stem) else _KINDS.get(Path(stem).suffix)
-    if kind is None or (kind == "parquet" and opener is not None):
-        return None
-    return FileSource(path, kind, opener)
+    match = re.search(r"(\.[a-z]\w{0,11})(-p\d+p\d+)?$", stem.name)
+    return match[1] if match else ""
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(64)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); get the right to read it") from None
+
+
+def _classified(path: Path, *, named: bool, text_key: str) -> FileSource | str:
+    """The file as a source, or what it is instead."""
+    name, first = path.name.casefold(), _first_bytes(path)
+    if not first:
+        return "empty"
+    if not named and _ABOUT_DATA.fullmatch(_without_packing(name)):
+        return "about data (a card, licence, list or checksums)"
+    packing = packing_of(first) or BY_SUFFIX.get(Path(name).suffix)
+    for magic, columnar in _COLUMNAR.items():
+        if first.startswith(magic) and packing is None:
+            return FileSource(path, columnar, None)
+    ending = _ending(name)
+    kind = "wiki" if ending == ".xml" or ".xml-" in name else _KINDS.get(ending, "")
+    if (ending and not kind) or (kind in ("parquet", "arrow") and packing is not None):
+        return f"of no known kind ({ending})"
+    file = FileSource(path, kind, packing)
+    if not kind:
+        kind = _kind_of_content(file.head())
+        if not kind:
+            return "binary, of no known kind"
+        file = FileSource(path, kind, packing)
+    return _mistaken(file, named=named, text_key=text_key) or file
+
+
+def _without_packing(name: str) -> str:
+    return name.removesuffix(Path(name).suffix) if Path(name).suffix in BY_SUFFIX else name
+
+
+def _kind_of_content(head: bytes) -> str:
+    """The kind of a file without an ending; "" for none that is known."""
+    if any(head.startswith(mark) for mark in _BYTE_ORDER_MARKS):
+        return "text"
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # a character may go on behind it
+    except UnicodeDecodeError:
+        return ""
+    if not text or "\0" in text:
+        return ""
+    if re.match(r"\s*(<\?xml[^>]*>\s*)?<mediawiki", text):
+        return "wiki"
+    return "json" if _JSON_BEGINS.match(text) else "text"
+
+
+def _mistaken(file: FileSource, *, named: bool, text_key: str) -> str:
+    """What a file of a known kind is instead; "" where it is of that kind."""
+    if file.kind == "text" and "index" in file.name.casefold() and _INDEX_LINES.match(head := file.head()):
+        lines = head[: head.rfind(b"\n") + 1] or head
+        if _INDEX_LINES.fullmatch(lines):
+            return "the index of a multistream dump"
+    if named:
+        return ""
+    if file.kind == "wiki" and (head := file.head()).strip() and b"<mediawiki" not in head:
+        return "XML of another kind than a MediaWiki dump"
+    if file.kind == "json" and _ending(file.name) == ".json" and _has_no_record(file.head(), text_key):
+        return "JSON without records"
+    return ""
+
+
+def _has_no_record(head: bytes, text_key: str) -> bool:
+    """Whether it is all of one JSON object with neither a text nor a list of records: settings, not data."""
+    try:
+        value = json.loads(head)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and text_key not in value and not any(map(is_record_list, value.values()))

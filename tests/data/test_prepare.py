@@ -295,9 +295,9 @@ class TestNothingHalfWritten:
         source, _, corpus = prepared
         (tmp_path / "in").mkdir()
         shutil.copy(source, tmp_path / "in/a.txt")
-        (tmp_path / "in/b.txt").write_bytes(b"fine\n\xff\n")
+        (tmp_path / "in/b.jsonl").write_text('{"text": "fine"}\n{"text"')
         for workers in (1, 2):
-            with pytest.raises(UserError, match=r"b\.txt is not UTF-8 at byte offset 5 "):
+            with pytest.raises(UserError, match=r"b\.jsonl line 2 is not JSON"):
                 build(tmp_path / "in", tmp_path / "c", tokenizer=corpus.tokenizer_dir, num_workers=workers)
         assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
@@ -460,6 +460,18 @@ class TestGoingOn:
         assert contents(tmp_path / "c") == expected
         assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
+    def test_replaced_characters_before_an_interruption_are_counted(self, prepared, tmp_path, monkeypatch):
+        monkeypatch.setattr(prepare, "CHUNK_CHARACTERS", 20)
+        monkeypatch.setattr(prepare, "PIECE_CHUNKS", 1)
+        (tmp_path / "a.txt").write_bytes(b"tea and \xff water\n\n" * 9)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prepare, "destinations", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                build(tmp_path / "a.txt", tmp_path / "c", prepared[2].tokenizer_dir)
+        assert list((tmp_path / ".c.partial/pieces").iterdir())
+        done = build(tmp_path / "a.txt", tmp_path / "c", prepared[2].tokenizer_dir)
+        assert done.info["replaced_characters"] == {"a.txt": 9}
+
     def test_finished_pieces_are_not_tokenized_again(self, prepared, tmp_path, monkeypatch):
         monkeypatch.setattr(prepare, "CHUNK_CHARACTERS", 500)
         monkeypatch.setattr(prepare, "PIECE_CHUNKS", 2)
@@ -584,6 +596,43 @@ class TestCommand:
         assert "2 documents" in out
         assert "1 documents dropped as duplicates" in out
         assert open_corpus(tmp_path / "c").info["padded_vocab_size"] == 320
+
+    @pytest.mark.parametrize("tokenizer", [None, "bytebpe", "unigram"])
+    def test_text_that_is_no_unicode_is_replaced_and_counted(self, prepared, tmp_path, command, tokenizer):
+        lines = [json.dumps({"text": f"{i} tea \ud83d cup", "title": "\udc00"}) for i in range(40)]
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        (tmp_path / "b.txt").write_bytes(b"hot \xff water\n\ngreen \x00 tea\n")
+        args = ("--tokenizer", prepared[2].tokenizer_dir)
+        if tokenizer:
+            args = (
+                "--train_tokenizer",
+                "--tokenizer_kind",
+                tokenizer,
+                "--vocab_size",
+                300 if tokenizer == "bytebpe" else 290,
+            )
+        args = ("--input", tmp_path / "a.jsonl", tmp_path / "b.txt", "--valid_fraction", 0, *args)
+        code, out, _ = command("--out", tmp_path / "c", *args)
+        assert code == 0
+        said = "81 characters that are no Unicode became U+FFFD (most in: a.jsonl 80, b.txt 1)"
+        assert out.splitlines()[-1] == said
+        corpus = open_corpus(tmp_path / "c")
+        assert corpus.info["replaced_characters"] == {"a.jsonl": 80, "b.txt": 1}
+        store, backend = open_store(corpus.train_prefix), load_tokenizer(corpus.tokenizer_dir)
+        assert backend.decode(store.item(7)[:-1].tolist()) == "7 tea \ufffd cup"
+        assert command("--out", tmp_path / "c", *args)[1].splitlines()[-1] == said  # told again by a finished one
+
+    def test_what_was_found_is_told_first_unless_quiet(self, prepared, tmp_path, command):
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in/a.txt").write_text("tea\n\nwater\n")
+        (tmp_path / "in/b.pdf").write_text("x")
+        args = ("--input", tmp_path / "in", "--tokenizer", prepared[2].tokenizer_dir, "--valid_fraction", 0)
+        code, out, err = command("--out", tmp_path / "c", *args)
+        assert code == 0
+        _, read, left_out, *_ = err.splitlines()
+        assert read.split() == ["read", "text", "1", "11", "bytes", "a.txt"]
+        assert left_out.split() == ["left", "out", "of", "no", "known", "kind", "(.pdf)", "1", "b.pdf"]
+        assert command("--out", tmp_path / "d", *args, "--quiet") == (0, out.replace("/c/", "/d/"), "")
 
     @pytest.mark.parametrize(
         ("args", "message"),

@@ -1,29 +1,214 @@
-"""What a source names: kinds and packings by suffix, data sets by `hf:`, packages that are not there."""
+"""What sources name: kinds by name and content, links, what is left out and said, data sets by `hf:`."""
 
+import bz2
+import gzip
 import importlib
 import json
+import os
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+from backports import zstd
 
-from ki_ds.data.sources import FileSource, HubSource, required, resolve
+from ki_ds.data.sources import HubSource, find, required
 from ki_ds.errors import UserError
+from tests.data.test_packings import wide
+
+TEXT = b"Tea is hot.\n\nWater is wet.\n"
+RECORDS = b'{"text": "tea"}\n{"text": "water"}\n'
+DUMP = b'<mediawiki xml:lang="en"><siteinfo></siteinfo></mediawiki>'
+INDEX = b"600:12:Anarchism\n600:25:Autism\n"
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "packed"),
-    [
-        ("a.txt", "text", False),
-        ("a.jsonl.zst", "jsonl", True),
-        ("a.csv.gz", "csv", True),
-        ("a.parquet", "parquet", False),
-        ("w-articles1.xml-p1p41242.bz2", "wiki", True),
-    ],
-)
-def test_kind_and_packing_are_told_by_the_name(tmp_path, name, kind, packed):
-    (tmp_path / name).write_text("x")
-    (source,) = resolve(str(tmp_path))
-    assert isinstance(source, FileSource)
-    assert (source.name, source.kind, source.opener is not None, source.num_bytes) == (name, kind, packed, 1)
+def kinds(*sources, **settings):
+    """{name: (kind, packing)} of what is read, in order."""
+    found = find(map(str, sources), **settings).sources
+    return {file.name: (file.kind, file.packing.name if file.packing else None) for file in found}
+
+
+def left_out(*sources, **settings):
+    """{name: reason} of what is not read."""
+    return {left.path.name: left.reason for left in find(map(str, sources), **settings).left_out}
+
+
+def columnar(path):
+    table = pyarrow.table({"text": ["tea"]})
+    if "arrow" in path.name:
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pyarrow.parquet.write_table(table, path)
+
+
+class TestKinds:
+    @pytest.mark.parametrize(
+        ("name", "content", "kind", "packing"),
+        [
+            ("a.txt", TEXT, "text", None),
+            ("a.TXT.GZ", gzip.compress(TEXT), "text", "gzip"),
+            ("a.txt.0003", TEXT, "text", None),
+            ("a.jsonl.zst", zstd.compress(RECORDS), "json", "zstd"),
+            ("a.JSONL", RECORDS, "json", None),
+            ("a.ndjson.bz2", bz2.compress(RECORDS), "json", "bzip2"),
+            ("c4.00000-of-00002.json.gz", gzip.compress(RECORDS), "json", "gzip"),
+            ("a.csv.gz", gzip.compress(b"text\ntea\n"), "csv", "gzip"),
+            ("w-articles1.xml-p1p41242.bz2", bz2.compress(DUMP), "wiki", "bzip2"),
+            ("a.txt", zstd.compress(TEXT), "text", "zstd"),  # packed without saying so
+            ("part-00000", RECORDS, "json", None),
+            ("part-00001.gz", gzip.compress(b'[{"text": "tea"}]'), "json", "gzip"),
+            ("wiki_00", TEXT, "text", None),
+            ("a.01", "[Tea] and {water} – ".encode() * 9000, "text", None),  # the head ends within a character
+            ("dump", DUMP, "wiki", None),
+            ("marked", "tea".encode("utf-16"), "text", None),
+        ],
+    )
+    def test_they_are_told_by_name_and_content(self, tmp_path, name, content, kind, packing):
+        (tmp_path / name).write_bytes(content)
+        assert kinds(tmp_path) == kinds(tmp_path / name) == {name: (kind, packing)}
+
+    @pytest.mark.parametrize("name", ["a.parquet", "a.pq", "parquet", "a.arrow", "arrow"])
+    def test_columns_by_their_first_bytes(self, tmp_path, name):
+        columnar(tmp_path / name)
+        assert kinds(tmp_path) == {name: ("arrow" if "arrow" in name else "parquet", None)}
+
+    @pytest.mark.parametrize(
+        ("name", "content", "reason"),
+        [
+            ("a.pdf", b"%PDF", r"of no known kind \(.pdf\)"),
+            ("a.parquet.gz", b"x", "of no known kind"),
+            ("a.txt.lz4", b"x", r"of no known kind \(.lz4\)"),
+            ("model", b"\0\1\2" * 9, "binary, of no known kind"),
+            ("latin", "caf\xe9 au lait".encode("latin-1"), "binary, of no known kind"),
+            ("empty.txt", b"", "empty"),
+            ("w-multistream-index.txt.bz2", bz2.compress(INDEX), "the index of a multistream dump"),
+            ("w-multistream-index1.txt-p1p41242", INDEX, "the index of a multistream dump"),
+        ],
+    )
+    def test_what_is_no_text_is_an_error_where_named_and_left_out_where_found(self, tmp_path, name, content, reason):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name} is {reason}.*; give a \.txt"):
+            find([str(tmp_path / name)])
+        with pytest.raises(UserError, match=rf"holds no .* \(1 left out: {name} is {reason}") as caught:
+            find([str(tmp_path)])
+        assert "\n" not in str(caught.value)
+        (tmp_path / "b.txt").write_bytes(TEXT)
+        assert kinds(tmp_path) == kinds(tmp_path / "*") == {"b.txt": ("text", None)}
+        assert list(left_out(tmp_path)) == [name]
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("README.txt", TEXT),
+            ("readme_de.txt.gz", gzip.compress(TEXT)),
+            ("LICENSE", TEXT),
+            ("LICENCE-APACHE", TEXT),
+            ("xxwiki-20260101-md5sums.txt", TEXT),
+            ("SHA256SUMS", TEXT),
+            ("xxwiki-latest-all-titles-in-ns0.gz", gzip.compress(TEXT)),
+            ("_SUCCESS", b"x"),
+            ("dataset_infos.json", b'{"default": [{"a": 1}]}'),
+            ("settings.json", b'{"name": "tea", "size": 3}'),
+            ("rss.xml", b"<rss><channel></channel></rss>"),
+            (".hidden.txt", TEXT),
+        ],
+    )
+    def test_what_merely_lies_beside_the_data_is_left_out_unless_named(self, tmp_path, name, content):
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / "a.txt").write_bytes(TEXT)
+        assert list(kinds(tmp_path)) == ["a.txt"]
+        assert list(left_out(tmp_path)) == [name]
+        if content != b"x":
+            assert name in kinds(tmp_path / name)
+
+    @pytest.mark.parametrize("name", ["readme-corpus.jsonl", "book-index.txt", "license_plates.csv", "readers.txt"])
+    def test_data_with_such_names_is_read(self, tmp_path, name):
+        (tmp_path / name).write_bytes({"l": RECORDS, "t": TEXT, "v": b"text\ntea\n"}[name[-1]])
+        assert list(kinds(tmp_path)) == [name]
+
+    def test_json_of_one_object_is_data_if_it_has_a_text_or_records(self, tmp_path):
+        (tmp_path / "a.json").write_text('{"text": "tea"}')
+        (tmp_path / "b.json").write_text('{"version": 1, "data": [{"body": "tea"}]}')
+        assert list(kinds(tmp_path)) == ["a.json", "b.json"]
+        assert list(kinds(tmp_path, text_key="body")) == ["b.json"]
+
+
+class TestFolders:
+    def write(self, folder, *names):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(f"this is {name}")
+
+    def test_links_are_followed_and_loops_end(self, tmp_path):
+        self.write(tmp_path, "top/a.txt", "top/deep/c.txt", "elsewhere/b.txt")
+        (tmp_path / "top/more").symlink_to("../elsewhere")
+        (tmp_path / "top/loop").symlink_to(".")
+        (tmp_path / "top/deep/up").symlink_to("../..")
+        (tmp_path / "top/nothing").symlink_to("no-such")
+        expected = ["a.txt", "c.txt", "b.txt"]
+        for source in ("top", "top/**", "top/**/*.txt", "t*p"):
+            assert list(kinds(tmp_path / source)) == expected
+        assert {"loop", "nothing"} <= left_out(tmp_path / "top").keys()
+
+    def test_a_folder_with_two_ways_to_it_is_read_once_under_its_own_name(self, tmp_path):
+        self.write(tmp_path, "z/a.txt", "z/sub/b.txt")
+        (tmp_path / "a").symlink_to("z")
+        (tmp_path / "b").symlink_to("z/sub")
+        found = find([str(tmp_path)])
+        assert [file.path.relative_to(tmp_path).as_posix() for file in found.sources] == ["z/a.txt", "z/sub/b.txt"]
+        assert {left.path.name: left.reason for left in found.left_out} == dict.fromkeys(
+            "ab", "a link to a folder that is read already"
+        )
+
+    def test_a_file_named_twice_is_read_once(self, tmp_path):
+        self.write(tmp_path, "a.txt", "b.txt")
+        (tmp_path / "link.txt").symlink_to("a.txt")
+        os.link(tmp_path / "a.txt", tmp_path / "hard.txt")
+        sources = [tmp_path / "b.txt", tmp_path, tmp_path / "*.txt", tmp_path / "b.txt"]
+        assert list(kinds(*sources)) == ["b.txt", "a.txt"]
+        reasons = [left.reason for left in find(map(str, sources)).left_out]
+        assert len(reasons) == 8
+        assert set(reasons) == {"read already (the same file, by link or named again)"}
+        assert [source.name for source in find(["hf:a/b", "hf:a/b"]).sources] == ["hf:a/b"]
+
+    def test_a_name_that_says_the_kind_goes_before_one_that_does_not(self, tmp_path):
+        """The cache of the hub: files under hashes, links under names."""
+        self.write(tmp_path, "blobs/0a1b", "blobs/2c3d", "blobs/4e5f")
+        (tmp_path / "snapshots").mkdir()
+        for name, blob in (("README.md", "0a1b"), ("a.txt", "2c3d"), ("b.csv", "4e5f")):
+            (tmp_path / "snapshots" / name).symlink_to(f"../blobs/{blob}")
+        assert kinds(tmp_path) == {"a.txt": ("text", None), "b.csv": ("csv", None)}
+        assert left_out(tmp_path).keys() >= {"README.md", "0a1b"}
+
+    def test_a_prepared_corpus_within_a_folder_is_left_out(self, tmp_path):
+        self.write(tmp_path, "a.txt", "out/corpus.json", "out/train.idx", "out/tokenizer/tokenizer.json")
+        assert list(kinds(tmp_path)) == ["a.txt"]
+        assert left_out(tmp_path) == {"out": "a prepared corpus"}
+
+    def test_one_source_that_leads_to_nothing_is_an_error_among_others(self, tmp_path):
+        self.write(tmp_path, "a/a.txt", "b/a.pdf")
+        with pytest.raises(UserError, match=r"b holds no \.txt.* \(1 left out: a\.pdf is of no known kind"):
+            find([str(tmp_path / "a"), str(tmp_path / "b")])
+
+    def test_a_pipe_is_no_plain_file(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe.txt")
+        with pytest.raises(UserError, match=r"pipe\.txt is no plain file"):
+            find([str(tmp_path / "pipe.txt")])
+
+
+def test_the_table_tells_all_that_is_read_and_left_out(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}.jsonl").write_bytes(RECORDS)
+    (tmp_path / "README.txt").write_bytes(TEXT)
+    (tmp_path / "long.jsonl.zst").write_bytes(wide(RECORDS))
+    header, *rows = find([str(tmp_path)]).table().splitlines()
+    assert header.split() == ["files", "size", "names"]
+    assert [row.split() for row in rows[:3]] == [
+        ["read", "JSON", "records", "5", "170", "bytes", "0.jsonl,", "1.jsonl,", "2.jsonl", "and", "2", "more"],
+        ["read", "JSON", "records,", "zstd", "1", f"{len(wide(RECORDS))}", "bytes", "long.jsonl.zst"],
+        ["left", "out", "about", "data", "(a", "card,", "licence,", "list", "or", "checksums)", "1", "README.txt"],
+    ]
+    assert rows[3:] == ["long.jsonl.zst takes 2.00 GiB of memory to unpack"]
 
 
 @pytest.mark.parametrize(
@@ -41,9 +226,9 @@ def test_kind_and_packing_are_told_by_the_name(tmp_path, name, kind, packed):
 def test_data_sets_are_named_with_configuration_and_split(source, parts):
     if parts is None:
         with pytest.raises(UserError, match="not of the form hf:NAME"):
-            resolve(source)
+            find([source])
     else:
-        (found,) = resolve(source)
+        (found,) = find([source]).sources
         assert isinstance(found, HubSource)
         assert (found.dataset, found.config, found.split) == parts
 
