@@ -293,8 +293,7 @@ def find(sources: Iterable[str], *, text_key: str = "text") -> Found:
             found.sources.append(key)
         else:
             _take(files[key], found, text_key)
-    for source in sources:
-        _refuse_if_nothing_is_left(source, files, found)
+    _refuse_what_leads_to_nothing(sources, files.values(), found)
     return found
 
 
@@ -313,17 +312,16 @@ def _take(entries: list[_Entry], found: Found, text_key: str) -> None:
         found.left_out += [LeftOut(entry.path, classified) for entry in entries]
 
 
-def _refuse_if_nothing_is_left(source: str, files: dict[Any, list[_Entry]], found: Found) -> None:
-    if source.startswith(HUB_PREFIX):
-        return
+def _refuse_what_leads_to_nothing(sources: list[str], files: Iterable[list[_Entry]], found: Found) -> None:
     read = {file.path for file in found.sources if isinstance(file, FileSource)}
-    ways = [entries for entries in files.values() if any(entry.source == source for entry in entries)]
-    if any(entry.path in read for entries in ways for entry in entries):
-        return
-    left = [left for left in found.left_out if left.path.is_relative_to(_glob_root(source))]
-    said = "; ".join(f"{one.path.name} is {one.reason}" for one in left[:_NAMES_TOLD])
-    count = f" ({len(left):,} left out: {said})" if left else ""
-    raise UserError(f"{source} holds no {_KINDS_IN_WORDS}{count}; name files")
+    of_use = {entry.source for entries in files if any(e.path in read for e in entries) for entry in entries}
+    for source in sources:
+        if source in of_use or source.startswith(HUB_PREFIX):
+            continue
+        left = [left for left in found.left_out if left.path.is_relative_to(_glob_root(source))]
+        said = "; ".join(f"{one.path.name} is {one.reason}" for one in left[:_NAMES_TOLD])
+        count = f" ({len(left):,} left out: {said})" if left else ""
+        raise UserError(f"{source} holds no {_KINDS_IN_WORDS}{count}; name files")
 
 
 def _entries(source: str, left_out: list[LeftOut]) -> list[_Entry]:
@@ -335,11 +333,22 @@ def _entries(source: str, left_out: list[LeftOut]) -> list[_Entry]:
         if not path.is_file():
             raise UserError(f"{source} is no plain file; write what it gives to one")
         return [_Entry(path, source, named=True)]
-    matches = _matches(source, left_out)
+    files: list[Path] = []
+    matches = [match for match in _matches(source, left_out) if match.exists() or str(match) != source]
     if not matches:
         raise UserError(f"{source} does not exist; name a file, a folder, a glob or hf:NAME")
-    files = [file for match in matches for file in (_files_below(match, left_out) if match.is_dir() else [match])]
+    for match in matches:
+        if match.is_dir():
+            files += _files_below(match, left_out)
+        elif _is_file(match, left_out):
+            files.append(match)
     return [_Entry(file, source, named=False) for file in files]
+
+
+def _is_file(path: Path, left_out: list[LeftOut]) -> bool:
+    if not path.is_file():
+        left_out.append(LeftOut(path, "no plain file" if path.exists() else "a link to nothing"))
+    return path.is_file()
 
 
 def _glob_root(source: str) -> Path:
@@ -396,10 +405,8 @@ def _files_below(folder: Path, left_out: list[LeftOut]) -> list[Path]:
                 left_out.append(LeftOut(path, "hidden (its name begins with a dot)"))
             elif path.is_dir():
                 (links if path.is_symlink() else folders).append(path)
-            elif path.is_file():
+            elif _is_file(path, left_out):
                 files.append(path)
-            else:
-                left_out.append(LeftOut(path, "no plain file" if path.exists() else "a link to nothing"))
     return sorted(files)
 
 
@@ -475,7 +482,7 @@ def _mistaken(file: FileSource, *, named: bool, text_key: str) -> str:
             return "the index of a multistream dump"
     if named:
         return ""
-    if file.kind == "wiki" and (head := file.head()).strip() and b"<mediawiki" not in head:
+    if file.kind == "wiki" and (head := file.head().replace(b"\0", b"")) and b"<mediawiki" not in head:
         return "XML of another kind than a MediaWiki dump"
     if file.kind == "json" and _ending(file.name) == ".json" and _has_no_record(file.head(), text_key):
         return "JSON without records"

@@ -185,6 +185,15 @@ class TestUnicode:
                 writer.write_table(table)
         self.check(path)
 
+    @pytest.mark.parametrize("encoding", ["windows-1251", "utf-16", "UTF-8"])
+    @pytest.mark.parametrize("declared", [True, False])
+    def test_dumps_in_other_encodings(self, tmp_path, encoding, declared):
+        declaration = f'<?xml version="1.0" encoding="{encoding}"?>' if declared or encoding == "windows-1251" else ""
+        (tmp_path / "a.xml").write_bytes((declaration + DUMP.replace("Water is", "Вода is")).encode(encoding))
+        corpus = Corpus([tmp_path])
+        assert [raw.text for raw in corpus][1] == "Вода is wet."
+        assert not corpus.replaced
+
     def test_data_sets_of_the_hub(self, tmp_path):
         (tmp_path / "set").mkdir()
         pyarrow.parquet.write_table(pyarrow.table({"text": self.column("string")}), tmp_path / "set/train.parquet")
@@ -218,6 +227,11 @@ class TestTables:
         path = self.csv_file(tmp_path / f"a.csv{suffix}", PACKERS[suffix])
         assert lines_of(path, text_key="body") == [["one", 'two, with "quotes"'], [], ["–"]]
         assert [d.id for d in Corpus([path], text_key="body")] == [f"{path.name}#{i}" for i in range(3)]
+
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+    def test_every_end_of_a_row(self, tmp_path, end):
+        (tmp_path / "a.csv").write_bytes(f'text{end}a{end}"b\r\nc"{end}'.encode())
+        assert [raw.text for raw in Corpus([tmp_path])] == ["a", "b\r\nc"]
 
     def test_csv_fields_may_be_long_and_a_mark_may_come_first(self, tmp_path):
         (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext\r\n" + b"x" * 300_000 + b"\r\n")

@@ -190,8 +190,18 @@ class TestFolders:
         with pytest.raises(UserError, match=r"b holds no \.txt.* \(1 left out: a\.pdf is of no known kind"):
             find([str(tmp_path / "a"), str(tmp_path / "b")])
 
+    @pytest.mark.parametrize("target", ["no-such", "link.txt"])
+    def test_a_link_to_nothing(self, tmp_path, target):
+        self.write(tmp_path, "a.txt")
+        (tmp_path / "link.txt").symlink_to(target)
+        with pytest.raises(UserError, match=r"link\.txt does not exist"):
+            find([str(tmp_path / "link.txt")])
+        assert left_out(tmp_path) == left_out(tmp_path / "*") == {"link.txt": "a link to nothing"}
+
     def test_a_pipe_is_no_plain_file(self, tmp_path):
         os.mkfifo(tmp_path / "pipe.txt")
+        (tmp_path / "a.txt").write_bytes(TEXT)
+        assert left_out(tmp_path) == left_out(tmp_path / "*") == {"pipe.txt": "no plain file"}
         with pytest.raises(UserError, match=r"pipe\.txt is no plain file"):
             find([str(tmp_path / "pipe.txt")])
 
