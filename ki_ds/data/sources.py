@@ -21,7 +21,7 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -247,7 +247,7 @@ class Found:
         windows = [(window_bytes(_first_bytes(file.path)), file.name) for file in files]
         if windows and max(windows)[0] > _TOLD_WINDOW_BYTES:
             window, name = max(windows)
-            yield f"{name} takes {window / 2**30:,.2f} GiB of memory to unpack"
+            yield f"{name} takes {window / 2**30:,.2f} GiB of memory at most to unpack"
 
 
 def _some(names: list[str]) -> str:
@@ -274,8 +274,8 @@ def find(sources: Iterable[str], *, text_key: str = "text") -> Found:
     folders and by globs and is no text is left out.
     """
     found = Found()
-    files: dict[tuple[int, int], list[_Entry]] = {}  # by device and inode: all the ways that lead to a file
-    order: dict[HubSource | tuple[int, int], None] = {}
+    files: dict[Hashable, list[_Entry]] = {}  # all the ways that lead to a file
+    order: dict[Hashable, None] = {}
     sources = list(sources)
     for source in sources:
         if source.startswith(HUB_PREFIX):
@@ -285,9 +285,9 @@ def find(sources: Iterable[str], *, text_key: str = "text") -> Found:
             order[hub] = None
             continue
         for entry in _entries(source, found.left_out):
-            status = entry.path.stat()
-            files.setdefault((status.st_dev, status.st_ino), []).append(entry)
-            order[status.st_dev, status.st_ino] = None
+            identity = _identity(entry.path)
+            files.setdefault(identity, []).append(entry)
+            order[identity] = None
     for key in order:
         if isinstance(key, HubSource):
             found.sources.append(key)
@@ -295,6 +295,12 @@ def find(sources: Iterable[str], *, text_key: str = "text") -> Found:
             _take(files[key], found, text_key)
     _refuse_what_leads_to_nothing(sources, files.values(), found)
     return found
+
+
+def _identity(path: Path) -> Hashable:
+    """What two ways to one file or folder have in common; some network file systems number no inodes."""
+    status = path.stat()
+    return (status.st_dev, status.st_ino, status.st_size) if status.st_ino else path.resolve()
 
 
 def _take(entries: list[_Entry], found: Found, text_key: str) -> None:
@@ -385,14 +391,14 @@ def _files_below(folder: Path, left_out: list[LeftOut]) -> list[Path]:
     Links are followed last, so that a folder with two ways to it is read under its own name.
     """
     files: list[Path] = []
-    folders, links, seen = [folder], list[Path](), set[tuple[int, int]]()
+    folders, links, seen = [folder], list[Path](), set[Hashable]()
     while folders or links:
         current = folders.pop() if folders else links.pop(0)
-        status = current.stat()
-        if (status.st_dev, status.st_ino) in seen:
+        identity = _identity(current)
+        if identity in seen:
             left_out.append(LeftOut(current, "a link to a folder that is read already"))
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(identity)
         try:
             entries = sorted(current.iterdir())
         except OSError as error:
