@@ -34,8 +34,8 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 codecs.register_error("surrogate", lambda error: (_SURROGATE, error.end))  # type: ignore[attr-defined]
 
 # A source of which more than this many characters, and this share, are no Unicode is in another encoding.
-_MAX_REPLACED = 100
-_MAX_REPLACED_SHARE = 0.01
+_MAX_REPLACED = 1000
+_MAX_REPLACED_SHARE = 0.02
 
 
 @dataclass(frozen=True)

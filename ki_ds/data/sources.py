@@ -252,7 +252,12 @@ class Found:
 
 def _some(names: list[str]) -> str:
     more = len(names) - _NAMES_TOLD
-    return ", ".join(names[:_NAMES_TOLD]) + (f" and {more:,} more" if more > 0 else "")
+    return ", ".join(map(printable, names[:_NAMES_TOLD])) + (f" and {more:,} more" if more > 0 else "")
+
+
+def printable(name: str) -> str:
+    """The name, escaped if it has line ends or bytes that are no UTF-8."""
+    return name if name.isprintable() else ascii(name)
 
 
 # ------------------------------------------------------------------------------------- what a source names

@@ -392,9 +392,11 @@ class TestBadCorpora:
 
     @pytest.mark.parametrize("suffix", PACKERS)
     def test_another_encoding_is_told_before_it_is_taken_for_damage(self, tmp_path, suffix):
-        data = "D\xe9j\xe0 vu.\n\n".encode("latin-1") * 100
+        data = "D\xe9j\xe0 vu.\n\n".encode("latin-1") * 600
         (tmp_path / f"a.txt{suffix}").write_bytes(PACKERS[suffix](data))
-        self.refused(tmp_path / f"a.txt{suffix}", "is not UTF-8: 102 of its first 459 characters are none; convert it")
+        self.refused(
+            tmp_path / f"a.txt{suffix}", "is not UTF-8: 1,002 of its first 4,509 characters are none; convert it"
+        )
 
     @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32-be"])
     def test_wide_characters_without_a_mark(self, tmp_path, encoding):
