@@ -24,6 +24,7 @@ from ki_ds.data import corpora
 from ki_ds.data.corpora import Corpus, gensim_dump_path
 from ki_ds.data.processes import StoppedError
 from ki_ds.errors import UserError
+from tests.data.test_packings import wide
 from tests.tiny import ROOT, environment
 
 PACKERS = {
@@ -101,6 +102,36 @@ class TestPlainFormats:
             ended = part.ends
         assert ended
         assert documents == whole
+
+    @pytest.mark.parametrize(
+        ("suffix", "packed"),
+        [
+            (".zst", wide(TEXT.encode())),
+            (".xz", lzma.compress(TEXT[:20].encode()) + bytes(4) + lzma.compress(TEXT[20:].encode())),
+        ],
+    )
+    def test_forms_that_readers_of_packings_refuse_or_cut(self, tmp_path, suffix, packed):
+        (tmp_path / f"a.txt{suffix}").write_bytes(packed)
+        assert lines_of(tmp_path) == [["First line.", "Second – line."], ["Another document.", "Its end."]]
+
+    def test_a_stream_that_is_damaged_is_not_the_end(self, tmp_path):
+        damaged = bytearray(bz2.compress(TEXT.encode()))
+        damaged[0] ^= 1
+        (tmp_path / "a.txt.bz2").write_bytes(bz2.compress(TEXT.encode()) + damaged)
+        with pytest.raises(UserError, match="cut or damaged"):
+            lines_of(tmp_path)
+
+    def test_folders_behind_links_and_kinds_that_were_passed_over(self, tmp_path):
+        (tmp_path / "top").mkdir()
+        (tmp_path / "top/more").symlink_to("../elsewhere")
+        (tmp_path / "top/loop").symlink_to("..")
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "top/README.txt").write_text("about tea")
+        for name in ("top/1.json", "elsewhere/2.JSONL", "top/3.ndjson", "top/part-00004"):
+            (tmp_path / name).write_text('{"text": "NAME"}\n{"text": "tea"}\n'.replace("NAME", name[-9:]))
+        with gzip.open(tmp_path / "top/5.json.gz", "wt") as file:
+            file.write('[{"text": "5"}, {"text": "tea"}]')
+        assert len(lines_of(tmp_path / "top")) == 10
 
     def test_folders_and_globs_are_sorted(self, tmp_path):
         for name in ("b.txt", "a/c.txt", "a/d.jsonl", "a/README.md"):
