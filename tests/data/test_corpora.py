@@ -109,6 +109,7 @@ class TestPlainFormats:
             (".zst", wide(TEXT.encode())),
             (".xz", lzma.compress(TEXT[:20].encode()) + bytes(4) + lzma.compress(TEXT[20:].encode())),
         ],
+        ids=["zstd", "xz"],
     )
     def test_forms_that_readers_of_packings_refuse_or_cut(self, tmp_path, suffix, packed):
         (tmp_path / f"a.txt{suffix}").write_bytes(packed)
@@ -181,6 +182,7 @@ class TestUnicode:
             ("csv", b"text\n", b"\n"),
             ("xml", *DUMP.encode().split(b"Water is wet.")),
         ],
+        ids=["txt", "jsonl", "json", "csv", "xml"],
     )
     def test_bytes_that_are_no_utf8(self, tmp_path, kind, before, after, suffix):
         path = tmp_path / f"a.{kind}{suffix}"
