@@ -16,7 +16,7 @@ def main() -> None:
         "domains",
         nargs="+",
         metavar="NAME=SOURCE",
-        help="a domain and its text: a file, folder or glob of .txt, .jsonl or MediaWiki .xml, plain or compressed; "
+        help="a domain and its text: a source as tools/prepare_data.py --input takes it; "
         "the same name again adds to it",
     )
     parser.add_argument("--top", type=int, default=TOP, help=f"most frequent words of each domain ({TOP})")

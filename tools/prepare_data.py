@@ -7,6 +7,7 @@ from collections import Counter
 from typing import get_args
 
 from ki_ds.data.prepare import TokenizerSpec, build_store
+from ki_ds.data.sources import printable
 from ki_ds.data.tokenize import TokenizerKind
 from ki_ds.errors import UserError, ends_cleanly
 
@@ -63,7 +64,7 @@ def main() -> None:
     if pages := corpus.info.get("left_out_pages"):
         print("pages of dumps left out: " + ", ".join(f"{count:,} {reason}" for reason, count in pages.items()))
     if replaced := corpus.info.get("replaced_characters"):
-        names = ", ".join(f"{name} {count:,}" for name, count in Counter(replaced).most_common(3))
+        names = ", ".join(f"{printable(name)} {count:,}" for name, count in Counter(replaced).most_common(3))
         print(f"{sum(replaced.values()):,} characters that are no Unicode became U+FFFD (most in: {names})")
 
 

@@ -7,6 +7,7 @@ overlap of two domains is the share of common words among the `top` most frequen
 import hashlib
 import heapq
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,13 +55,16 @@ def domain_words(
     With `num_words` lines are drawn, by a hash of their text, that have about so many running words together;
     frequencies of the tail depend on the size of a sample, so that compared domains should be equally large.
     Memory is bounded for any input: a word that is forgotten among `MAX_COUNTED` others starts again at 0,
-    which changes nothing as long as it is rarer than the words asked for. UserError: too little text.
+    which changes nothing as long as it is rarer than the words asked for. Where something is left out of the sources
+    a table on stderr says so. UserError: too little text.
     """
     if not 0 < top <= MAX_COUNTED // 4:
         raise UserError(f"top={top} is not between 1 and {MAX_COUNTED // 4:,}; take e.g. {TOP}")
     if num_words is not None and num_words < 1:
         raise UserError(f"num_words={num_words} is below 1; take e.g. 10000000")
     corpus = Corpus(sources, domain=name)
+    if corpus.found.left_out:
+        print(corpus.found.table(), file=sys.stderr)
     fraction = 1.0
     if num_words is not None:
         total, _ = _count(corpus, fraction=1.0)

@@ -21,7 +21,7 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -247,12 +247,17 @@ class Found:
         windows = [(window_bytes(_first_bytes(file.path)), file.name) for file in files]
         if windows and max(windows)[0] > _TOLD_WINDOW_BYTES:
             window, name = max(windows)
-            yield f"{name} takes {window / 2**30:,.2f} GiB of memory to unpack"
+            yield f"{name} takes {window / 2**30:,.2f} GiB of memory at most to unpack"
 
 
 def _some(names: list[str]) -> str:
     more = len(names) - _NAMES_TOLD
-    return ", ".join(names[:_NAMES_TOLD]) + (f" and {more:,} more" if more > 0 else "")
+    return ", ".join(map(printable, names[:_NAMES_TOLD])) + (f" and {more:,} more" if more > 0 else "")
+
+
+def printable(name: str) -> str:
+    """The name, escaped if it has line ends or bytes that are no UTF-8."""
+    return name if name.isprintable() else ascii(name)
 
 
 # ------------------------------------------------------------------------------------- what a source names
@@ -274,8 +279,8 @@ def find(sources: Iterable[str], *, text_key: str = "text") -> Found:
     folders and by globs and is no text is left out.
     """
     found = Found()
-    files: dict[tuple[int, int], list[_Entry]] = {}  # by device and inode: all the ways that lead to a file
-    order: dict[HubSource | tuple[int, int], None] = {}
+    files: dict[Hashable, list[_Entry]] = {}  # all the ways that lead to a file
+    order: dict[Hashable, None] = {}
     sources = list(sources)
     for source in sources:
         if source.startswith(HUB_PREFIX):
@@ -285,17 +290,22 @@ def find(sources: Iterable[str], *, text_key: str = "text") -> Found:
             order[hub] = None
             continue
         for entry in _entries(source, found.left_out):
-            status = entry.path.stat()
-            files.setdefault((status.st_dev, status.st_ino), []).append(entry)
-            order[status.st_dev, status.st_ino] = None
+            identity = _identity(entry.path)
+            files.setdefault(identity, []).append(entry)
+            order[identity] = None
     for key in order:
         if isinstance(key, HubSource):
             found.sources.append(key)
         else:
             _take(files[key], found, text_key)
-    for source in sources:
-        _refuse_if_nothing_is_left(source, files, found)
+    _refuse_what_leads_to_nothing(sources, files.values(), found)
     return found
+
+
+def _identity(path: Path) -> Hashable:
+    """What two ways to one file or folder have in common; some network file systems number no inodes."""
+    status = path.stat()
+    return (status.st_dev, status.st_ino, status.st_size) if status.st_ino else path.resolve()
 
 
 def _take(entries: list[_Entry], found: Found, text_key: str) -> None:
@@ -313,17 +323,16 @@ def _take(entries: list[_Entry], found: Found, text_key: str) -> None:
         found.left_out += [LeftOut(entry.path, classified) for entry in entries]
 
 
-def _refuse_if_nothing_is_left(source: str, files: dict[Any, list[_Entry]], found: Found) -> None:
-    if source.startswith(HUB_PREFIX):
-        return
+def _refuse_what_leads_to_nothing(sources: list[str], files: Iterable[list[_Entry]], found: Found) -> None:
     read = {file.path for file in found.sources if isinstance(file, FileSource)}
-    ways = [entries for entries in files.values() if any(entry.source == source for entry in entries)]
-    if any(entry.path in read for entries in ways for entry in entries):
-        return
-    left = [left for left in found.left_out if left.path.is_relative_to(_glob_root(source))]
-    said = "; ".join(f"{one.path.name} is {one.reason}" for one in left[:_NAMES_TOLD])
-    count = f" ({len(left):,} left out: {said})" if left else ""
-    raise UserError(f"{source} holds no {_KINDS_IN_WORDS}{count}; name files")
+    of_use = {entry.source for entries in files if any(e.path in read for e in entries) for entry in entries}
+    for source in sources:
+        if source in of_use or source.startswith(HUB_PREFIX):
+            continue
+        left = [left for left in found.left_out if left.path.is_relative_to(_glob_root(source))]
+        said = "; ".join(f"{one.path.name} is {one.reason}" for one in left[:_NAMES_TOLD])
+        count = f" ({len(left):,} left out: {said})" if left else ""
+        raise UserError(f"{source} holds no {_KINDS_IN_WORDS}{count}; name files")
 
 
 def _entries(source: str, left_out: list[LeftOut]) -> list[_Entry]:
@@ -335,11 +344,22 @@ def _entries(source: str, left_out: list[LeftOut]) -> list[_Entry]:
         if not path.is_file():
             raise UserError(f"{source} is no plain file; write what it gives to one")
         return [_Entry(path, source, named=True)]
-    matches = _matches(source, left_out)
+    files: list[Path] = []
+    matches = [match for match in _matches(source, left_out) if match.exists() or str(match) != source]
     if not matches:
         raise UserError(f"{source} does not exist; name a file, a folder, a glob or hf:NAME")
-    files = [file for match in matches for file in (_files_below(match, left_out) if match.is_dir() else [match])]
+    for match in matches:
+        if match.is_dir():
+            files += _files_below(match, left_out)
+        elif _is_file(match, left_out):
+            files.append(match)
     return [_Entry(file, source, named=False) for file in files]
+
+
+def _is_file(path: Path, left_out: list[LeftOut]) -> bool:
+    if not path.is_file():
+        left_out.append(LeftOut(path, "no plain file" if path.exists() else "a link to nothing"))
+    return path.is_file()
 
 
 def _glob_root(source: str) -> Path:
@@ -376,14 +396,14 @@ def _files_below(folder: Path, left_out: list[LeftOut]) -> list[Path]:
     Links are followed last, so that a folder with two ways to it is read under its own name.
     """
     files: list[Path] = []
-    folders, links, seen = [folder], list[Path](), set[tuple[int, int]]()
+    folders, links, seen = [folder], list[Path](), set[Hashable]()
     while folders or links:
         current = folders.pop() if folders else links.pop(0)
-        status = current.stat()
-        if (status.st_dev, status.st_ino) in seen:
+        identity = _identity(current)
+        if identity in seen:
             left_out.append(LeftOut(current, "a link to a folder that is read already"))
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(identity)
         try:
             entries = sorted(current.iterdir())
         except OSError as error:
@@ -396,10 +416,8 @@ def _files_below(folder: Path, left_out: list[LeftOut]) -> list[Path]:
                 left_out.append(LeftOut(path, "hidden (its name begins with a dot)"))
             elif path.is_dir():
                 (links if path.is_symlink() else folders).append(path)
-            elif path.is_file():
+            elif _is_file(path, left_out):
                 files.append(path)
-            else:
-                left_out.append(LeftOut(path, "no plain file" if path.exists() else "a link to nothing"))
     return sorted(files)
 
 
@@ -475,7 +493,7 @@ def _mistaken(file: FileSource, *, named: bool, text_key: str) -> str:
             return "the index of a multistream dump"
     if named:
         return ""
-    if file.kind == "wiki" and (head := file.head()).strip() and b"<mediawiki" not in head:
+    if file.kind == "wiki" and (head := file.head().replace(b"\0", b"")) and b"<mediawiki" not in head:
         return "XML of another kind than a MediaWiki dump"
     if file.kind == "json" and _ending(file.name) == ".json" and _has_no_record(file.head(), text_key):
         return "JSON without records"

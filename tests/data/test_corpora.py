@@ -24,6 +24,7 @@ from ki_ds.data import corpora
 from ki_ds.data.corpora import Corpus, gensim_dump_path
 from ki_ds.data.processes import StoppedError
 from ki_ds.errors import UserError
+from tests.data.test_packings import wide
 from tests.tiny import ROOT, environment
 
 PACKERS = {
@@ -102,6 +103,37 @@ class TestPlainFormats:
         assert ended
         assert documents == whole
 
+    @pytest.mark.parametrize(
+        ("suffix", "packed"),
+        [
+            (".zst", wide(TEXT.encode())),
+            (".xz", lzma.compress(TEXT[:20].encode()) + bytes(4) + lzma.compress(TEXT[20:].encode())),
+        ],
+        ids=["zstd", "xz"],
+    )
+    def test_forms_that_readers_of_packings_refuse_or_cut(self, tmp_path, suffix, packed):
+        (tmp_path / f"a.txt{suffix}").write_bytes(packed)
+        assert lines_of(tmp_path) == [["First line.", "Second – line."], ["Another document.", "Its end."]]
+
+    def test_a_stream_that_is_damaged_is_not_the_end(self, tmp_path):
+        damaged = bytearray(bz2.compress(TEXT.encode()))
+        damaged[0] ^= 1
+        (tmp_path / "a.txt.bz2").write_bytes(bz2.compress(TEXT.encode()) + damaged)
+        with pytest.raises(UserError, match="cut or damaged"):
+            lines_of(tmp_path)
+
+    def test_folders_behind_links_and_kinds_that_were_passed_over(self, tmp_path):
+        (tmp_path / "top").mkdir()
+        (tmp_path / "top/more").symlink_to("../elsewhere")
+        (tmp_path / "top/loop").symlink_to("..")
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "top/README.txt").write_text("about tea")
+        for name in ("top/1.json", "elsewhere/2.JSONL", "top/3.ndjson", "top/part-00004"):
+            (tmp_path / name).write_text('{"text": "NAME"}\n{"text": "tea"}\n'.replace("NAME", name[-9:]))
+        with gzip.open(tmp_path / "top/5.json.gz", "wt") as file:
+            file.write('[{"text": "5"}, {"text": "tea"}]')
+        assert len(lines_of(tmp_path / "top")) == 10
+
     def test_folders_and_globs_are_sorted(self, tmp_path):
         for name in ("b.txt", "a/c.txt", "a/d.jsonl", "a/README.md"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -150,6 +182,7 @@ class TestUnicode:
             ("csv", b"text\n", b"\n"),
             ("xml", *DUMP.encode().split(b"Water is wet.")),
         ],
+        ids=["txt", "jsonl", "json", "csv", "xml"],
     )
     def test_bytes_that_are_no_utf8(self, tmp_path, kind, before, after, suffix):
         path = tmp_path / f"a.{kind}{suffix}"
@@ -185,6 +218,15 @@ class TestUnicode:
                 writer.write_table(table)
         self.check(path)
 
+    @pytest.mark.parametrize("encoding", ["windows-1251", "utf-16", "UTF-8"])
+    @pytest.mark.parametrize("declared", [True, False])
+    def test_dumps_in_other_encodings(self, tmp_path, encoding, declared):
+        declaration = f'<?xml version="1.0" encoding="{encoding}"?>' if declared or encoding == "windows-1251" else ""
+        (tmp_path / "a.xml").write_bytes((declaration + DUMP.replace("Water is", "Вода is")).encode(encoding))
+        corpus = Corpus([tmp_path])
+        assert [raw.text for raw in corpus][1] == "Вода is wet."
+        assert not corpus.replaced
+
     def test_data_sets_of_the_hub(self, tmp_path):
         (tmp_path / "set").mkdir()
         pyarrow.parquet.write_table(pyarrow.table({"text": self.column("string")}), tmp_path / "set/train.parquet")
@@ -218,6 +260,11 @@ class TestTables:
         path = self.csv_file(tmp_path / f"a.csv{suffix}", PACKERS[suffix])
         assert lines_of(path, text_key="body") == [["one", 'two, with "quotes"'], [], ["–"]]
         assert [d.id for d in Corpus([path], text_key="body")] == [f"{path.name}#{i}" for i in range(3)]
+
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+    def test_every_end_of_a_row(self, tmp_path, end):
+        (tmp_path / "a.csv").write_bytes(f'text{end}a{end}"b\r\nc"{end}'.encode())
+        assert [raw.text for raw in Corpus([tmp_path])] == ["a", "b\r\nc"]
 
     def test_csv_fields_may_be_long_and_a_mark_may_come_first(self, tmp_path):
         (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext\r\n" + b"x" * 300_000 + b"\r\n")
@@ -378,9 +425,11 @@ class TestBadCorpora:
 
     @pytest.mark.parametrize("suffix", PACKERS)
     def test_another_encoding_is_told_before_it_is_taken_for_damage(self, tmp_path, suffix):
-        data = "D\xe9j\xe0 vu.\n\n".encode("latin-1") * 100
+        data = "D\xe9j\xe0 vu.\n\n".encode("latin-1") * 600
         (tmp_path / f"a.txt{suffix}").write_bytes(PACKERS[suffix](data))
-        self.refused(tmp_path / f"a.txt{suffix}", "is not UTF-8: 102 of its first 459 characters are none; convert it")
+        self.refused(
+            tmp_path / f"a.txt{suffix}", "is not UTF-8: 1,002 of its first 4,509 characters are none; convert it"
+        )
 
     @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32-be"])
     def test_wide_characters_without_a_mark(self, tmp_path, encoding):

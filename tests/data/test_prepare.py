@@ -601,7 +601,7 @@ class TestCommand:
     def test_text_that_is_no_unicode_is_replaced_and_counted(self, prepared, tmp_path, command, tokenizer):
         lines = [json.dumps({"text": f"{i} tea \ud83d cup", "title": "\udc00"}) for i in range(40)]
         (tmp_path / "a.jsonl").write_text("\n".join(lines))
-        (tmp_path / "b.txt").write_bytes(b"hot \xff water\n\ngreen \x00 tea\n")
+        (tmp_path / "b\udcff.txt").write_bytes(b"hot \xff water\n\ngreen \x00 tea\n")
         args = ("--tokenizer", prepared[2].tokenizer_dir)
         if tokenizer:
             args = (
@@ -611,13 +611,13 @@ class TestCommand:
                 "--vocab_size",
                 300 if tokenizer == "bytebpe" else 290,
             )
-        args = ("--input", tmp_path / "a.jsonl", tmp_path / "b.txt", "--valid_fraction", 0, *args)
+        args = ("--input", tmp_path / "a.jsonl", tmp_path / "b\udcff.txt", "--valid_fraction", 0, *args)
         code, out, _ = command("--out", tmp_path / "c", *args)
         assert code == 0
-        said = "81 characters that are no Unicode became U+FFFD (most in: a.jsonl 80, b.txt 1)"
+        said = "81 characters that are no Unicode became U+FFFD (most in: a.jsonl 80, 'b\\udcff.txt' 1)"
         assert out.splitlines()[-1] == said
         corpus = open_corpus(tmp_path / "c")
-        assert corpus.info["replaced_characters"] == {"a.jsonl": 80, "b.txt": 1}
+        assert corpus.info["replaced_characters"] == {"a.jsonl": 80, "b\udcff.txt": 1}
         store, backend = open_store(corpus.train_prefix), load_tokenizer(corpus.tokenizer_dir)
         assert backend.decode(store.item(7)[:-1].tolist()) == "7 tea \ufffd cup"
         assert command("--out", tmp_path / "c", *args)[1].splitlines()[-1] == said  # told again by a finished one

@@ -53,6 +53,14 @@ class TestWords:
         paths = [text("a.txt", "fig plum plum"), text("b.txt", "fig fig")]
         assert domain_words("A", paths, top=1).words == {"fig"}
 
+    def test_what_is_left_out_of_a_folder_is_told(self, text, tmp_path, capsys):
+        text("a.txt", "fig plum plum")
+        assert domain_words("A", [tmp_path], top=1).words == {"plum"}
+        assert capsys.readouterr().err == ""
+        text("README.txt", "apple apple apple")
+        assert domain_words("A", [tmp_path], top=1).words == {"plum"}
+        assert "README.txt" in capsys.readouterr().err
+
     def test_stop_words_are_words(self):
         assert {"the", "and", "with"} <= stop_words()
         assert not {"gene", "theorem"} & stop_words()
