@@ -110,9 +110,7 @@ def _of_tokenizer(folder: Path) -> Vocabulary:
 
 
 def _of_dictionary(path: Path, task: Task, gpt2: str | None) -> Vocabulary:
-    symbols, ids = read_fairseq_dict(path)
-    if task == "causal":  # the task that appends <mask> is the masked one
-        symbols, ids = symbols[:-1], dataclasses.replace(ids, mask=None)
+    symbols, ids = read_fairseq_dict(path, mask=task == "mlm")
     return Vocabulary(dictionary_hash(path), len(symbols), ids, Path(gpt2) if gpt2 else None, path)
 
 

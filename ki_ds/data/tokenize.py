@@ -28,6 +28,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vo
 
 # RoBERTa's names, and its first four ids; the mask comes right after them, before the bytes.
 BOS, PAD, EOS, UNK, MASK = SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+_OVERWRITE = " #fairseq:overwrite"
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 
@@ -257,26 +258,45 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
 
-def read_fairseq_dict(path: str | os.PathLike[str]) -> tuple[list[str], SpecialIds]:
-    """(symbol of each id, special ids) of a fairseq `dict.txt`; the mask, which the file lacks, is last.
+def read_fairseq_dict(path: str | os.PathLike[str], *, mask: bool = True) -> tuple[list[str], SpecialIds]:
+    """(symbol of each id, special ids) of a fairseq `dict.txt`, read as fairseq's `Dictionary` reads it.
 
-    A line is `symbol count`, split at the last blank. UserError with the line that is not.
+    A line is `symbol count`, split at the last blank, or `symbol count #fairseq:overwrite` for a symbol that is there
+    already: text gets the id of its last line then, while the ids with a role stay the first four. The mask is what
+    the masked task adds: the last id, or that of a line `<mask>`; without `mask` nothing is added. UserError with the
+    line that is neither, or has a symbol again.
     """
-    symbols = list(SPECIAL_TOKENS[:4])
+    symbols, places = list(SPECIAL_TOKENS[:4]), {symbol: i for i, symbol in enumerate(SPECIAL_TOKENS[:4])}
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no readable fairseq dictionary ({error}); name dict.txt") from None
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        symbol, _, count = line.removesuffix(" #fairseq:overwrite").rpartition(" ")
-        if not symbol or not count.isdecimal():
+    for number, line in enumerate(lines, 1):
+        content = line.rstrip()
+        entry = content.removesuffix(_OVERWRITE)
+        symbol, blank, count = entry.rpartition(" ")
+        if not blank or not _is_integer(count):
             raise UserError(f"{path} line {number} is not 'symbol count' ({line[:40]!r}); mend or fetch it again")
+        if symbol in places and entry == content:
+            raise UserError(
+                f"{path} has the symbol {symbol!r} twice (line {number}); fetch it again, or end the line with "
+                f"'{_OVERWRITE}', which is how fairseq 0.9 read it"
+            )
+        places[symbol] = len(symbols)
         symbols.append(symbol)
-    if len(set(symbols)) != len(symbols):
-        twice = next(symbol for i, symbol in enumerate(symbols) if symbol in symbols[:i])
-        raise UserError(f"{path} has the symbol {twice!r} twice; fetch it again")
-    symbols.append(MASK)
-    return symbols, SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=len(symbols) - 1)
+    if mask and MASK not in places:
+        places[MASK] = len(symbols)
+        symbols.append(MASK)
+    return symbols, SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=places[MASK] if mask else None)
+
+
+def _is_integer(text: str) -> bool:
+    try:
+        int(text)
+    except ValueError:
+        return False
+    return True
 
 
 def tokenizer_from_fairseq(
@@ -289,5 +309,5 @@ def tokenizer_from_fairseq(
     """
     from ki_ds.data.fairseq_bpe import tokenizer_with_dictionary
 
-    symbols, _ = read_fairseq_dict(dict_path)
-    return tokenizer_with_dictionary(symbols, load_tokenizer(gpt2), name=str(dict_path))
+    symbols, ids = read_fairseq_dict(dict_path)
+    return tokenizer_with_dictionary(symbols, ids, load_tokenizer(gpt2), name=str(dict_path))

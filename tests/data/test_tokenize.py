@@ -260,6 +260,38 @@ class TestFairseqDict:
         assert symbols == ["<s>", "<pad>", "</s>", "<unk>", "13", "a b", "madeupword0000", "<mask>"]
         assert specials == SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=7)
 
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [
+            ("", []),
+            ("13 850", ["13"]),  # no end of the last line
+            ("13 850\r\n7 2\r\n", ["13", "7"]),
+            ("13 850  \t\n7 -1\u3000\n", ["13", "7"]),  # what follows a count, and any integer
+            (" 5\n  5\na  1\n", ["", " ", "a "]),
+            ("a\u2028b 5\nc\x0bd 5\n", ["a\u2028b", "c\x0bd"]),  # lines end at line feeds alone
+            ("#fairseq:overwrite 7\n", ["#fairseq:overwrite"]),
+            ("13 1 #fairseq:overwrite\n13 1 #fairseq:overwrite \n", ["13", "13"]),
+        ],
+    )
+    def test_lines_are_read_as_fairseq_reads_them(self, tmp_path, content, expected):
+        (tmp_path / "dict.txt").write_bytes(content.encode())
+        symbols, specials = read_fairseq_dict(tmp_path / "dict.txt")
+        assert symbols[4:-1] == expected
+        assert specials.mask == len(expected) + 4
+
+    def test_overwritten_symbols_leave_the_roles_to_the_first_four(self, tmp_path):
+        (tmp_path / "dict.txt").write_text("<unk> 9 #fairseq:overwrite\n<s> 9 #fairseq:overwrite\n13 5\n")
+        symbols, specials = read_fairseq_dict(tmp_path / "dict.txt")
+        assert symbols == ["<s>", "<pad>", "</s>", "<unk>", "<unk>", "<s>", "13", "<mask>"]
+        assert specials == SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=7)
+
+    def test_a_mask_among_the_lines_is_the_mask(self, tmp_path):
+        (tmp_path / "dict.txt").write_text("13 5\n<mask> 0\n7 2\n")
+        symbols, specials = read_fairseq_dict(tmp_path / "dict.txt")
+        assert (len(symbols), specials.mask) == (7, 5)
+        symbols, specials = read_fairseq_dict(tmp_path / "dict.txt", mask=False)
+        assert (len(symbols), specials.mask) == (7, None)
+
     @shared
     def test_the_released_dictionary(self):
         symbols, specials = read_fairseq_dict(SHARED / "fairseq/data-bin/dict.txt")
@@ -271,8 +303,13 @@ class TestFairseqDict:
             (b"13 850\n\n", "line 2"),
             (b"13\n", "line 1"),
             (b"13 x\n", "line 1"),
-            (b"", "line 1"),
-            (b"13 1\n13 2\n", "'13' twice"),
+            (b"13 1\n \t\n", "line 2"),
+            (b"13\t1\n", "line 1"),
+            (b"13 1 #fairseq:other\n", "line 1"),
+            (b"#fairseq:overwrite 1\n13 #fairseq:overwrite\n", "line 2"),
+            (b"13 1\n13 2\n", r"'13' twice \(line 2\)"),
+            (b"<unk> 1\n", r"'<unk>' twice \(line 1\)"),
+            (b"<mask> 1\n<mask> 1\n", "'<mask>' twice"),
             (b"\xff 1\n", "no readable"),
         ],
     )
