@@ -160,8 +160,11 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> "PreTrainedTokeniz
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"no tokenizer can be loaded from {name} ({reason}); name its folder") from None
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
         raise UserError(f"the tokenizer of {name} has no fast version; save it as tokenizer.json first")
+    backend.no_truncation()  # a tokenizer.json can hold how it was last called
+    backend.no_padding()
     return tokenizer
 
 
@@ -246,8 +249,56 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> SpecialIds:
     )
 
 
-def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 of vocabulary, merges (or piece scores) and special ids: equal when the ids mean the same."""
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase", *, masked: bool = False) -> str:
+    """SHA-256 of what a tokenizer makes of the text of a corpus: equal when every text gets the same ids.
+
+    Vocabulary, merges or scores, normalizer, pre-tokenizer and added tokens count, and the ids that a run puts among a
+    text's: the end of a line, with `masked` its beginning and the mask as well. What stands around a text given alone,
+    padding, limits, the way back to text and the form of the files do not.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids, normalizer = special_ids(tokenizer), _steps(backend["normalizer"], "normalizers")
+    cutting = [
+        {name: value for name, value in step.items() if name != "trim_offsets"}
+        for step in _steps(backend["pre_tokenizer"], "pretokenizers")
+    ]
+    canonical = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "model": _model_facts(backend["model"], cutting),
+        "normalizer": normalizer,
+        "pre_tokenizer": cutting,
+        # special ones are mere text within a corpus
+        "added": [
+            token if normalizer else {**token, "normalized": False}
+            for token in backend["added_tokens"]
+            if not token["special"]
+        ],
+        "eos": ids.eos,
+        **({"bos": ids.eos if ids.bos is None else ids.bos, "mask": ids.mask} if masked else {}),
+    }
+    return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
+
+
+def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    """The parts of a sequence of sequences, in order."""
+    if part is None:
+        return []
+    return [step for each in part[inner] for step in _steps(each, inner)] if part["type"] == "Sequence" else [part]
+
+
+def _model_facts(model: dict[str, Any], cutting: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a model does beside its vocabulary; settings that change nothing are left out."""
+    kept = {name: value for name, value in model.items() if value not in (None, "", False, 0) or name == "unk_id"}
+    if isinstance(model["vocab"], dict):
+        del kept["vocab"]
+        every_byte = set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys()
+        if every_byte and any(step["type"] == "ByteLevel" for step in cutting):  # nothing is unknown
+            kept = {name: value for name, value in kept.items() if name not in ("unk_token", "fuse_unk")}
+    return kept
+
+
+def former_tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The hash that manifests and caches made before 2026-12 hold: of vocabulary, merges and all special ids."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     canonical = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),

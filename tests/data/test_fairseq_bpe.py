@@ -105,6 +105,6 @@ def test_dictionaries_of_something_else(gpt2, tmp_path, content):
 
 
 def test_a_tokenizer_that_is_no_bpe(gpt2):
+    symbols = ["<s>", "<pad>", "</s>", "<unk>", "7", "<mask>"]
     with pytest.raises(UserError, match="must be GPT-2's byte-level BPE"):
-        symbols = ["<s>", "<pad>", "</s>", "<unk>", "7", "<mask>"]
         tokenizer_with_dictionary(symbols, SpecialIds(), object(), name="d")  # type: ignore
