@@ -298,7 +298,7 @@ def _model_facts(model: dict[str, Any], cutting: list[dict[str, Any]]) -> dict[s
 
 
 def former_tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The hash that manifests and caches made before 2026-12 hold: of vocabulary, merges and all special ids."""
+    """The hash that manifests and caches of earlier versions hold: of vocabulary, merges and all special ids."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     canonical = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
