@@ -38,8 +38,7 @@ def write_vocabulary(source: Source, folder: Path, model: PreTrainedModel, *, to
     size = model.get_output_embeddings().weight.shape[0]
     lines = []
     if source.dictionary is not None:
-        symbols, _ = read_fairseq_dict(source.dictionary)
-        num_ids = len(symbols) - (source.task == "causal")  # the task that appends <mask> is the masked one
+        num_ids = len(read_fairseq_dict(source.dictionary, mask=source.task == "mlm")[0])
         _check_size(source, f"{source.dictionary}", num_ids, size)
         shutil.copyfile(source.dictionary, folder / "dict.txt")
         lines.append(f"dict.txt: fairseq's dictionary of {num_ids:,} ids")

@@ -1,11 +1,10 @@
 """From the configuration to training and validation samples: sources found, checked, cut to their parts, mixed."""
 
-import dataclasses
 import glob
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from ki_ds.data.samples import DEFAULT_BREAK_MODE, BlockConfig, BlockDataset, Sa
 from ki_ds.data.store import SpecialIds, TokenStore, is_fairseq_folder, open_shards, open_store
 from ki_ds.data.tokenize import (
     begin_with_eos,
+    former_tokenizer_hash,
     load_tokenizer,
     read_fairseq_dict,
     special_ids,
@@ -42,10 +42,12 @@ if TYPE_CHECKING:
 class Vocabulary:
     """What the ids of a corpus mean: a tokenizer's folder, or a fairseq dictionary (with GPT-2's folder, or None).
 
-    `sha256` tells equal vocabularies from others; `size` counts the mask token where there is one.
+    `sha256` tells those that mean the same in a run from others; `names` are the hashes by which manifests and caches
+    may know it, that of its corpus first. `size` counts the mask token where there is one.
     """
 
     sha256: str
+    names: tuple[str, ...]
     size: int
     special_ids: SpecialIds
     tokenizer_dir: Path | None = None
@@ -82,12 +84,13 @@ def dictionary_hash(path: Path) -> str:
     return hashlib.sha256(json.dumps(symbols).encode()).hexdigest()
 
 
-def check_tokenizer(folder: str, expected: str, *, what: str) -> bool:
+def check_tokenizer(folder: str, expected: str, task: Task, *, what: str) -> bool:
     """True when the tokenizer or dictionary beside a model is the corpus's, False when there is none; else UserError.
 
     Args:
         folder: a Hugging Face folder or hub name.
         expected: `Vocabulary.sha256` of the corpus.
+        task: the run's, which says what ids it puts among the text's.
         what: what named the folder, for the error line.
     """
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
@@ -95,7 +98,7 @@ def check_tokenizer(folder: str, expected: str, *, what: str) -> bool:
     if Path(folder, "dict.txt").is_file():
         found.append(dictionary_hash(Path(folder, "dict.txt")))
     if not Path(folder).is_dir() or any(Path(folder, file).exists() for file in files):
-        found.append(tokenizer_hash(load_tokenizer(folder)))
+        found.append(tokenizer_hash(load_tokenizer(folder), masked=task == "mlm"))
     if found and expected not in found:
         raise UserError(
             f"{what}={folder} has another tokenizer ({found[-1][:12]}) than data.corpus ({expected[:12]}); take a "
@@ -104,16 +107,17 @@ def check_tokenizer(folder: str, expected: str, *, what: str) -> bool:
     return bool(found)
 
 
-def _of_tokenizer(folder: Path) -> Vocabulary:
+def _of_tokenizer(folder: Path, task: Task) -> Vocabulary:
     tokenizer = load_tokenizer(folder)
-    return Vocabulary(tokenizer_hash(tokenizer), len(tokenizer), special_ids(tokenizer), tokenizer_dir=folder)
+    sha256 = tokenizer_hash(tokenizer, masked=task == "mlm")
+    names = tokenizer_hash(tokenizer), former_tokenizer_hash(tokenizer)
+    return Vocabulary(sha256, names, len(tokenizer), special_ids(tokenizer), tokenizer_dir=folder)
 
 
 def _of_dictionary(path: Path, task: Task, gpt2: str | None) -> Vocabulary:
-    symbols, ids = read_fairseq_dict(path)
-    if task == "causal":  # the task that appends <mask> is the masked one
-        symbols, ids = symbols[:-1], dataclasses.replace(ids, mask=None)
-    return Vocabulary(dictionary_hash(path), len(symbols), ids, Path(gpt2) if gpt2 else None, path)
+    symbols, ids = read_fairseq_dict(path, mask=task == "mlm")
+    sha256 = dictionary_hash(path)
+    return Vocabulary(sha256, (sha256,), len(symbols), ids, Path(gpt2) if gpt2 else None, path)
 
 
 # -------------------------------------------------------------------------------------------------- sources
@@ -138,7 +142,8 @@ def _open(path: str, data: DataConfig, task: Task) -> _Corpus:
     if folder.is_dir():
         prepared = open_corpus(folder)
         valid = open_shards(prepared.valid_prefix, checked=True) if prepared.valid_prefix else None
-        return _with_tokenizer(open_shards(prepared.train_prefix, checked=True), valid, prepared.tokenizer_dir)
+        vocabulary = _of_tokenizer(prepared.tokenizer_dir, task)
+        return _with_tokenizer(open_shards(prepared.train_prefix, checked=True), valid, vocabulary)
     if not glob.glob(f"{glob.escape(path)}.idx") and not glob.has_magic(path):
         raise UserError(
             f"{path} is no prepared corpus, no fairseq folder (dict.txt, train.idx) and no prefix of token files; make "
@@ -149,15 +154,20 @@ def _open(path: str, data: DataConfig, task: Task) -> _Corpus:
     tokenizer = data.tokenizer or (str(beside) if beside.is_dir() else None)
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer beside it; name its folder with data.tokenizer")
-    return _with_tokenizer(stores, None, Path(tokenizer))
+    return _with_tokenizer(stores, None, _of_tokenizer(Path(tokenizer), task))
 
 
-def _with_tokenizer(train: list[TokenStore], valid: list[TokenStore] | None, folder: Path) -> _Corpus:
-    vocabulary = _of_tokenizer(folder)
+def _with_tokenizer(train: list[TokenStore], valid: list[TokenStore] | None, vocabulary: Vocabulary) -> _Corpus:
+    names = vocabulary.names
     for store in [*train, *(valid or [])]:
-        if store.manifest is not None and store.manifest.tokenizer_hash != vocabulary.sha256:
-            raise UserError(f"{store.prefix} was made with another tokenizer than {folder}; prepare it again")
-    return _Corpus(train, valid, vocabulary)
+        if store.manifest is None:
+            continue
+        if store.manifest.tokenizer_hash not in names:
+            raise UserError(
+                f"{store.prefix} was made with another tokenizer than {vocabulary.tokenizer_dir}; prepare it again"
+            )
+        names = tuple(sorted(names, key=store.manifest.tokenizer_hash.__ne__))
+    return _Corpus(train, valid, replace(vocabulary, names=names))
 
 
 def _interval(source: SourceConfig, *, held_out: float) -> Interval:
@@ -243,7 +253,7 @@ class _Opener:
         )
         valid = self.validation(valid_parts)
         hashes = {
-            "tokenizer_sha256": self.vocabulary.sha256,
+            "tokenizer_sha256": self.vocabulary.names[0],
             "train_sha256": self._joint_hash(train_parts),
             "valid_sha256": self._joint_hash([part for parts in valid_parts.values() for part in parts]),
         }

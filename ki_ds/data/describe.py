@@ -10,7 +10,7 @@ import numpy as np
 
 from ki_ds.data.prepare import open_corpus
 from ki_ds.data.store import Manifest, TokenStore, is_fairseq_folder, open_shards, store_prefix, verify_store
-from ki_ds.data.tokenize import load_tokenizer, read_fairseq_dict, tokenizer_hash
+from ki_ds.data.tokenize import former_tokenizer_hash, load_tokenizer, read_fairseq_dict, tokenizer_hash
 from ki_ds.errors import UserError
 
 Decoder = Callable[[Sequence[int]], str]
@@ -183,7 +183,8 @@ def _decoder(
     if store.kind == "fairseq" or (tokenizer is None and not (beside / "tokenizer").is_dir()):
         return lambda ids: " ".join(map(str, ids)), manifest.vocab_size if manifest else None
     loaded = load_tokenizer(tokenizer if tokenizer is not None else beside / "tokenizer")
-    if manifest is not None and manifest.tokenizer_hash not in (None, tokenizer_hash(loaded)):
+    known = (None, tokenizer_hash(loaded), former_tokenizer_hash(loaded))
+    if manifest is not None and manifest.tokenizer_hash not in known:
         raise UserError(
             f"{loaded.name_or_path} is not the tokenizer that {store.prefix} was written with (their hashes "
             "differ); name the right one"

@@ -3,12 +3,14 @@
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
 
 
@@ -61,32 +63,35 @@ class DictionaryTokenizer(PreTrainedTokenizerFast):
 
 
 def tokenizer_with_dictionary(
-    symbols: Sequence[str], gpt2: PreTrainedTokenizerBase, *, name: str
+    symbols: Sequence[str], special_ids: SpecialIds, gpt2: PreTrainedTokenizerBase, *, name: str
 ) -> DictionaryTokenizer:
     """A tokenizer with GPT-2's merges whose ids are the places of `symbols`; `<s>` before and `</s>` behind a text.
 
-    `symbols` are `<s>`, `<pad>`, `</s>`, `<unk>`, the dictionary's lines, `<mask>`. Those that are no GPT-2 id
-    (madeupword0000) keep their id and come from no text. UserError that names the dictionary: it holds no GPT-2
-    ids, or `gpt2` is no byte-level BPE.
+    `symbols` and `special_ids` are those of `read_fairseq_dict`, the mask's among them. Symbols that are no GPT-2 id
+    (madeupword0000) keep their id and come from no text; of one that is there twice, text gets the last. UserError
+    that names the dictionary: it holds no GPT-2 ids, or `gpt2` is no byte-level BPE.
     """
     backend = getattr(gpt2, "backend_tokenizer", None)
     model = json.loads(backend.to_str())["model"] if backend is not None else {}
     if model.get("type") != "BPE":
         raise UserError(f"the tokenizer that {name} numbers must be GPT-2's byte-level BPE; name its folder")
     pieces = {str(i): piece for piece, i in model["vocab"].items()}
-    bos, pad, eos, unk, mask = *symbols[:4], symbols[-1]
-    tokens = [*symbols[:4], *(pieces.get(symbol, symbol) for symbol in symbols[4:-1]), symbols[-1]]
-    literal = {symbol for symbol in symbols[4:-1] if symbol not in pieces}
+    roles = {i: symbols[i] for i in special_ids.all_ids}
+    literal = {symbol for symbol in symbols if symbol not in pieces and symbol not in roles.values()}
     if literal & model["vocab"].keys() or not pieces.keys() & set(symbols):
         raise UserError(f"{name} does not list GPT-2 ids; name the dict.txt of data encoded with GPT-2's BPE")
+    tokens = _distinct([pieces.get(symbol, symbol) for symbol in symbols], roles)
     known = set(tokens)
     absent = [piece for piece in sorted(model["vocab"], key=model["vocab"].__getitem__) if piece not in known]
     ids = {token: i for i, token in enumerate([*tokens, *absent])}
     own = Tokenizer(models.BPE(ids, [tuple(merge) for merge in model["merges"]]))
     assert backend is not None
     own.pre_tokenizer, own.decoder = backend.pre_tokenizer, backend.decoder
+    bos, pad, eos, unk, mask = (roles[i] for i in astuple(special_ids)[:5])
     own.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A {eos}", pair=f"{bos} $A {eos} {eos} $B {eos}", special_tokens=[(bos, 0), (eos, 2)]
+        single=f"{bos} $A {eos}",
+        pair=f"{bos} $A {eos} {eos} $B {eos}",
+        special_tokens=[(bos, special_ids.bos), (eos, special_ids.eos)],
     )
     return DictionaryTokenizer(
         dictionary_size=len(symbols),
@@ -100,3 +105,9 @@ def tokenizer_with_dictionary(
         mask_token=AddedToken(mask, lstrip=True, special=True),
         clean_up_tokenization_spaces=False,
     )
+
+
+def _distinct(tokens: list[str], roles: dict[int, str]) -> list[str]:
+    """The tokens, each once: those with a role and the last of equal ones keep their name, others get their id's."""
+    owners = {token: i for i, token in enumerate(tokens)} | {token: i for i, token in roles.items()}
+    return [token if owners[token] == i else f"{token}#overwritten{i}" for i, token in enumerate(tokens)]

@@ -47,6 +47,7 @@ from ki_ds.data.store import (
 )
 from ki_ds.data.tokenize import (
     TokenizerKind,
+    former_tokenizer_hash,
     load_tokenizer,
     save_tokenizer,
     special_ids,
@@ -154,7 +155,7 @@ def build_store(
     sha = None if isinstance(wanted, TokenizerSpec) else tokenizer_hash(wanted)
     request = {
         "files": corpus.fingerprint(),
-        "tokenizer": asdict(wanted) if isinstance(wanted, TokenizerSpec) else sha,
+        "tokenizer": asdict(wanted) if isinstance(wanted, TokenizerSpec) else tokenizer_hash(wanted, masked=True),
         "valid_fraction": valid_fraction,
         "seed": seed,
         "text_key": text_key,
@@ -165,7 +166,8 @@ def build_store(
     }
     folder = Path(out)
     if _is_taken(folder):
-        return _finished(folder, request)
+        former = None if isinstance(wanted, TokenizerSpec) else former_tokenizer_hash(wanted)
+        return _finished(folder, request, former)
     if show_progress:
         print(corpus.found.table(), file=sys.stderr)
     workers = num_workers if num_workers is not None else len(os.sched_getaffinity(0))
@@ -188,10 +190,13 @@ def _is_taken(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def _finished(folder: Path, request: dict[str, Any]) -> PreparedCorpus:
-    """The corpus in `folder` if it was made of the same inputs."""
+def _finished(folder: Path, request: dict[str, Any], former_tokenizer: str | None) -> PreparedCorpus:
+    """The corpus in `folder` if it was made of the same inputs; the tokenizer may have its former hash there."""
     prepared = open_corpus(folder)
-    differing = _differing(prepared.info["inputs"], request)
+    inputs = prepared.info["inputs"]
+    if former_tokenizer is not None and inputs.get("tokenizer") == former_tokenizer:
+        request = request | {"tokenizer": former_tokenizer}
+    differing = _differing(inputs, request)
     if differing:
         raise UserError(f"{folder} was prepared with other {differing}; remove it or take another folder")
     shutil.rmtree(_work_path(folder), ignore_errors=True)  # left by a kill right after the rename

@@ -95,12 +95,18 @@ def backend_from_sentencepiece(model: bytes, name: str) -> tuple[Tokenizer, dict
     if trainer.treat_whitespace_as_suffix or not norm.escape_whitespaces:
         raise UserError(f"{name} marks blanks in another way than before a word; train it with the default")
     unk = processor.unk_id()
-    make = _unigram if trainer.model_type == _UNIGRAM else _bpe
-    backend = Tokenizer(make(pieces, unk, byte_fallback=trainer.byte_fallback))
-    backend.normalizer = _normalizer(norm)
-    patterns = _word_cuts(pieces)
+    user_defined = sorted((piece for piece, _, kind in pieces if kind == _USER_DEFINED), key=len, reverse=True)
     if trainer.model_type == _UNIGRAM:
-        patterns += _name_cuts(pieces, byte_fallback=trainer.byte_fallback)
+        _check_overlaps(user_defined, name)
+        backend = Tokenizer(_unigram(pieces, unk, byte_fallback=trainer.byte_fallback))
+        patterns = [*_word_cuts(pieces), *_name_cuts(pieces, byte_fallback=trainer.byte_fallback)]
+    else:
+        backend = Tokenizer(_bpe(pieces, unk, byte_fallback=trainer.byte_fallback))
+        patterns = _word_cuts(pieces)
+        if user_defined:  # each is cut out first, and is then a whole piece that no merge makes
+            patterns = ["|".join(map(re.escape, user_defined)), *patterns, *_whole_cuts(backend.model, pieces, name)]
+            backend.model.ignore_merges = True
+    backend.normalizer = _normalizer(norm)
     if patterns:
         backend.pre_tokenizer = pre_tokenizers.Sequence([Split(Regex(pattern), "isolated") for pattern in patterns])
     steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -108,15 +114,14 @@ def backend_from_sentencepiece(model: bytes, name: str) -> tuple[Tokenizer, dict
     backend.add_special_tokens(
         [AddedToken(p, normalized=False, special=True) for p, _, kind in pieces if kind in (_UNKNOWN, _CONTROL)]
     )
-    backend.add_tokens([AddedToken(p, normalized=False) for p, _, kind in pieces if kind == _USER_DEFINED])
-    _check_agreement(backend, processor, name)
+    _check_agreement(backend, processor, name, user_defined)
     return backend, _roles(processor, pieces)
 
 
 def _word_cuts(pieces: list[tuple[str, float, int]]) -> list[str]:
     """Patterns of words to segment, and cache, one by one: where no piece goes on into the next word."""
     crossing = re.compile(f"[^{SPACE}]{SPACE}")
-    if any(crossing.search(piece) for piece, _, kind in pieces if kind == _NORMAL):
+    if any(crossing.search(piece) for piece, _, kind in pieces if kind in (_NORMAL, _USER_DEFINED)):
         return []
     return [f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"]
 
@@ -139,6 +144,26 @@ def _name_cuts(pieces: list[tuple[str, float, int]], *, byte_fallback: bool) -> 
     return [f"(?<={before})(?={'|'.join(after)})" for before, after in cuts.items()]
 
 
+def _whole_cuts(model: models.BPE, pieces: list[tuple[str, float, int]], name: str) -> list[str]:
+    """A pattern that cuts what is written like a piece that no merges make of it, so that it is not taken for it whole.
+
+    Such are the names of control and byte pieces. They are cut where their first token ends, which changes no other.
+    """
+    cuts: dict[str, list[str]] = {}  # what follows the cut, by what stands before it
+    for i, (piece, _, kind) in enumerate(pieces):
+        if kind == _USER_DEFINED:
+            continue
+        tokens = model.tokenize(piece)
+        if [token.id for token in tokens] == [i]:
+            continue
+        cut = len(piece.encode()[: tokens[0].offsets[1]].decode())
+        if cut == len(piece):
+            raise UserError(f"{name} has no piece for a character of {piece!r}, and cannot be reproduced exactly")
+        cuts.setdefault(piece[:cut], []).append(re.escape(piece[cut:]))
+    each = [rf"{re.escape(before)}(?=(?:{'|'.join(after)})\z)" for before, after in cuts.items()]
+    return [rf"\A(?:{'|'.join(each)})"] if each else []
+
+
 def _parsed(model: bytes, name: str) -> tuple[Any, Any]:
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
@@ -159,11 +184,31 @@ def _roles(processor: Any, pieces: list[tuple[str, float, int]]) -> dict[str, st
     return {**named, **({"mask_token": masks[0]} if masks else {})}
 
 
+def _check_overlaps(user_defined: list[str], name: str) -> None:
+    """UserError where one piece can begin within another: which is taken hangs on float32 sums of equal cost."""
+    for one in user_defined:
+        for length in range(1, len(one)):
+            other = next(
+                (piece for piece in user_defined if piece.startswith(one[-length:]) and len(piece) > length), ""
+            )
+            if other:
+                raise UserError(
+                    f"{name} has the user-defined pieces {one!r} and {other!r}, which can overlap, and cannot be "
+                    "reproduced exactly; save it as a Hugging Face tokenizer.json first"
+                )
+
+
 def _unigram(pieces: list[tuple[str, float, int]], unk: int, *, byte_fallback: bool) -> models.Unigram:
     # text never becomes a control, byte or unused piece: as a path through the text they cost more than any other
     worst = min(score for _, score, kind in pieces if kind == _NORMAL) - 1000
-    usable = (_NORMAL, _USER_DEFINED)
-    vocabulary = [(piece, score if kind in usable else worst) for piece, score, kind in pieces]
+    best = max(score for _, score, kind in pieces if kind in (_NORMAL, _USER_DEFINED))
+
+    def cost(piece: str, score: float, kind: int) -> float:
+        if kind == _USER_DEFINED:
+            return len(piece.encode()) * best - 0.1  # as SentencePiece counts it
+        return score if kind == _NORMAL else worst
+
+    vocabulary = [(piece, cost(piece, score, kind)) for piece, score, kind in pieces]
     return models.Unigram(vocabulary, unk, byte_fallback)
 
 
@@ -187,17 +232,24 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    steps.append(normalizers.Replace(" ", SPACE))
+    if spec.remove_extra_whitespaces:  # at the end, where U+2581 of the text counts as a blank
+        steps.append(normalizers.Replace(Regex(rf"{SPACE}+\z"), ""))
+    return normalizers.Sequence(steps)
 
 
-def _check_agreement(backend: Tokenizer, processor: Any, name: str) -> None:
+def _check_agreement(backend: Tokenizer, processor: Any, name: str, user_defined: list[str]) -> None:
     """UserError unless both give the same ids for the probes and for the model's own pieces in a row."""
     backend.encode_special_tokens = True
     own = [processor.id_to_piece(i) for i in range(0, len(processor), max(len(processor) // 2000, 1))]
-    texts = [*_PROBES, *(" ".join(own[i : i + 20]).replace(SPACE, " ") for i in range(0, len(own), 20))]
+    texts = [
+        *_PROBES,
+        *_around(user_defined, own),
+        *(" ".join(own[i : i + 20]).replace(SPACE, " ") for i in range(0, len(own), 20)),
+    ]
     for text in texts:
         ours, theirs = backend.encode(text, add_special_tokens=False).ids, processor.encode(text)
         if ours != theirs:
@@ -206,3 +258,11 @@ def _check_agreement(backend: Tokenizer, processor: Any, name: str) -> None:
                 f"{theirs[:8]}…; save it as a Hugging Face tokenizer.json first"
             )
     backend.encode_special_tokens = False
+
+
+def _around(user_defined: list[str], own: list[str]) -> Iterator[str]:
+    """Texts with user-defined pieces at every kind of place."""
+    for number, piece in enumerate(user_defined):
+        other, beside = user_defined[number - 1], own[number * 37 % len(own)].replace(SPACE, " ")
+        yield from (piece, f"{piece} {piece}", f"{piece}{other}", f" {piece}  {other} ", f"The{piece}cat {piece}.")
+        yield from (f"{beside}{piece}{beside}{other}{beside}", f"{piece[:-1]}{piece}{piece[1:]}", f"{piece}<s>{piece}")

@@ -28,6 +28,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vo
 
 # RoBERTa's names, and its first four ids; the mask comes right after them, before the bytes.
 BOS, PAD, EOS, UNK, MASK = SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+_OVERWRITE = " #fairseq:overwrite"
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 
@@ -159,8 +160,11 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> "PreTrainedTokeniz
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"no tokenizer can be loaded from {name} ({reason}); name its folder") from None
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
         raise UserError(f"the tokenizer of {name} has no fast version; save it as tokenizer.json first")
+    backend.no_truncation()  # a tokenizer.json can hold how it was last called
+    backend.no_padding()
     return tokenizer
 
 
@@ -245,8 +249,56 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> SpecialIds:
     )
 
 
-def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 of vocabulary, merges (or piece scores) and special ids: equal when the ids mean the same."""
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase", *, masked: bool = False) -> str:
+    """SHA-256 of what a tokenizer makes of the text of a corpus: equal when every text gets the same ids.
+
+    Vocabulary, merges or scores, normalizer, pre-tokenizer and added tokens count, and the ids that a run puts among a
+    text's: the end of a line, with `masked` its beginning and the mask as well. What stands around a text given alone,
+    padding, limits, the way back to text and the form of the files do not.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids, normalizer = special_ids(tokenizer), _steps(backend["normalizer"], "normalizers")
+    cutting = [
+        {name: value for name, value in step.items() if name != "trim_offsets"}
+        for step in _steps(backend["pre_tokenizer"], "pretokenizers")
+    ]
+    canonical = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "model": _model_facts(backend["model"], cutting),
+        "normalizer": normalizer,
+        "pre_tokenizer": cutting,
+        # special ones are mere text within a corpus
+        "added": [
+            token if normalizer else {**token, "normalized": False}
+            for token in backend["added_tokens"]
+            if not token["special"]
+        ],
+        "eos": ids.eos,
+        **({"bos": ids.eos if ids.bos is None else ids.bos, "mask": ids.mask} if masked else {}),
+    }
+    return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
+
+
+def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    """The parts of a sequence of sequences, in order."""
+    if part is None:
+        return []
+    return [step for each in part[inner] for step in _steps(each, inner)] if part["type"] == "Sequence" else [part]
+
+
+def _model_facts(model: dict[str, Any], cutting: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a model does beside its vocabulary; settings that change nothing are left out."""
+    kept = {name: value for name, value in model.items() if value not in (None, "", False, 0) or name == "unk_id"}
+    if isinstance(model["vocab"], dict):
+        del kept["vocab"]
+        every_byte = set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys()
+        if every_byte and any(step["type"] == "ByteLevel" for step in cutting):  # nothing is unknown
+            kept = {name: value for name, value in kept.items() if name not in ("unk_token", "fuse_unk")}
+    return kept
+
+
+def former_tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The hash that manifests and caches of earlier versions hold: of vocabulary, merges and all special ids."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     canonical = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
@@ -257,26 +309,45 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
 
-def read_fairseq_dict(path: str | os.PathLike[str]) -> tuple[list[str], SpecialIds]:
-    """(symbol of each id, special ids) of a fairseq `dict.txt`; the mask, which the file lacks, is last.
+def read_fairseq_dict(path: str | os.PathLike[str], *, mask: bool = True) -> tuple[list[str], SpecialIds]:
+    """(symbol of each id, special ids) of a fairseq `dict.txt`, read as fairseq's `Dictionary` reads it.
 
-    A line is `symbol count`, split at the last blank. UserError with the line that is not.
+    A line is `symbol count`, split at the last blank, or `symbol count #fairseq:overwrite` for a symbol that is there
+    already: text gets the id of its last line then, while the ids with a role stay the first four. The mask is what
+    the masked task adds: the last id, or that of a line `<mask>`; without `mask` nothing is added. UserError with the
+    line that is neither, or has a symbol again.
     """
-    symbols = list(SPECIAL_TOKENS[:4])
+    symbols, places = list(SPECIAL_TOKENS[:4]), {symbol: i for i, symbol in enumerate(SPECIAL_TOKENS[:4])}
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no readable fairseq dictionary ({error}); name dict.txt") from None
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        symbol, _, count = line.removesuffix(" #fairseq:overwrite").rpartition(" ")
-        if not symbol or not count.isdecimal():
+    for number, line in enumerate(lines, 1):
+        content = line.rstrip()
+        entry = content.removesuffix(_OVERWRITE)
+        symbol, blank, count = entry.rpartition(" ")
+        if not blank or not _is_integer(count):
             raise UserError(f"{path} line {number} is not 'symbol count' ({line[:40]!r}); mend or fetch it again")
+        if symbol in places and entry == content:
+            raise UserError(
+                f"{path} has the symbol {symbol!r} twice (line {number}); fetch it again, or end the line with "
+                f"'{_OVERWRITE}', which is how fairseq 0.9 read it"
+            )
+        places[symbol] = len(symbols)
         symbols.append(symbol)
-    if len(set(symbols)) != len(symbols):
-        twice = next(symbol for i, symbol in enumerate(symbols) if symbol in symbols[:i])
-        raise UserError(f"{path} has the symbol {twice!r} twice; fetch it again")
-    symbols.append(MASK)
-    return symbols, SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=len(symbols) - 1)
+    if mask and MASK not in places:
+        places[MASK] = len(symbols)
+        symbols.append(MASK)
+    return symbols, SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=places[MASK] if mask else None)
+
+
+def _is_integer(text: str) -> bool:
+    try:
+        int(text)
+    except ValueError:
+        return False
+    return True
 
 
 def tokenizer_from_fairseq(
@@ -289,5 +360,5 @@ def tokenizer_from_fairseq(
     """
     from ki_ds.data.fairseq_bpe import tokenizer_with_dictionary
 
-    symbols, _ = read_fairseq_dict(dict_path)
-    return tokenizer_with_dictionary(symbols, load_tokenizer(gpt2), name=str(dict_path))
+    symbols, ids = read_fairseq_dict(dict_path)
+    return tokenizer_with_dictionary(symbols, ids, load_tokenizer(gpt2), name=str(dict_path))

@@ -91,7 +91,7 @@ def _load(
     name: str, data: DataConfig, task: Task, vocabulary: Vocabulary, dtype: torch.dtype, device: torch.device
 ) -> tuple[InheritanceModel, bool]:
     folder = model_folder(name)
-    checked = check_tokenizer(folder, vocabulary.sha256, what="model")
+    checked = check_tokenizer(folder, vocabulary.sha256, task, what="model")
     lm = load_lm(folder, task, dtype, what="model")
     check_vocabulary(lm, vocabulary.size, what=f"model {name}")
     limit = max_positions(lm)

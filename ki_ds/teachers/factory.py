@@ -159,7 +159,7 @@ def make_teacher(
     name = "fp16" if device.type == "cuda" else "fp32"
     dtype = DTYPES[name if config.dtype == "auto" else config.dtype]
     read_config(folder, what=what)  # the cheapest way to find that it is no model at all
-    checked = check_tokenizer(folder, tokenizer_sha256, what=what)
+    checked = check_tokenizer(folder, tokenizer_sha256, task, what=what)
     lm = load_lm(folder, task, dtype, what=what)
     _check_shape(lm, f"{what}={config.path}", num_classes=num_classes, seq_len=seq_len)
     digest = weights_sha256(folder) if Path(folder).is_dir() else None
@@ -182,6 +182,8 @@ def _cached(config: TeacherConfig, questions: Questions, device: torch.device) -
     folder = Path(config.path)
     manifest = Manifest.read(folder)
     expected = dict(questions.key)
+    if (name := manifest.key.get("vocabulary_sha256")) in questions.vocabulary_names:
+        expected["vocabulary_sha256"] = name
     if manifest.key["kind"] == "topk":
         expected["inherit.tau"] = questions.tau
     if config.dtype != "auto":

@@ -42,6 +42,7 @@ class Questions:
     global_batch_size: int
     micro_batch_size: int
     domain_ids: frozenset[int] | None = None
+    vocabulary_names: tuple[str, ...] = ()  # other hashes by which a cache may know the key's vocabulary
 
     @classmethod
     def of_run(cls, config: RunConfig, data: Datasets, *, steps: range) -> Questions:
@@ -54,6 +55,7 @@ class Questions:
             steps=steps,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
+            vocabulary_names=data.vocabulary.names,
         )
 
     def of_steps(self, num_steps: int) -> Questions:
@@ -138,7 +140,7 @@ def sample_key(config: RunConfig, data: Datasets) -> dict[str, Any]:
     if config.task == "mlm":
         key |= {f"data.{name}": getattr(settings, name) for name in _MASK_FIELDS} | {"seed": config.seed}
     return key | {
-        "vocabulary_sha256": data.vocabulary.sha256,
+        "vocabulary_sha256": data.vocabulary.names[0],
         "num_classes": data.vocabulary.size,
         "train_sha256": data.hashes["train_sha256"],
         "num_samples": len(data.train),

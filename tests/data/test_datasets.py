@@ -1,5 +1,6 @@
 """From a configuration to data sets: every kind of source, its parts, its validation, and what is refused."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,10 +11,11 @@ import pytest
 
 from ki_ds.config import DataConfig, SourceConfig
 from ki_ds.data import datasets as module
-from ki_ds.data.datasets import dictionary_hash, open_datasets
+from ki_ds.data.datasets import check_tokenizer, dictionary_hash, open_datasets
 from ki_ds.data.index_cache import FOLDER_NAME
 from ki_ds.data.prepare import open_corpus
-from ki_ds.data.tokenize import load_tokenizer
+from ki_ds.data.store import Manifest
+from ki_ds.data.tokenize import former_tokenizer_hash, load_tokenizer
 from ki_ds.data.words import word_beginnings
 from ki_ds.errors import UserError
 from tests.tiny import tiny_corpus
@@ -196,6 +198,66 @@ class TestIndex:
             going_on += len(inside)
             assert all((t in labelled) == (t - 1 in labelled) for t in inside)
         assert going_on > 50
+
+
+def with_former_hash(corpus):
+    """The corpus as versions before the present hash of tokenizers wrote it; that hash."""
+    former = former_tokenizer_hash(load_tokenizer(corpus / "tokenizer"))
+    for path in (corpus / "train.json", corpus / "valid.json"):
+        path.write_text(dataclasses.replace(Manifest.read(path), tokenizer_hash=former).to_json())
+    return former
+
+
+def set_token(folder, **tokens):
+    """Change special tokens in the configuration of a tokenizer; None takes one away."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | tokens
+    path.write_text(json.dumps({name: token for name, token in config.items() if token is not None}))
+
+
+class TestTokenizers:
+    def test_corpora_with_the_former_hash_stay_what_they_were(self, base, tmp_path):
+        shutil.copytree(base / "wb", tmp_path / "wb")
+        former = with_former_hash(tmp_path / "wb")
+        data, now = opened(base, corpus=str(tmp_path / "wb")), opened(base, corpus=str(base / "wb"))
+        assert data.hashes["tokenizer_sha256"] == former != now.hashes["tokenizer_sha256"]
+        assert (data.vocabulary.sha256, data.vocabulary.special_ids) == (
+            now.vocabulary.sha256,
+            now.vocabulary.special_ids,
+        )
+        assert tokens_of(data.train) == tokens_of(now.train)
+        mixed = opened(base, sources=[SourceConfig(str(tmp_path / "wb")), SourceConfig(str(base / "cs"))])
+        assert len(mixed.train) > len(data.train)
+
+    @pytest.mark.parametrize("task", ["mlm", "causal"])
+    def test_padding_parts_no_corpora_and_no_models(self, base, tmp_path, task):
+        for name, pad in (("none", None), ("eos", "</s>")):
+            shutil.copytree(base / "cs", tmp_path / name)
+            set_token(tmp_path / name / "tokenizer", pad_token=pad)
+        paths = [base / "wb", tmp_path / "none", tmp_path / "eos"]
+        data = opened(base, task=task, sources=[SourceConfig(str(path)) for path in paths])
+        assert len(data.train.datasets) == 3
+        for path in paths:
+            assert check_tokenizer(str(path / "tokenizer"), data.vocabulary.sha256, task, what="model")
+
+    def test_another_mask_is_another_tokenizer_for_masks_alone(self, base, tmp_path):
+        shutil.copytree(base / "wb/tokenizer", tmp_path / "t")
+        set_token(tmp_path / "t", mask_token="<pad>")
+        causal, mlm = (opened(base, task=task, corpus=str(base / "wb")).vocabulary.sha256 for task in ("causal", "mlm"))
+        assert check_tokenizer(str(tmp_path / "t"), causal, "causal", what="model")
+        with pytest.raises(UserError, match="has another tokenizer"):
+            check_tokenizer(str(tmp_path / "t"), mlm, "mlm", what="model")
+
+    @pytest.mark.parametrize(
+        "change", [{"normalizer": {"type": "Lowercase"}}, {"pre_tokenizer": {"type": "Whitespace"}}]
+    )
+    def test_other_ids_of_a_text_are_refused(self, base, tmp_path, change):
+        shutil.copytree(base / "wb/tokenizer", tmp_path / "t")
+        path = tmp_path / "t/tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        sha256 = opened(base, corpus=str(base / "wb")).vocabulary.sha256
+        with pytest.raises(UserError, match="has another tokenizer"):
+            check_tokenizer(str(tmp_path / "t"), sha256, "mlm", what="model")
 
 
 class TestRefused:

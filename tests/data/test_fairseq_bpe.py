@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from ki_ds.data.corpora import Document
 from ki_ds.data.fairseq_bpe import DictionaryTokenizer, tokenizer_with_dictionary
+from ki_ds.data.store import SpecialIds
 from ki_ds.data.tokenize import (
     load_tokenizer,
     read_fairseq_dict,
@@ -62,6 +63,25 @@ def test_ids_are_looked_up_in_the_dictionary(gpt2, tmp_path, share, seed):
             assert tokenizer.decode(ids) == text
 
 
+def test_overwritten_symbols_have_the_ids_of_their_last_lines(gpt2, tmp_path):
+    path = write_dictionary(tmp_path / "dict.txt", gpt2[1], 1.0)
+    lines = path.read_text().splitlines()
+    flag = "#fairseq:overwrite"
+    again = [f"<unk> 9 {flag}", f"<s> 9 {flag}", f"</s> 9 {flag}", *lines, f"{lines[3]} {flag}", "<mask> 0", "mw 0"]
+    path.write_text("\n".join(again))
+    symbols, specials = read_fairseq_dict(path)
+    places = {symbol: i for i, symbol in enumerate(symbols)}  # of equal symbols the last
+    tokenizer = tokenizer_from_fairseq(path, gpt2[0])
+    expected = [[places[str(i)] for i in gpt2[1](t, add_special_tokens=False).input_ids] for t in texts()]
+    assert tokenizer(texts()).input_ids == [[0, *ids, 2] for ids in expected]
+    assert any(len(symbols) - 3 in ids for ids in expected)
+    assert special_ids(tokenizer) == specials == SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=len(symbols) - 2)
+    assert len(tokenizer) == len(tokenizer.get_vocab()) == len(symbols)
+    assert tokenizer("a<mask>").input_ids[-2:] == [len(symbols) - 2, 2]
+    save_tokenizer(tokenizer, tmp_path / "t")
+    assert load_tokenizer(tmp_path / "t")(texts()).input_ids == tokenizer(texts()).input_ids
+
+
 def test_saved_and_loaded_it_is_the_same(gpt2, tmp_path):
     path = write_dictionary(tmp_path / "dict.txt", gpt2[1], 0.5)
     tokenizer = tokenizer_from_fairseq(path, gpt2[0])
@@ -85,5 +105,6 @@ def test_dictionaries_of_something_else(gpt2, tmp_path, content):
 
 
 def test_a_tokenizer_that_is_no_bpe(gpt2):
+    symbols = ["<s>", "<pad>", "</s>", "<unk>", "7", "<mask>"]
     with pytest.raises(UserError, match="must be GPT-2's byte-level BPE"):
-        tokenizer_with_dictionary(["<s>", "<pad>", "</s>", "<unk>", "7", "<mask>"], object(), name="d")  # type: ignore
+        tokenizer_with_dictionary(symbols, SpecialIds(), object(), name="d")  # type: ignore

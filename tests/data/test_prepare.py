@@ -24,7 +24,7 @@ from ki_ds.data import corpora, prepare
 from ki_ds.data.prepare import TokenizerSpec, build_store, open_corpus
 from ki_ds.data.processes import StoppedError
 from ki_ds.data.store import open_store, verify_store
-from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash
+from ki_ds.data.tokenize import former_tokenizer_hash, load_tokenizer, tokenizer_hash
 from ki_ds.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +107,17 @@ class TestResult:
             assert manifest.source["split"] == name
             assert manifest.source["files"][0]["name"] == source.name
             assert manifest.num_tokens == counts[name]["tokens"] == open_store(prefix).num_tokens
+
+    def test_called_again_it_finds_what_an_earlier_version_made(self, prepared, tmp_path):
+        source, _, corpus = prepared
+        tokenizer = corpus.tokenizer_dir
+        made = build(source, tmp_path / "c", tokenizer=tokenizer)
+        former = former_tokenizer_hash(load_tokenizer(tokenizer))
+        info = made.info | {"inputs": made.info["inputs"] | {"tokenizer": former}}
+        (tmp_path / "c/corpus.json").write_text(json.dumps(info))
+        before = contents(tmp_path / "c")
+        build(source, tmp_path / "c", tokenizer=tokenizer)
+        assert contents(tmp_path / "c") == before
 
     def test_two_workers_write_the_same_bytes(self, prepared, tmp_path, monkeypatch):
         source, _, corpus = prepared

@@ -18,6 +18,7 @@ from ki_ds.data.corpora import Document
 from ki_ds.data.store import SpecialIds, open_store
 from ki_ds.data.tokenize import (
     begin_with_eos,
+    former_tokenizer_hash,
     load_tokenizer,
     read_fairseq_dict,
     save_tokenizer,
@@ -229,28 +230,150 @@ class TestBeginWithEos:
             load_tokenizer(tmp_path)
 
 
+def changed(folder, out, *, data=lambda data: None, **config):
+    """A copy of a tokenizer's folder with its tokenizer.json edited in place, and settings of its configuration."""
+    shutil.copytree(folder, out)
+    content = json.loads((out / "tokenizer.json").read_text())
+    data(content)
+    (out / "tokenizer.json").write_text(json.dumps(content))
+    own = json.loads((out / "tokenizer_config.json").read_text()) | config
+    (out / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in own.items() if v is not None}))
+    return load_tokenizer(out)
+
+
+def add(data, content, **changed):
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    data["added_tokens"].append({"id": 5000, "content": content} | flags | changed)
+
+
+def swap(data):
+    vocabulary = data["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+
+def swap_merges(data):
+    merges = data["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]
+
+
+TEXT_CHANGES = {
+    "ids": swap,
+    "merges": swap_merges,
+    "one merge less": lambda data: data["model"]["merges"].pop(),
+    "an added token": lambda data: add(data, "the cat"),
+    "an added special token": lambda data: add(data, "<extra>", special=True),
+    "a normalizer": lambda data: data.update(normalizer={"type": "Lowercase"}),
+    "a prefix": lambda data: data["pre_tokenizer"].update(add_prefix_space=True),
+    "a cut": lambda data: data["pre_tokenizer"].update(use_regex=False),
+    "whole pieces first": lambda data: data["model"].update(ignore_merges=True),
+}
+TRUNCATION = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": {"Fixed": 9},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 1,
+    "pad_type_id": 0,
+    "pad_token": "<pad>",
+}
+ASIDE = {
+    "no padding": {"pad_token": None},
+    "padding with eos": {"pad_token": "</s>"},
+    "no unknown": {"unk_token": None},
+    "a limit": {"model_max_length": 77},
+    "a side": {"padding_side": "left", "truncation_side": "left"},
+    "a chat": {"chat_template": "{{ messages }}"},
+    "a list": {"additional_special_tokens": ["<mask>"]},
+    "a last call": {"data": lambda data: data.update(truncation=TRUNCATION, padding=PADDING)},
+    "around texts": {"data": lambda data: data.update(post_processor=None)},
+    "back to text": {"data": lambda data: data.update(decoder=None)},
+    "a sequence": {"data": lambda data: data.update(normalizer={"type": "Sequence", "normalizers": []})},
+    "unused settings": {"data": lambda data: data["model"].update(dropout=None, unk_token="<unk>", fuse_unk=True)},
+    "trimming": {"data": lambda data: data["pre_tokenizer"].update(trim_offsets=False)},
+}
+
+
 class TestHash:
-    @pytest.mark.parametrize("change", ["swap", "merges", "special"])
-    def test_what_changes_the_meaning_of_ids_changes_the_hash(self, trained, tmp_path, change):
+    @pytest.mark.parametrize("change", TEXT_CHANGES.values(), ids=TEXT_CHANGES)
+    def test_what_changes_the_ids_of_a_text_changes_the_hash(self, trained, tmp_path, change):
         folder, tokenizer = trained
-        for file in folder.iterdir():
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-        data = json.loads((tmp_path / "tokenizer.json").read_text())
-        vocabulary, merges = data["model"]["vocab"], data["model"]["merges"]
-        if change == "swap":
-            vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-        elif change == "merges":
-            merges[0], merges[1] = merges[1], merges[0]
-        else:
-            config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-            (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<unk>"}))
-        (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-        assert tokenizer_hash(load_tokenizer(tmp_path)) != tokenizer_hash(tokenizer)
+        assert tokenizer_hash(changed(folder, tmp_path / "t", data=change)) != tokenizer_hash(tokenizer)
+
+    @pytest.mark.parametrize("change", ASIDE.values(), ids=ASIDE)
+    def test_what_changes_no_id_does_not(self, trained, tmp_path, change):
+        folder, tokenizer = trained
+        other = changed(folder, tmp_path / "t", **change)
+        for masked in (True, False):
+            assert tokenizer_hash(other, masked=masked) == tokenizer_hash(tokenizer, masked=masked)
+        text = "the cat sees </s> a dog in the garden"
+        ids = [made.backend_tokenizer.encode(text, add_special_tokens=False).ids for made in (other, tokenizer)]
+        assert ids[0] == ids[1]
+
+    @pytest.mark.parametrize(
+        ("change", "both"),
+        [({"eos_token": "<unk>"}, True), ({"bos_token": "<unk>"}, False), ({"mask_token": "<s>"}, False)],
+    )
+    def test_roles_count_where_a_run_uses_them(self, trained, tmp_path, change, both):
+        folder, tokenizer = trained
+        other = changed(folder, tmp_path / "t", **change)
+        assert tokenizer_hash(other, masked=True) != tokenizer_hash(tokenizer, masked=True)
+        assert (tokenizer_hash(other) != tokenizer_hash(tokenizer)) == both
+
+    def test_a_beginning_that_is_not_named_is_the_end(self, trained, tmp_path):
+        folder, _ = trained
+        unnamed = changed(folder, tmp_path / "t", bos_token=None, cls_token=None)
+        named = changed(folder, tmp_path / "u", bos_token="</s>")
+        assert tokenizer_hash(unnamed, masked=True) == tokenizer_hash(named, masked=True)
+
+    @pytest.mark.parametrize("kind", ["GPT2Tokenizer", "RobertaTokenizer"])
+    def test_vocabulary_and_merges_alone_are_the_same_tokenizer(self, trained, tmp_path, kind):
+        import transformers
+
+        model = json.loads((trained[0] / "tokenizer.json").read_text())["model"]
+        vocabulary, merges = model["vocab"], [tuple(merge) for merge in model["merges"]]
+        if kind == "GPT2Tokenizer":
+            vocabulary = {token: i - 5 for token, i in vocabulary.items() if i >= 5}
+            vocabulary["<|endoftext|>"] = len(vocabulary)
+        made = getattr(transformers, kind)(vocab=vocabulary, merges=merges)
+        made.save_pretrained(tmp_path / "one")
+        (tmp_path / "two").mkdir()
+        (tmp_path / "two/vocab.json").write_text(json.dumps(vocabulary))
+        lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+        (tmp_path / "two/merges.txt").write_text("\n".join(lines) + "\n")
+        found = [load_tokenizer(tmp_path / name) for name in ("one", "two")]
+        masked = kind == "RobertaTokenizer"
+        assert len({tokenizer_hash(tokenizer, masked=masked) for tokenizer in found}) == 1
+
+    def test_the_former_hash_is_what_old_manifests_hold(self, tmp_path):
+        from transformers import GPT2Tokenizer
+
+        GPT2Tokenizer(vocab={"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}, merges=[("a", "b")]).save_pretrained(
+            tmp_path
+        )
+        assert (
+            former_tokenizer_hash(load_tokenizer(tmp_path))
+            == "ae37297b404db6e64c3276cc76c57ac6df23118c97721e32866510a8a2d834c9"
+        )
 
     def test_where_it_was_loaded_from_does_not(self, trained, tmp_path):
         _, tokenizer = trained
         tokenizer.save_pretrained(tmp_path / "copy")
         assert tokenizer_hash(load_tokenizer(tmp_path / "copy")) == tokenizer_hash(tokenizer)
+
+
+@shared
+def test_vocabularies_of_the_field_without_a_tokenizer_json(tmp_path):
+    for name in ("gpt2", "roberta"):
+        tokenizer = load_tokenizer(SHARED / "data/tok" / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        assert tokenizer_hash(load_tokenizer(tmp_path / name)) == tokenizer_hash(tokenizer)
+
+
+def test_how_a_tokenizer_was_last_called_cuts_no_text(trained, tmp_path):
+    folder, tokenizer = trained
+    other = changed(folder, tmp_path / "t", data=lambda data: data.update(truncation=TRUNCATION, padding=PADDING))
+    text = "the cat sees a dog in the garden"
+    assert other.backend_tokenizer.encode(text).ids == tokenizer.backend_tokenizer.encode(text).ids
 
 
 class TestFairseqDict:
@@ -259,6 +382,38 @@ class TestFairseqDict:
         symbols, specials = read_fairseq_dict(tmp_path / "dict.txt")
         assert symbols == ["<s>", "<pad>", "</s>", "<unk>", "13", "a b", "madeupword0000", "<mask>"]
         assert specials == SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=7)
+
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [
+            ("", []),
+            ("13 850", ["13"]),  # no end of the last line
+            ("13 850\r\n7 2\r\n", ["13", "7"]),
+            ("13 850  \t\n7 -1\u3000\n", ["13", "7"]),  # what follows a count, and any integer
+            (" 5\n  5\na  1\n", ["", " ", "a "]),
+            ("a\u2028b 5\nc\x0bd 5\n", ["a\u2028b", "c\x0bd"]),  # lines end at line feeds alone
+            ("#fairseq:overwrite 7\n", ["#fairseq:overwrite"]),
+            ("13 1 #fairseq:overwrite\n13 1 #fairseq:overwrite \n", ["13", "13"]),
+        ],
+    )
+    def test_lines_are_read_as_fairseq_reads_them(self, tmp_path, content, expected):
+        (tmp_path / "dict.txt").write_bytes(content.encode())
+        symbols, specials = read_fairseq_dict(tmp_path / "dict.txt")
+        assert symbols[4:-1] == expected
+        assert specials.mask == len(expected) + 4
+
+    def test_overwritten_symbols_leave_the_roles_to_the_first_four(self, tmp_path):
+        (tmp_path / "dict.txt").write_text("<unk> 9 #fairseq:overwrite\n<s> 9 #fairseq:overwrite\n13 5\n")
+        symbols, specials = read_fairseq_dict(tmp_path / "dict.txt")
+        assert symbols == ["<s>", "<pad>", "</s>", "<unk>", "<unk>", "<s>", "13", "<mask>"]
+        assert specials == SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=7)
+
+    def test_a_mask_among_the_lines_is_the_mask(self, tmp_path):
+        (tmp_path / "dict.txt").write_text("13 5\n<mask> 0\n7 2\n")
+        symbols, specials = read_fairseq_dict(tmp_path / "dict.txt")
+        assert (len(symbols), specials.mask) == (7, 5)
+        symbols, specials = read_fairseq_dict(tmp_path / "dict.txt", mask=False)
+        assert (len(symbols), specials.mask) == (7, None)
 
     @shared
     def test_the_released_dictionary(self):
@@ -271,8 +426,13 @@ class TestFairseqDict:
             (b"13 850\n\n", "line 2"),
             (b"13\n", "line 1"),
             (b"13 x\n", "line 1"),
-            (b"", "line 1"),
-            (b"13 1\n13 2\n", "'13' twice"),
+            (b"13 1\n \t\n", "line 2"),
+            (b"13\t1\n", "line 1"),
+            (b"13 1 #fairseq:other\n", "line 1"),
+            (b"#fairseq:overwrite 1\n13 #fairseq:overwrite\n", "line 2"),
+            (b"13 1\n13 2\n", r"'13' twice \(line 2\)"),
+            (b"<unk> 1\n", r"'<unk>' twice \(line 1\)"),
+            (b"<mask> 1\n<mask> 1\n", "'<mask>' twice"),
             (b"\xff 1\n", "no readable"),
         ],
     )

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from ki_ds.data.batches import Sample, TrainBatches, collate
+from ki_ds.data.tokenize import former_tokenizer_hash
 from ki_ds.errors import UserError
 from ki_ds.loss import inheritance_loss, topk_inheritance_loss
 from ki_ds.signals import HiddenSignal, TopKSignal
 from ki_ds.teachers.cache import CachedTeacher, encode
+from ki_ds.teachers.cache_build import build_cache
 from ki_ds.teachers.cache_files import Manifest
-from tests.teachers.cache_cases import cache_of, config_of, data_of, reading, teacher_of
+from tests.teachers.cache_cases import cache_of, config_of, data_of, questions_of, reading, recording_of, teacher_of
 from tests.tiny import inherit, records, tiny_corpus
 
 LONG = {"train": {"num_steps": 20}, "inherit": {"schedule": "linear", "steps": 20}}
@@ -263,6 +265,20 @@ def test_a_cache_of_other_data_is_refused(base, caches):
     refused(
         config_of(base, data={"corpus": str(small)}), cache, "was made with vocabulary_sha256=[0-9a-f]{12}, the run"
     )
+
+
+def test_a_cache_that_knows_the_tokenizer_by_its_former_hash_is_read(base, tmp_path):
+    """Token files without a manifest do not tell by which hash their vocabulary was known."""
+    tokens = {"corpus": str(base / "corpus" / "train"), "tokenizer": str(base / "corpus" / "tokenizer")}
+    config = config_of(base, data={**tokens, "valid_fraction": 0.15})
+    data = data_of(config)
+    before = replace(data, vocabulary=replace(data.vocabulary, names=data.vocabulary.names[::-1]))
+    questions = questions_of(config, before)
+    former = former_tokenizer_hash(data.vocabulary.tokenizer)
+    assert questions.key["vocabulary_sha256"] == former != questions_of(config).key["vocabulary_sha256"]
+    build_cache(tmp_path / "cache", questions, recording_of(config, questions))
+    _, facts = teacher_of(reading(config, tmp_path / "cache"))
+    assert facts.cache["kind"] == "topk"
 
 
 def test_every_field_of_the_key_counts(base, caches, tmp_path):
