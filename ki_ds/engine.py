@@ -136,7 +136,7 @@ def connect(config: EngineConfig, *, num_teacher_ranks: int = 0) -> tuple[torch.
     _check_world(int(os.environ["WORLD_SIZE"]))
     if bridge is None and (tasks := tasks_left_idle(os.environ, world_size())):
         say(
-            f"warning: one rank trains, but Slurm's job has {tasks} tasks; srun bash launchers/train_ki.sh starts one for "
+            f"warning: one rank trains in a Slurm job of {tasks} tasks; srun bash launchers/train_ki.sh starts one for "
             f'each, KI_DS_ARGS="--num_gpus {tasks}" bash launchers/train_ki.sh so many on this host'
         )
     return _own_device(), bridge
