@@ -1,7 +1,8 @@
 """Slurm on this machine alone: a controller and two nodes, on loopback, with a munge of its own.
 
 Both nodes are this host under two names, each with two CPUs whatever it really has. Nothing of the machine's own Slurm
-is read or written; what is started here is ended by its process id.
+is read or written; what is started here is ended by its process id. A job that is queued again waits for as long as a
+credential holds, here for five seconds.
 """
 
 from __future__ import annotations
