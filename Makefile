@@ -1,6 +1,7 @@
 # make demo [TASK=mlm|causal] [SIZE=full|smoke]   from raw text to a student that paid less
 # make test                                       the default test suite, a few minutes on two cores
 # make test-multinode                             jobs over pdsh and ssh on two hosts of namespaces; needs root
+# make test-slurm                                 jobs on a Slurm of this machine's own; needs root, slurm-wlm and munge
 # make test-faults                                the promises of docs/reliability.md with their figures
 # make check                                      ruff, mypy and the tests: what CI runs
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN    := $(VENV)/bin
 TASK   ?= mlm
 SIZE   ?= full
 
-.PHONY: install demo test test-slow test-multinode test-faults lint check clean
+.PHONY: install demo test test-slow test-multinode test-slurm test-faults lint check clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +34,9 @@ test-slow: install
 
 test-multinode: install
 	$(BIN)/python -m pytest -n 0 -m 'multinode and not slow' tests/multinode
+
+test-slurm: install
+	$(BIN)/python -m pytest -n 0 -m slurm tests/slurm
 
 test-faults: install
 	$(BIN)/python tools/fault_matrix.py

@@ -248,7 +248,8 @@ class EngineConfig:
         watchdog_seconds: a rank that is silent, or makes all others wait, for so long is named and the job ends with
             the exit code 75; 0 waits for ever.
         connect_seconds: how long the ranks wait for one another at the start; then those that are missing are named.
-        num_threads: CPU threads per rank; 0 shares the cores out among the ranks of a host.
+        num_threads: CPU threads per rank; 0 takes your OMP_NUM_THREADS, or else shares the cores out among the ranks of
+            a host.
     """
 
     ds_config: str = "ds_configs/zero1.json"

@@ -5,14 +5,17 @@ Works with one process as well, where nothing is initialised and every reduction
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -20,37 +23,166 @@ import torch
 import torch.distributed as dist
 
 from ki_ds.errors import UserError
+from ki_ds.ranks import Rank, launched
 
 Value = TypeVar("Value")
 FOREVER = timedelta(days=365)
+_DEEPSPEEDS_PORT = "29500"  # passed on where it was asked for none
+_SET_BY_MPI = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "PMI_LOCAL_SIZE")
 
 
 def repair_environment(env: MutableMapping[str, str]) -> None:
-    """Fill RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* from what mpirun or srun set, where no launcher has.
+    """Fill RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* from what the launcher said in words of its own.
 
     Slurm passes none of them and would silently start worlds of one rank. mpirun across hosts has no address
-    of the first rank in its environment: that case is left to the engine, which asks MPI for it.
+    of the first rank in its environment: where the user gave none, that case is left to the engine, which asks MPI.
+
+    Raises:
+        UserError: the launcher's environment makes no sense.
     """
-    if "RANK" in env:
+    place = launched(env)
+    if place is None:
         return
-    if "OMPI_COMM_WORLD_RANK" in env and env["OMPI_COMM_WORLD_SIZE"] == env["OMPI_COMM_WORLD_LOCAL_SIZE"]:
-        env["RANK"], env["WORLD_SIZE"] = env["OMPI_COMM_WORLD_RANK"], env["OMPI_COMM_WORLD_SIZE"]
-        env["LOCAL_RANK"] = env["OMPI_COMM_WORLD_LOCAL_RANK"]
-        env.setdefault("LOCAL_WORLD_SIZE", env["OMPI_COMM_WORLD_LOCAL_SIZE"])
-        env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", port_of_job(env.get("PMIX_NAMESPACE", "ki_ds")))
-    elif "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
-        command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
-        head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        env.setdefault("MASTER_ADDR", head)
-        env.setdefault("MASTER_PORT", port_of_job(env["SLURM_JOB_ID"]))
+    if "RANK" in env:
+        if place.world_size == "1":
+            env["MASTER_ADDR"] = env.get("MASTER_ADDR") or "127.0.0.1"
+            env["MASTER_PORT"] = env.get("MASTER_PORT") or free_port()
+        _check_rank(env, place)
+        if place.launcher == "deepspeed" and place.is_on_one_host and env.get("MASTER_PORT") == _DEEPSPEEDS_PORT:
+            env["MASTER_PORT"] = _port_below_deepspeed()
+        return
+    if place.is_on_one_host:
+        address, port = "127.0.0.1", port_of_job(_name_of_job(env))
+    elif place.launcher == "srun":
+        address, port = env.get("MASTER_ADDR") or _first_host(env), port_of_job(_name_of_job(env))
+    elif env.get("MASTER_ADDR") and env.get("MASTER_PORT"):
+        address, port = env["MASTER_ADDR"], env["MASTER_PORT"]
+    else:
+        return
+    assert place.world_size is not None
+    env |= {"RANK": place.rank, "WORLD_SIZE": place.world_size}
+    for name, value in (("LOCAL_RANK", place.local_rank), ("LOCAL_WORLD_SIZE", place.local_world_size)):
+        if value is not None:
+            env[name] = value
+    for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)):
+        env[name] = env.get(name) or value
+    _check_rank(env, place)
+
+
+def _check_rank(env: Mapping[str, str], place: Rank) -> None:
+    """Refuse what no launcher sets, in a line of each host's first rank."""
+    said = f"RANK={place.rank} WORLD_SIZE={place.world_size or ''} of {place.launcher}"
+    fix = "a launcher sets both (deepspeed, torchrun, mpirun, srun); unset RANK where none has started this process"
+    if not place.rank.isdecimal() or not (place.world_size or "").isdecimal():
+        raise _by_each_host(env, f"{said}: no numbers; {fix}")
+    if int(place.rank) >= int(place.world_size or 0):
+        raise _by_each_host(env, f"{said}: a rank lies in 0 to WORLD_SIZE - 1; {fix}")
+    for name, what in (("MASTER_ADDR", "the host of rank 0"), ("MASTER_PORT", "a free port of it, e.g. 29501")):
+        if not env.get(name):
+            raise _by_each_host(env, f"{said}, but no {name}; give {what}, or start the ranks with a launcher")
+    if not env["MASTER_PORT"].isdecimal() or not 0 < int(env["MASTER_PORT"]) < 65536:
+        raise _by_each_host(env, f"MASTER_PORT={env['MASTER_PORT']} is no port; give one of 1 to 65535, e.g. 29501")
+
+
+def _first_host(env: Mapping[str, str]) -> str:
+    """The host of a Slurm step's rank 0."""
+    nodes = env.get("SLURM_STEP_NODELIST", "")
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise _by_each_host(
+            env, f"`scontrol show hostnames {nodes}` does not name the first host; export MASTER_ADDR before srun"
+        ) from None
+
+
+# --- the port where nobody asked for one --------------------------------------------------------------------------
 
 
 def port_of_job(name: str) -> str:
-    """A port that all ranks of one job derive alike and two jobs on a host hardly ever share."""
-    return str(20_000 + sum(byte * 31**i for i, byte in enumerate(name.encode())) % 20_000)
+    """A port that all ranks of one job derive alike and two jobs on a host hardly ever share.
+
+    It lies below the ports that Linux gives to outgoing connections.
+    """
+    return str(10_000 + zlib.crc32(name.encode()) % 22_000)
+
+
+def _name_of_job(env: Mapping[str, str]) -> str:
+    """What the ranks of a job on this host, or of a Slurm step, have in common and no other job has."""
+    if "SLURM_STEP_NUM_TASKS" in env and not any(name in env for name in _SET_BY_MPI):
+        return f"{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}"
+    return env.get("PMIX_NAMESPACE") or _name_of(_launcher_without(*_SET_BY_MPI))
+
+
+def _name_of(process: psutil.Process | None) -> str:
+    return f"{process.pid if process else ''} {os.readlink('/proc/self/ns/pid') if sys.platform == 'linux' else ''}"
+
+
+def _launcher_without(*names: str) -> psutil.Process | None:
+    """The nearest process above this one that was started without these variables: the one that has set them."""
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents():
+            if not any(name in process.environ() for name in names):
+                return process
+    return None
+
+
+def _port_below_deepspeed() -> str:
+    """The port of a job on this host alone whose launcher passed DeepSpeed's usual one.
+
+    `deepspeed` passes it whether or not it was asked for, and hides MASTER_PORT behind it: with the same port for
+    all, a second job on a host would meet the first one's ranks.
+    """
+    launcher = _launcher_without("CROSS_RANK")  # of this host
+    with contextlib.suppress(psutil.Error):
+        runner = launcher.parent() if launcher else None
+        if launcher is None or any(word.startswith("--master_p") for word in (runner.cmdline() if runner else [])):
+            return _DEEPSPEEDS_PORT
+        return launcher.environ().get("MASTER_PORT") or port_of_job(_name_of(launcher))
+    return _DEEPSPEEDS_PORT
+
+
+# --- threads --------------------------------------------------------------------------------------------------------
+
+
+def threads_asked_for(env: Mapping[str, str]) -> int | None:
+    """OMP_NUM_THREADS, where the user has set it; torchrun sets it to 1 for those who have not.
+
+    Raises:
+        UserError: it is no number of threads.
+    """
+    said = env.get("OMP_NUM_THREADS", "").strip()
+    if said == "1" and "TORCHELASTIC_RUN_ID" in env:
+        with contextlib.suppress(psutil.Error):
+            launcher = _launcher_without("TORCHELASTIC_RUN_ID")
+            said = launcher.environ().get("OMP_NUM_THREADS", "") if launcher else said
+    first = said.partition(",")[0].strip()  # OpenMP takes a list, one for each level of nesting
+    if not said:
+        return None
+    if not first.isdecimal() or int(first) < 1:
+        raise _by_each_host(env, f"OMP_NUM_THREADS={said} is no number of threads; give 1 or more, or unset it")
+    return int(first)
+
+
+def share_of_cores() -> int:
+    """How many of this host's cores are this rank's, at least 1, once the ranks have met.
+
+    A core that several ranks may run on is shared out among them, one that a launcher has bound to a rank is its own.
+    """
+    mine = os.sched_getaffinity(0)
+    masks = [json.loads(mask) for mask in store_client("present").get(_machine()).decode().split(";")[:-1]]
+    return max(1, int(sum(1 / sum(core in mask for mask in masks) for core in mine) + 1e-6))
+
+
+def _machine() -> str:
+    """This machine's name for itself, the same in all its containers."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+# --- the meeting ----------------------------------------------------------------------------------------------------
 
 
 def pick_interface(env: MutableMapping[str, str]) -> None:
@@ -119,7 +251,7 @@ def meet(env: MutableMapping[str, str], *, seconds: float) -> dist.Store:
         raise _by_each_host(
             env,
             f"{where} cannot be used by rank {rank} on {socket.gethostname()} ({str(error).splitlines()[0]}); give a "
-            "free port of a host that all reach, e.g. deepspeed --master_port 29501",
+            "free port of a host that all reach: --master_port 29501 (deepspeed, torchrun), else MASTER_PORT=29501",
         ) from None
     present = dist.PrefixStore(f"ki_ds_{attempt(env)}_present", store)
     if present.add(str(rank), 1) > 1:
@@ -127,6 +259,7 @@ def meet(env: MutableMapping[str, str], *, seconds: float) -> dist.Store:
             f"two processes call themselves rank {rank} of the job at {where}; give each host its own --node_rank, and "
             "each job its own port"
         )
+    present.append(_machine(), f"{sorted(os.sched_getaffinity(0))};")
     present.add("all", 1)
     try:
         while present.add("all", 0) < world:
@@ -224,11 +357,6 @@ def rank() -> int:
 def world_size() -> int:
     """The number of ranks; 1 outside a distributed run."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def local_world_size() -> int:
-    """The number of ranks on this host, as the launcher says; 1 where it says nothing."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def is_main() -> bool:

@@ -16,6 +16,7 @@ from ki_ds.data.datasets import read_vocabulary
 from ki_ds.devices import device_named, peak_flops_of
 from ki_ds.errors import UserError, own_rank
 from ki_ds.planner import Plan, plan
+from ki_ds.ranks import launched
 from ki_ds.sizes import Size, size_of_teacher
 
 
@@ -74,10 +75,11 @@ def _num_ranks(given: int | None, env: Mapping[str, str]) -> int:
     """Ranks of the job: as given, as a launcher has started, or as KI_DS_ARGS would have it start; else 1."""
     if given is not None and given < 1:
         raise UserError(f"--num_gpus {given} is not positive; give the ranks of the job")
-    started = env.get("WORLD_SIZE") or env.get("OMPI_COMM_WORLD_SIZE") or env.get("SLURM_STEP_NUM_TASKS")
-    if given is not None and env.get("RANK") and started and int(started) != given:
+    place = launched(env)
+    started = place.world_size if place else None
+    if given is not None and started and int(started) != given:
         raise UserError(f"--num_gpus {given} was given to a job of {started} ranks; give it to one of them only")
-    if given is not None or (started and (env.get("RANK") or "WORLD_SIZE" not in env)):
+    if given is not None or started:
         return given or int(started or 1)
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     launcher.add_argument("--num_gpus", type=int, default=1)

@@ -34,11 +34,12 @@ from ki_ds.distributed import (
     free_port,
     is_main,
     join_world,
-    local_world_size,
     meet,
     pick_interface,
-    port_of_job,
     repair_environment,
+    say,
+    share_of_cores,
+    threads_asked_for,
     world_size,
 )
 from ki_ds.errors import UserError
@@ -46,6 +47,7 @@ from ki_ds.guard import Guard
 from ki_ds.loss import LossOutput
 from ki_ds.memory import keep_freed_memory
 from ki_ds.models import InheritanceModel
+from ki_ds.ranks import launched, tasks_left_idle
 from ki_ds.signals import Signal
 
 if not torch.cuda.is_available():
@@ -115,25 +117,43 @@ def connect(config: EngineConfig, *, num_teacher_ranks: int = 0) -> tuple[torch.
     # Its C++ extension would be compiled at every start (34 s, and fatal without ninja); gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     repair_environment(os.environ)
-    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" in os.environ:  # mpirun across hosts
-        port = os.environ.get("MASTER_PORT") or port_of_job(os.environ.get("PMIX_NAMESPACE", "ki_ds"))
-        deepspeed.comm.comm.mpi_discovery(distributed_port=int(port), verbose=False)
+    if "RANK" not in os.environ and launched(os.environ):
+        _ask_mpi()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     pick_interface(os.environ)
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.num_threads or max(1, cores // local_world_size()))
+    threads = config.num_threads or threads_asked_for(os.environ)
     bridge = None
     if num_teacher_ranks:
         bridge = split_world(os.environ, num_teacher_ranks, seconds=config.connect_seconds)
-        if bridge.is_teacher:
-            return _own_device(), bridge
     elif not torch.distributed.is_initialized():
         store = meet(os.environ, seconds=config.connect_seconds)
         join_world(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    torch.set_num_threads(threads or share_of_cores())
+    if bridge and bridge.is_teacher:
+        return _own_device(), bridge
     deepspeed.init_distributed(verbose=False)
     _check_world(int(os.environ["WORLD_SIZE"]))
+    if bridge is None and (tasks := tasks_left_idle(os.environ, world_size())):
+        say(
+            f"warning: one rank trains in a Slurm job of {tasks} tasks; srun bash launchers/train_ki.sh starts one for "
+            f'each, KI_DS_ARGS="--num_gpus {tasks}" bash launchers/train_ki.sh so many on this host'
+        )
     return _own_device(), bridge
+
+
+def _ask_mpi() -> None:
+    """Let MPI name rank 0's host and a free port of it, where mpirun started ranks on several; the user's stay."""
+    given = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)}
+    try:
+        deepspeed.comm.comm.mpi_discovery(verbose=False)
+        from mpi4py import MPI
+    except ImportError as error:
+        raise UserError(
+            f"mpirun does not say where rank 0 is ({error}); pip install ki_ds[mpi], or set MASTER_ADDR and MASTER_PORT"
+        ) from None
+    os.environ["MASTER_PORT"] = MPI.COMM_WORLD.bcast(free_port(), root=0)
+    os.environ.update(given)
 
 
 def _own_device() -> torch.device:

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
+from ki_ds.ranks import launched
+
 EXIT_USER_ERROR = 2
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: started again, the run goes on
 
@@ -30,7 +32,8 @@ class ResumableError(UserError):
 
 def own_rank(env: Mapping[str, str]) -> str:
     """This process's rank as whichever launcher has set it; "0" where none has."""
-    return env.get("RANK") or env.get("OMPI_COMM_WORLD_RANK") or env.get("SLURM_PROCID") or "0"
+    place = launched(env)
+    return place.rank if place else "0"
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ki_ds import config as configuration
 from ki_ds.errors import UserError, common_to_all_ranks, ends_cleanly, own_rank
+from ki_ds.ranks import launched
 
 RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
 PLAN_OPTIONS = ("--num_gpus", "--mfu", "--peak_tflops", "--vocab_size", "--device", "--num_runs")
@@ -46,6 +47,7 @@ def _run(argv: list[str], started: float) -> None:
         if restarts is not None:
             _supervise(argv, restarts)
             return
+        _refuse_options_of_deepspeed()
         config = configuration.parse(argv or DEMO)
         if not argv and not Path(config.data.corpus).is_dir():
             raise UserError(f"the demo's {config.data.corpus} is not there; run `make demo` first, or give --config")
@@ -71,8 +73,17 @@ def _refuse_plan_options(argv: list[str]) -> None:
             raise UserError(f"{name} is an option of a plan; give --dry_run as well, or leave it out")
 
 
+def _refuse_options_of_deepspeed() -> None:
+    place, options = launched(os.environ), os.environ.get("KI_DS_ARGS")
+    if place and options:
+        raise UserError(
+            f"KI_DS_ARGS={options} is for the deepspeed that bash launchers/train_ki.sh starts, but {place.launcher} "
+            "has started this rank; unset it, or leave that launcher out"
+        )
+
+
 def _supervise(argv: list[str], restarts: int) -> None:
-    if any(name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_STEP_NUM_TASKS")):
+    if launched(os.environ):
         raise UserError(
             f"--max_restarts {restarts} was given to a rank; give it to bash launchers/train_ki.sh, which starts them"
         )

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -153,6 +153,15 @@ def _members(process: subprocess.Popen) -> list[int]:
 # --- the command line ---------------------------------------------------------------------------------------------
 
 
+def deepspeed_command(env: Mapping[str, str]) -> list[str]:
+    """`deepspeed` with the options that the user gave, as launchers/train_ki.sh calls it; the last one counts."""
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    given = (("--master_addr", env.get("MASTER_ADDR")), ("--master_port", env.get("MASTER_PORT")))
+    options = [word for name, value in given if value for word in (name, value)]
+    options += shlex.split(env.get("KI_DS_ARGS", ""))
+    return [str(deepspeed) if deepspeed.exists() else "deepspeed", *options]
+
+
 def run_supervised(argv: list[str], *, max_restarts: int) -> None:
     """Train what the command line describes as `bash launchers/train_ki.sh` does, and start it again when it fails.
 
@@ -162,12 +171,11 @@ def run_supervised(argv: list[str], *, max_restarts: int) -> None:
     config = configuration.parse(argv)
     run_dir = Path(config.run_dir)
     last = min(config.train.stop_at_step or config.train.num_steps, config.train.num_steps)
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = [str(deepspeed) if deepspeed.exists() else "deepspeed", *shlex.split(os.environ.get("KI_DS_ARGS", ""))]
-    command += [str(LAUNCHER), *argv]
+    command = [*deepspeed_command(os.environ), str(LAUNCHER), *argv]
+    environment = {name: value for name, value in os.environ.items() if name != "KI_DS_ARGS"}
     supervise(
         str(run_dir),
-        lambda: run_group(command, dict(os.environ)),
+        lambda: run_group(command, environment),
         lambda: is_finished(run_dir) or saved_step(run_dir) >= last,
         restarts=max_restarts,
     )

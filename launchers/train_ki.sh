@@ -15,13 +15,19 @@ case " $* " in
     *" --max_restarts"* | *" --dry_run "* | *" --help "* | *" -h "* | *" --print_config"*) alone=yes ;;
     *) alone= ;;
 esac
-started="${RANK:+${WORLD_SIZE:-}}${OMPI_COMM_WORLD_RANK:-}${SLURM_PROCID:+${SLURM_STEP_NUM_TASKS:-}}"
+# as ki_ds/ranks.py tells a rank; a Slurm step of one task, e.g. an interactive shell, is a place to start ranks from
+started="${RANK:+${WORLD_SIZE:-}}${OMPI_COMM_WORLD_RANK:-}${MV2_COMM_WORLD_RANK:-}"
+started="$started${PMI_RANK:+${MPI_LOCALNRANKS:-}${PMI_LOCAL_SIZE:-}}"
+[ -z "${SLURM_PROCID:-}" ] || [ "${SLURM_STEP_NUM_TASKS:-1}" = 1 ] || started=srun
 # over pdsh: ssh itself never notices that a host is gone, and the job would never end
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND--o ServerAliveInterval=15 -o ServerAliveCountMax=4}"
 if [ -n "$alone$started" ]; then
     exec "${PYTHON:-python3}" -u "$0" "$@"        # a launcher has started this rank already
 fi
-exec deepspeed ${KI_DS_ARGS:-} "$0" "$@"
+options=${KI_DS_ARGS:-}
+unset KI_DS_ARGS                                  # they are for deepspeed, not for its ranks
+exec deepspeed ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${MASTER_PORT:+--master_port "$MASTER_PORT"} \
+    $options "$0" "$@"
 exit 127
 : <<'pass'
 '''

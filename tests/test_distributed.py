@@ -1,6 +1,7 @@
 import json
 import socket
 import subprocess
+import sys
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from ki_ds import distributed
 from ki_ds.errors import UserError
-from tests.tiny import run_ranks
+from tests.tiny import ROOT, environment, run_ranks
 
 MPIRUN = {
     "OMPI_COMM_WORLD_RANK": "1",
@@ -84,6 +85,166 @@ def test_an_address_that_the_user_gave_stays(outer, monkeypatch):
     env = {"MASTER_ADDR": "head", "MASTER_PORT": "29999", **outer}
     distributed.repair_environment(env)
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("head", "29999")
+
+
+STEP_ON_ONE_NODE = SRUN | {
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "8",
+    "SLURM_NODEID": "0",
+    "SLURM_STEP_ID": "0",
+}
+
+
+def test_a_step_on_one_node_asks_nobody_for_its_host_and_has_a_port_of_its_own(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", None)
+    ports = []
+    for step in ("0", "1"):
+        env = STEP_ON_ONE_NODE | {"SLURM_STEP_ID": step}
+        distributed.repair_environment(env)
+        assert (env["MASTER_ADDR"], env["LOCAL_WORLD_SIZE"]) == ("127.0.0.1", "8")
+        ports.append(env["MASTER_PORT"])
+    assert ports[0] != ports[1]
+
+
+def test_a_first_host_that_slurm_does_not_name_is_one_line(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, "", ""))
+    with pytest.raises(UserError, match="does not name the first host; export MASTER_ADDR before srun"):
+        distributed.repair_environment(dict(SRUN))
+
+
+def test_mpirun_across_hosts_needs_no_mpi_where_the_user_says_where_to_meet():
+    env = MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "MASTER_ADDR": "head", "MASTER_PORT": "29999"}
+    distributed.repair_environment(env)
+    assert (env["RANK"], env["WORLD_SIZE"], env["MASTER_ADDR"], env["MASTER_PORT"]) == ("1", "2", "head", "29999")
+
+
+def test_a_single_rank_started_by_hand_needs_no_address():
+    env = {"RANK": "0", "WORLD_SIZE": "1"}
+    distributed.repair_environment(env)
+    assert env["MASTER_ADDR"] == "127.0.0.1"
+    assert int(env["MASTER_PORT"]) > 1024
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"WORLD_SIZE": ""}, "RANK=1 WORLD_SIZE= of a launcher: no numbers; a launcher sets both"),
+        ({"RANK": "one"}, "RANK=one WORLD_SIZE=2 of a launcher: no numbers"),
+        ({"RANK": "2"}, "a rank lies in 0 to WORLD_SIZE - 1"),
+        ({"MASTER_ADDR": ""}, "but no MASTER_ADDR; give the host of rank 0"),
+        ({"MASTER_PORT": ""}, "but no MASTER_PORT; give a free port"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT=x is no port"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
+    ],
+)
+def test_what_no_launcher_sets_is_one_line(changed, line):
+    env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1", **changed}
+    with pytest.raises(UserError) as caught:
+        distributed.repair_environment(env)
+    assert line in str(caught.value)
+
+
+# --- a port that nobody asked for ---
+
+BELOW_DEEPSPEED = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_SIZE": "2",
+    "CROSS_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+# deepspeed's runner, its launcher, a rank: each started by the one before, as it does it
+FAMILY = """
+import os, subprocess, sys
+level = int(sys.argv[1])
+if level < 2:
+    env = os.environ | ({"CROSS_RANK": "0"} if level == 1 else {})
+    sys.exit(subprocess.call([sys.executable, "-c", sys.argv[2], str(level + 1), *sys.argv[2:]], env=env))
+from ki_ds.distributed import repair_environment
+env = dict(os.environ, RANK="1", WORLD_SIZE="2", LOCAL_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+repair_environment(env)
+print(env["MASTER_PORT"])
+"""
+
+
+def ports_below_deepspeed(*jobs):
+    """The ports that the ranks of jobs find, each a pair of the runner's arguments and its environment."""
+    command = [sys.executable, "-c", FAMILY, "0", FAMILY]
+    pipes = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    started = [subprocess.Popen([*command, *words], env=environment(**env), **pipes) for words, env in jobs]
+    return [process.communicate(timeout=120)[0].strip() for process in started]
+
+
+def test_deepspeeds_usual_port_is_a_jobs_own_unless_it_was_asked_for():
+    own, asked, said = ports_below_deepspeed(
+        ([], {}), (["--master_port", "29500"], {"MASTER_PORT": "31001"}), ([], {"MASTER_PORT": "31002"})
+    )
+    assert own != "29500"
+    assert 10_000 <= int(own) < 32_000
+    assert (asked, said) == ("29500", "31002")
+
+
+@pytest.mark.parametrize("changed", [{"MASTER_PORT": "29501"}, {"LOCAL_SIZE": "1"}, {"CROSS_RANK": None}])
+def test_a_port_that_somebody_chose_or_other_hosts_know_stays(changed):
+    env = {name: value for name, value in (BELOW_DEEPSPEED | changed).items() if value is not None}
+    before = dict(env)
+    distributed.repair_environment(env)
+    assert env == before
+
+
+# --- threads ---
+
+
+@pytest.mark.parametrize(("said", "expected"), [(None, None), ("", None), ("3", 3), ("4,2", 4), (" 2 ", 2)])
+def test_threads_that_the_user_asked_for(said, expected):
+    assert distributed.threads_asked_for({} if said is None else {"OMP_NUM_THREADS": said}) == expected
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "many", "1.5"])
+def test_a_number_of_threads_that_is_none_is_one_line(said):
+    with pytest.raises(UserError, match=f"OMP_NUM_THREADS={said} is no number of threads"):
+        distributed.threads_asked_for({"OMP_NUM_THREADS": said})
+
+
+def test_the_one_thread_that_torchrun_sets_is_not_the_users(monkeypatch):
+    class Launcher:
+        def __init__(self, **environ):
+            self.environ = lambda: environ
+
+    env = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}
+    for launcher, expected in ((Launcher(), None), (Launcher(OMP_NUM_THREADS="1"), 1), (None, 1)):
+        monkeypatch.setattr(distributed, "_launcher_without", lambda *_, found=launcher: found)
+        assert distributed.threads_asked_for(env) == expected
+
+
+@pytest.mark.parametrize(
+    ("masks", "expected"),
+    [
+        ([{0, 1, 2, 3}] * 2, [2, 2]),
+        ([{0, 1, 2}] * 2, [1, 1]),
+        ([{0}] * 4, [1] * 4),  # at least one
+        ([{0, 1}, {2, 3}], [2, 2]),  # bound by the launcher: each rank's own
+        ([{0, 1, 2, 3}, {2, 3}], [3, 1]),
+    ],
+)
+def test_cores_are_shared_by_the_ranks_that_may_run_on_them(masks, expected, monkeypatch):
+    port, found, own = distributed.free_port(), {}, threading.local()
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda _: masks[own.rank])
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+
+    def come(rank):
+        own.rank = rank
+        env = {"RANK": str(rank), "WORLD_SIZE": str(len(masks)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        found[rank] = (distributed.meet(env, seconds=20), distributed.share_of_cores())
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in range(len(masks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[rank][1] for rank in range(len(masks))] == expected
 
 
 def test_without_any_launcher_nothing_is_made_up():
@@ -188,6 +349,7 @@ def test_a_port_that_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as server:
         (error,) = ranks_that_meet(0, world=2, port=str(server.getsockname()[1]))
     assert "cannot be used by rank 0" in str(error)
+    assert "--master_port 29501 (deepspeed, torchrun), else MASTER_PORT=29501" in str(error)
 
 
 # --- one process ---
@@ -219,23 +381,6 @@ def test_alone_leaving_is_an_ordinary_exit(code, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         distributed.leave(code)
     assert caught.value.code == code
-
-
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        ({}, 1),
-        ({"LOCAL_WORLD_SIZE": "4"}, 4),
-        ({"LOCAL_SIZE": "2"}, 2),
-        ({"LOCAL_WORLD_SIZE": "", "LOCAL_SIZE": "3"}, 3),
-    ],
-)
-def test_ranks_of_this_host_as_any_launcher_says_them(said, expected, monkeypatch):
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in said.items():
-        monkeypatch.setenv(name, value)
-    assert distributed.local_world_size() == expected
 
 
 # --- two ranks ---

@@ -14,12 +14,14 @@ import pytest
 from ki_ds import launcher
 from ki_ds.config import parse
 from ki_ds.distributed import free_port
+from ki_ds.errors import UserError
 from tests.tiny import ROOT, environment, tiny_config, tiny_corpus, write_config
 
 SCRIPT = "launchers/train_ki.sh"
 RANKS = {"RANK": "0", "WORLD_SIZE": "2"}
 MPIRUN = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"}
 SRUN = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
 
 
@@ -33,7 +35,8 @@ def stand_ins(tmp_path):
         path = tmp_path / name
         path.write_text(f'#!/usr/bin/env bash\necho {name} "$@"\n')
         path.chmod(0o755)
-    kept = {k: v for k, v in environment().items() if not k.startswith(("OMPI_", "SLURM_", "KI_DS_", "PYTHON"))}
+    others = ("OMPI_", "SLURM_", "PMI_", "KI_DS_", "PYTHON")
+    kept = {k: v for k, v in environment().items() if not k.startswith(others)}
     return {**kept, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
@@ -51,15 +54,33 @@ def started(arguments, env):
         ({"KI_DS_ARGS": "--num_gpus 2 --bind_cores_to_rank"}, ["deepspeed", "--num_gpus", "2", "--bind_cores_to_rank"]),
         ({"RANK": "0"}, ["deepspeed"]),  # a variable that others set as well does not make a rank
         ({"SLURM_PROCID": "0"}, ["deepspeed"]),  # a batch job outside srun
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, ["deepspeed"]),  # a shell in an allocation
+        ({"MASTER_PORT": "7", "KI_DS_ARGS": "--num_gpus 2"}, ["deepspeed", "--master_port", "7", "--num_gpus", "2"]),
+        ({"MASTER_ADDR": "h"}, ["deepspeed", "--master_addr", "h"]),
         (RANKS, ["python3", "-u"]),
         (MPIRUN, ["python3", "-u"]),
         (SRUN, ["python3", "-u"]),
+        (HYDRA, ["python3", "-u"]),
+        ({"PMI_RANK": "0", "PMI_SIZE": "1"}, ["deepspeed"]),  # srun --mpi=pmi2 gives them to a shell as well
         (RANKS | {"PYTHON": "mypython"}, ["mypython", "-u"]),
     ],
 )
 def test_bash_launches_unless_a_launcher_has_started_this_rank(said, expected, stand_ins):
     arguments = ["--config", "a.yaml", "--optim.lr", "3e-4"]
     assert started(arguments, stand_ins | said) == [*expected, SCRIPT, *arguments]
+
+
+@pytest.mark.parametrize(("said", "launcher_"), [(RANKS, "a launcher"), (MPIRUN, "mpirun"), (SRUN, "srun")])
+def test_options_for_deepspeed_are_refused_where_another_launcher_has_started_the_ranks(said, launcher_, monkeypatch):
+    for name, value in {**said, "KI_DS_ARGS": "--num_gpus 2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"KI_DS_ARGS=--num_gpus 2 is for the deepspeed .* but {launcher_} has started"):
+        launcher._run(["--run_dir", "runs/x"], 0.0)
+
+
+def test_deepspeeds_ranks_are_not_given_its_options(stand_ins, tmp_path):
+    (tmp_path / "deepspeed").write_text('#!/usr/bin/env bash\necho "$1 <${KI_DS_ARGS-unset}>"\n')
+    assert started([], stand_ins | {"KI_DS_ARGS": "--no_ssh"}) == ["--no_ssh", "<unset>"]
 
 
 @pytest.mark.parametrize("question", ["--help", "-h", "--print_config"])
@@ -212,6 +233,34 @@ def mpirun():
 
 def test_mpirun(two_steps):
     trained_on_two_ranks(launch([*mpirun(), "bash", SCRIPT, "--config", two_steps], **AS_ROOT), two_steps)
+
+
+SIDE_BY_SIDE = {
+    "bash": ["bash", SCRIPT],
+    "deepspeed": ["deepspeed", "--num_gpus", "2", SCRIPT],
+    "torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2", SCRIPT],
+    "mpirun": ["mpirun", "-n", "2", "--oversubscribe", "bash", SCRIPT],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+def test_two_jobs_side_by_side_on_one_machine_need_no_ports_given(name, corpus, tmp_path):
+    if name == "mpirun":
+        mpirun()
+    extra = {**AS_ROOT, **({"KI_DS_ARGS": "--num_gpus 2"} if name == "bash" else {})}
+    jobs = {}
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        train = {"num_steps": 2, "eval_every": 2, "save_every": 2}
+        config = tiny_config(tmp_path / str(number) / "run", corpus, train=train)
+        config = write_config(tmp_path / str(number) / "tiny.yaml", config)
+        command = [*SIDE_BY_SIDE[name], "--config", str(config)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        jobs[config] = subprocess.Popen(command, env=environment(**extra), cwd=ROOT, **pipes)
+    for config, process in jobs.items():
+        said = process.communicate(timeout=300)
+        trained_on_two_ranks(subprocess.CompletedProcess(process.args, process.returncode, *said), config)
 
 
 SLURM = {

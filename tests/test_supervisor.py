@@ -134,6 +134,25 @@ def test_a_rank_cannot_supervise_itself(monkeypatch):
         launcher._run(["--max_restarts", "2"], 0.0)
 
 
+def test_a_batch_script_and_a_shell_in_an_allocation_are_no_ranks(monkeypatch):
+    asked = []
+    monkeypatch.setattr(supervisor, "run_supervised", lambda argv, **options: asked.append((argv, options)))
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+        launcher._run(["--max_restarts", "2", "--seed", "3"], 0.0)
+    assert asked == [(["--seed", "3"], {"max_restarts": 2})] * 3
+
+
+def test_deepspeed_is_called_with_what_the_user_asked_for(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    env = {"MASTER_PORT": "31001", "MASTER_ADDR": "head", "KI_DS_ARGS": "--num_gpus 2 --comment 'a b'"}
+    assert supervisor.deepspeed_command({}) == ["deepspeed"]
+    assert supervisor.deepspeed_command(env) == (
+        ["deepspeed", "--master_addr", "head", "--master_port", "31001", "--num_gpus", "2", "--comment", "a b"]
+    )
+
+
 # --- for real ---
 
 
