@@ -5,7 +5,7 @@ import torch
 
 from ki_ds.kernels import linear
 from ki_ds.kernels.linear import Head, Problem, Wanted, default_chunk_rows, linear_rows
-from ki_ds.kernels.rows import RowTask
+from ki_ds.kernels.rows import LogitForm, RowTask
 
 
 def _problem(dtype=torch.float32, chunk_rows=4, **changes):
@@ -18,6 +18,7 @@ def _problem(dtype=torch.float32, chunk_rows=4, **changes):
         "hidden_ND": normal(11, 6),
         "weight_VD": normal(23, 6),
         "bias_V": normal(23),
+        "form": LogitForm(),
         "labels_N": torch.randint(0, 20, (11,), generator=gen),
         "row_weights_N": None,
         "heads": [Head(normal(11, 3), normal(21, 3), None, None)],
@@ -59,7 +60,7 @@ def test_ignored_rows_never_meet_a_head(monkeypatch):
     problem.hidden_ND[3:9] = float("nan")
     seen = []
     project = linear.project
-    monkeypatch.setattr(linear, "project", lambda *a: seen.append(a[0].shape[0]) or project(*a))
+    monkeypatch.setattr(linear, "project", lambda h, *a, out: seen.append(len(h)) or project(h, *a, out=out))
     sums, grads = linear_rows(problem, ALL)
     assert int(sums.num_rows) == int(sums.teachers_T4[0, 2]) == 5
     assert sum(seen) == 10  # five rows of the student, five of the teacher
@@ -71,7 +72,7 @@ def test_ignored_rows_never_meet_a_head(monkeypatch):
 def test_only_one_chunk_of_logits_exists(monkeypatch):
     sizes = []
     project = linear.project
-    monkeypatch.setattr(linear, "project", lambda h, w, b, out: sizes.append(out.shape) or project(h, w, b, out))
+    monkeypatch.setattr(linear, "project", lambda *a, out: sizes.append(out.shape) or project(*a, out=out))
     linear_rows(_problem(), ALL)
     assert max(rows for rows, _ in sizes) == 4
 
