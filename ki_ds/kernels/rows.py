@@ -29,6 +29,9 @@ class LogitForm(NamedTuple):
         return capped(product_NV.to(compute_dtype(product_NV)), self.cap)
 
 
+PLAIN = LogitForm()
+
+
 def project(
     hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, scale: float, *, out: Tensor | None = None
 ) -> Tensor:
@@ -41,6 +44,12 @@ def project(
 def capped(product: Tensor, cap: float | None) -> Tensor:
     """cap tanh(product / cap), or the product itself where there is no cap."""
     return product if cap is None else torch.tanh(product / cap).mul_(cap)
+
+
+def cap_slope(product: Tensor, cap: float) -> Tensor:
+    """d capped / d product = 1 - tanh^2, exact where the tanh rounds to 1 as well."""
+    rest = torch.sigmoid(product.abs() * (-2.0 / cap))  # (1 - |tanh|) / 2
+    return (1.0 - rest).mul_(rest).mul_(4.0)
 
 
 @dataclass(frozen=True)

@@ -47,13 +47,18 @@ def compile_kernel(kernel, num_warps, **constants):
 
 tiling = triton_dense.DEFAULT_TILING
 common = dict(HAS_ROW_SCALE=True, SMOOTHING=False, WRITE_GRAD=True, TAU_IS_2=True, ALPHA_IS_TENSOR=True,
-              T=tiling.lanes, E=tiling.width, STAGES=tiling.num_stages)
+              CAP=0.0, TEACHER_CAP=0.0, T=tiling.lanes, E=tiling.width, STAGES=tiling.num_stages)
+entries = {name: value for name, value in common.items() if name != "TEACHER_CAP"}
 print(json.dumps({
     "dense": compile_kernel(triton_dense._dense_kernel, tiling.num_warps, HAS_TEACHER=True, **common),
     "dense_tau": compile_kernel(triton_dense._dense_kernel, tiling.num_warps, HAS_TEACHER=True,
                                 **(common | {"TAU_IS_2": False, "SMOOTHING": True})),
     "label": compile_kernel(triton_dense._dense_kernel, tiling.num_warps, HAS_TEACHER=False, **common),
-    "tail": compile_kernel(triton_topk._topk_kernel, tiling.num_warps, TAIL=True, RENORMALISE=False, K=128, **common),
+    "tail": compile_kernel(triton_topk._topk_kernel, tiling.num_warps, TAIL=True, RENORMALISE=False, K=128, **entries),
+    "capped": compile_kernel(triton_dense._dense_kernel, tiling.num_warps, HAS_TEACHER=True,
+                             **(common | {"CAP": 30.0, "TEACHER_CAP": 30.0})),
+    "capped_tail": compile_kernel(triton_topk._topk_kernel, tiling.num_warps, TAIL=True, RENORMALISE=False, K=128,
+                                  **(entries | {"CAP": 30.0})),
     "scale": compile_kernel(triton_scale._scale_kernel, 8, BLOCK=triton_scale.BLOCK),
 }))
 """
