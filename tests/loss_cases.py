@@ -6,12 +6,19 @@ from dataclasses import dataclass, field
 import torch
 
 from ki_ds import loss
+from ki_ds.loss import PLAIN, LogitForm
 from tests.loss_oracle import Oracle
 
 ENTRIES = (
     "label", "dense", "renormalise", "tail", "sampled", "averaged", "routed", "linear_label", "linear_dense",
     "linear_renormalise", "linear_tail", "linear_sampled", "linear_averaged", "linear_routed",
 )  # fmt: skip
+# the student's form and its two teachers': scaled, capped, both
+FORMS = {
+    "scaled": (LogitForm(0.25), LogitForm(3.0), LogitForm(-0.5)),
+    "capped": (LogitForm(cap=3.0), LogitForm(cap=2.0), LogitForm()),
+    "both": (LogitForm(-1.5, 5.0), LogitForm(1.7, 30.0), LogitForm(0.5, 4.0)),
+}
 
 
 @dataclass
@@ -38,8 +45,8 @@ class Case:
     seed: int = 0
     bias: bool = True
     alpha_as_tensor: bool = False
-    form: loss.LogitForm = loss.PLAIN
-    teacher_forms: tuple[loss.LogitForm, loss.LogitForm] = (loss.PLAIN, loss.PLAIN)
+    form: LogitForm = PLAIN
+    teacher_forms: tuple[LogitForm, LogitForm] = (PLAIN, PLAIN)
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -232,6 +239,12 @@ class Case:
             for (hidden, weight, bias), rows, form in zip(self.heads, routes, self.teacher_forms, strict=True)
         ]
         return loss.linear_multi_teacher_loss(*arguments, teachers=given, **options)
+
+
+def formed(entry, name, **options):
+    """The case of an entry whose heads have the forms of that name."""
+    student, *teachers = FORMS[name]
+    return Case(entry, form=student, teacher_forms=tuple(teachers), **options)
 
 
 def relative(value, expected):
