@@ -35,8 +35,11 @@ from torch import Tensor
 from ki_ds.errors import UserError
 from ki_ds.kernels.arguments import Call, HeadArguments, check_device, check_float, check_num_classes, check_rows, flat
 from ki_ds.kernels.backend import resolve_backend
+from ki_ds.kernels.rows import PLAIN, LogitForm
 
 __all__ = [
+    "PLAIN",
+    "LogitForm",
     "LossOutput",
     "TeacherHead",
     "TeacherLogits",
@@ -80,12 +83,16 @@ class TeacherLogits(NamedTuple):
 
 
 class TeacherHead(NamedTuple):
-    """One of several teachers by its hidden states [M, E] and head [V, E]; `rows` as in `TeacherLogits`."""
+    """One of several teachers by its hidden states [M, E] and head [V, E]; `rows` as in `TeacherLogits`.
+
+    `form` is what the teacher makes of its projection, as the student's `student_form`.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
     rows: Tensor | None = None
+    form: LogitForm = PLAIN
 
 
 def inheritance_loss(
@@ -249,9 +256,11 @@ def linear_inheritance_loss(
     labels: Tensor,
     *,
     student_bias: Tensor | None = None,
+    student_form: LogitForm = PLAIN,
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_form: LogitForm = PLAIN,
     alpha: float | Tensor = 0.0,
     tau: float = 2.0,
     ignore_index: int = -100,
@@ -263,7 +272,7 @@ def linear_inheritance_loss(
 ) -> LossOutput:
     """The loss of a student's hidden states [..., D] and head [V, D], without the logits of either model.
 
-    The same numbers as `inheritance_loss` on student_hidden @ student_weight.T + student_bias (and likewise for the
+    The same numbers as `inheritance_loss` on the logits that `student_form` makes of the three (and likewise for the
     teacher), computed `chunk_rows` rows at a time (None: by the sizes). Gradients of hidden states, weight
     and bias are made in the forward, each only if it is required; the weight's is summed in float32.
 
@@ -272,6 +281,8 @@ def linear_inheritance_loss(
         student_weight: [V, D], with `student_bias` [V]; same dtype as the hidden states.
         teacher_hidden: [..., E] with `teacher_weight` [V', E] and `teacher_bias` [V']; E and V' need not be the
             student's D and V; their dtype is the teacher's own.
+        student_form: the scale and the cap of an architecture whose logits are not plainly the projection's,
+            z = cap tanh((scale h W^T + b) / cap); `teacher_form` is the teacher's.
 
     Other arguments and errors as in `inheritance_loss`.
     """
@@ -292,12 +303,13 @@ def linear_inheritance_loss(
         call = call.without_teacher("teacher_hidden and teacher_weight")
     elif call.uses_teacher:
         check_rows("teacher_hidden", teacher_hidden.shape[:-1], student_hidden)
-        heads = [HeadArguments(teacher_hidden, teacher_weight, teacher_bias, None)]
+        heads = [HeadArguments(teacher_hidden, teacher_weight, teacher_bias, None, teacher_form)]
     return LossOutput(
         *call.from_hidden(
             student_hidden,
             student_weight,
             student_bias,
+            form=student_form,
             num_classes=num_classes,
             chunk_rows=chunk_rows,
             heads=heads,
@@ -315,6 +327,7 @@ def linear_topk_inheritance_loss(
     topk_probs: Tensor,
     semantics: str = "renormalise",
     student_bias: Tensor | None = None,
+    student_form: LogitForm = PLAIN,
     alpha: float | Tensor = 0.0,
     tau: float = 2.0,
     ignore_index: int = -100,
@@ -344,6 +357,7 @@ def linear_topk_inheritance_loss(
             student_hidden,
             student_weight,
             student_bias,
+            form=student_form,
             num_classes=num_classes,
             chunk_rows=chunk_rows,
             topk=topk,
@@ -360,6 +374,7 @@ def linear_multi_teacher_loss(
     teachers: Sequence[TeacherHead],
     shares: Sequence[float] | None = None,
     student_bias: Tensor | None = None,
+    student_form: LogitForm = PLAIN,
     alpha: float | Tensor = 0.0,
     tau: float = 2.0,
     ignore_index: int = -100,
@@ -390,6 +405,7 @@ def linear_multi_teacher_loss(
             student_hidden,
             student_weight,
             student_bias,
+            form=student_form,
             num_classes=num_classes,
             chunk_rows=chunk_rows,
             heads=heads,
@@ -405,6 +421,7 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     student_bias: Tensor | None = None,
+    form: LogitForm = PLAIN,
     ignore_index: int = -100,
     chunk_rows: int | None = None,
     num_classes: int | None = None,
@@ -412,13 +429,14 @@ def linear_cross_entropy(
 ) -> LossOutput:
     """The plain cross-entropy sums of hidden states and a head, for evaluation: no gradient, no logits kept.
 
-    Arguments and errors as in `linear_inheritance_loss`.
+    Arguments (`form` as its `student_form`) and errors as in `linear_inheritance_loss`.
     """
     return linear_inheritance_loss(
         student_hidden,
         student_weight,
         labels,
         student_bias=student_bias,
+        student_form=form,
         ignore_index=ignore_index,
         chunk_rows=chunk_rows,
         num_classes=num_classes,

@@ -33,14 +33,14 @@ def loss_of(signal: Signal | None, alpha: float | Tensor) -> Callable[..., LossO
     match signal:
         case None:
             return linear_inheritance_loss
-        case HiddenSignal(hidden_ND, weight_VD, bias_V):
+        case HiddenSignal(hidden_ND, weight_VD, bias_V, form):
             head: dict[str, Any] = {"teacher_hidden": hidden_ND, "teacher_weight": weight_VD, "teacher_bias": bias_V}
-            return partial(linear_inheritance_loss, alpha=alpha, **head)
+            return partial(linear_inheritance_loss, alpha=alpha, teacher_form=form, **head)
         case TopKSignal(ids_NK, probs_NK, semantics):
             entries: dict[str, Any] = {"topk_ids": ids_NK, "topk_probs": probs_NK, "semantics": semantics}
             return partial(linear_topk_inheritance_loss, alpha=alpha, **entries)
         case AveragedSignal(signals, shares):
-            heads = [TeacherHead(each.hidden_ND, each.weight_VD, each.bias_V) for each in signals]
+            heads = [TeacherHead(each.hidden_ND, each.weight_VD, each.bias_V, None, each.form) for each in signals]
             return partial(linear_multi_teacher_loss, alpha=alpha, teachers=heads, shares=shares)
         case RoutedSignal():
             return partial(_routed_loss, signal=signal, alpha=alpha)
@@ -59,7 +59,7 @@ def _routed_loss(
     """Each part's loss and that of the rows without a teacher, summed; one call where all parts are hidden states."""
     parts = signal.parts
     heads = [
-        TeacherHead(part.signal.hidden_ND, part.signal.weight_VD, part.signal.bias_V, part.rows_M)
+        TeacherHead(part.signal.hidden_ND, part.signal.weight_VD, part.signal.bias_V, part.rows_M, part.signal.form)
         for part in parts
         if isinstance(part.signal, HiddenSignal)
     ]

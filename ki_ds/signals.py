@@ -15,11 +15,12 @@ from typing import Protocol
 from torch import Tensor
 
 from ki_ds.data.batches import Batch
+from ki_ds.loss import PLAIN, LogitForm
 
 
 @dataclass(frozen=True)
 class HiddenSignal:
-    """The teacher's last hidden states of the labelled rows and its output projection: logits = h W^T + b.
+    """The teacher's last hidden states of the labelled rows, its output projection, and the form of its logits.
 
     Logits are never formed outside the loss, which computes them a chunk of rows at a time.
     """
@@ -27,6 +28,7 @@ class HiddenSignal:
     hidden_ND: Tensor
     weight_VD: Tensor
     bias_V: Tensor | None
+    form: LogitForm = PLAIN
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Everything that can be checked without waiting for a device is checked here, in 
 Labels and entries on a GPU cannot: a label that is no class makes its row's loss NaN there.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,19 +16,20 @@ from ki_ds.errors import UserError
 from ki_ds.kernels import ops
 from ki_ds.kernels.backend import resolve_backend
 from ki_ds.kernels.linear import default_chunk_rows
-from ki_ds.kernels.rows import TOPK_SEMANTICS
+from ki_ds.kernels.rows import TOPK_SEMANTICS, LogitForm
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class HeadArguments(NamedTuple):
-    """A teacher's hidden states [..., E], weight [V, E], bias [V] and row numbers [M], as the user gave them."""
+    """A teacher's hidden states [..., E], weight [V, E], bias [V], row numbers [M] and form, as the user gave them."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     rows: Tensor | None
+    form: LogitForm
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -206,6 +208,7 @@ class Call:
         weight: Tensor,
         bias: Tensor | None,
         *,
+        form: LogitForm,
         num_classes: int | None,
         chunk_rows: int | None,
         heads: Sequence[HeadArguments] = (),
@@ -220,6 +223,9 @@ class Call:
             None if bias is None else _autocast(bias),
         )
         check_head("student", hidden_ND, weight, bias)
+        check_form("student_form", form)
+        for head in heads:
+            check_form("a teacher's form", head.form)
         widths = {"student_weight": weight.shape[0]}
         widths |= {f"teacher {i}'s weight": head.weight.shape[0] for i, head in enumerate(heads)}
         classes = check_num_classes(num_classes, widths)
@@ -236,6 +242,7 @@ class Call:
             *(topk or (None, None)),
             [tensor for head in heads for tensor in _head_tensors(head)],
             [float(share) for share in shares],
+            [number for each in (form, *(head.form for head in heads)) for number in each.numbers],
             self.alpha,
             self.tau,
             self.ignore_index,
@@ -244,9 +251,7 @@ class Call:
             semantics,
             chunk_rows or default_chunk_rows(hidden_ND.shape[0], weight.shape[0], hidden_ND),
             self.backend,
-            _wants_grad(hidden_ND),
-            _wants_grad(weight),
-            _wants_grad(bias),
+            [_wants_grad(tensor) for tensor in (hidden_ND, weight, bias)],
         )
         return sums[0], sums[1], sums[2], sums[3], sums[4]
 
@@ -319,6 +324,15 @@ def check_head(who: str, hidden_ND: Tensor, weight: Tensor, bias: Tensor | None)
             raise UserError(f"{who}_{name} is {tensor.dtype}, {who}_hidden {hidden_ND.dtype}; cast one of them")
         if tensor is not None:
             check_device(f"{who}_{name}", tensor, hidden_ND)
+
+
+def check_form(name: str, form: LogitForm) -> None:
+    """The scale must be a number other than 0, a cap a positive one; both finite."""
+    scale, cap = form
+    if not 0.0 < abs(scale) < math.inf:
+        raise UserError(f"{name} has scale={scale}; give a finite number other than 0")
+    if cap is not None and not 0.0 < cap < math.inf:
+        raise UserError(f"{name} has cap={cap}; give a positive finite number, or None for logits without a cap")
 
 
 def check_num_classes(num_classes: int | None, widths: dict[str, int]) -> int:

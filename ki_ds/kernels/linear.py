@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from ki_ds.kernels import reference
-from ki_ds.kernels.rows import LossSums, RowTask, RowTerms, compute_dtype, mix_teachers, sum_rows, teacher_row
+from ki_ds.kernels.rows import (
+    PLAIN,
+    LogitForm,
+    LossSums,
+    RowTask,
+    RowTerms,
+    compute_dtype,
+    mix_teachers,
+    project,
+    sum_rows,
+    teacher_row,
+)
 
 CHUNK_BYTES_CPU = 1 << 27
 CHUNK_BYTES_GPU = 1 << 28
@@ -27,6 +38,7 @@ class Head(NamedTuple):
     weight_VD: Tensor
     bias_V: Tensor | None
     rows_M: Tensor | None
+    form: LogitForm = PLAIN
 
 
 class Wanted(NamedTuple):
@@ -52,6 +64,7 @@ class Problem:
     hidden_ND: Tensor
     weight_VD: Tensor
     bias_V: Tensor | None
+    form: LogitForm
     labels_N: Tensor
     row_weights_N: Tensor | None
     heads: list[Head]
@@ -119,15 +132,18 @@ class _Group:
 
 
 def _groups(problem: Problem) -> Iterator[_Group]:
-    num_rows, task = problem.hidden_ND.shape[0], problem.task
+    num_rows, task = problem.hidden_ND.shape[0], replace(problem.task, cap=problem.form.cap)
     routed = [head for head in problem.heads if head.rows_M is not None]
     if not task.uses_teacher():
         yield _Group(num_rows, None, None, [], None, task)
     elif not routed:
-        yield _Group(num_rows, None, None, problem.heads, problem.topk, task)
+        # an average is made of capped logits
+        only = problem.heads[0].form.cap if len(problem.heads) == 1 else None
+        yield _Group(num_rows, None, None, problem.heads, problem.topk, replace(task, teacher_cap=only))
     else:
         for head in routed:
-            yield _Group(head.hidden_MD.shape[0], head.rows_M, None, [head], None, task)
+            own = replace(task, teacher_cap=head.form.cap)
+            yield _Group(head.hidden_MD.shape[0], head.rows_M, None, [head], None, own)
         num_taught = sum(head.hidden_MD.shape[0] for head in routed)
         if num_taught < num_rows:  # the others learn from their labels alone
             rows = _untaught(problem, routed, num_rows - num_taught)
@@ -190,7 +206,8 @@ class _Worker:
         hidden_RD = _slice(problem.hidden_ND, group.rows, chunk)
         labels_R = _slice(problem.labels_N, group.rows, chunk)
         weights_R = None if problem.row_weights_N is None else _slice(problem.row_weights_N, group.rows, chunk)
-        logits_RV = project(hidden_RD, problem.weight_VD, problem.bias_V, self.logits[: hidden_RD.shape[0]])
+        out_RV = self.logits[: hidden_RD.shape[0]]
+        logits_RV = project(hidden_RD, problem.weight_VD, problem.bias_V, problem.form.scale, out=out_RV)
         grad_RV = logits_RV if self.needs_grad else None
         terms = self._terms(group, chunk, logits_RV, labels_R, weights_R, grad_RV)
         if grad_RV is not None:
@@ -223,20 +240,23 @@ class _Worker:
             if key not in self.teacher_logits or self.teacher_logits[key].shape != shape:
                 self.teacher_logits[key] = hidden_RD.new_empty(shape)
             buffer = self.teacher_logits[key][: hidden_RD.shape[0]]
-            logits.append(project(hidden_RD, head.weight_VD, head.bias_V, buffer))
+            logits.append(project(hidden_RD, head.weight_VD, head.bias_V, head.form.scale, out=buffer))
         if not logits:
             return None
-        shares = self.problem.shares
-        return mix_teachers(logits, shares, group.task) if len(logits) > 1 else logits[0]
+        if len(logits) == 1:
+            return logits[0]
+        return mix_teachers(logits, self.problem.shares, group.task, [head.form.cap for head in group.heads])
 
     def _gather(self, group: _Group, chunk: slice, hidden_RD: Tensor, grad_RV: Tensor) -> None:
-        wanted, weight_VD = self.wanted, self.problem.weight_VD
-        if wanted.hidden and group.rows is None:
-            torch.mm(grad_RV, weight_VD, out=self.grad_hidden_ND[chunk])
-        elif wanted.hidden:
-            self.grad_hidden_ND.index_copy_(0, group.rows[chunk], grad_RV @ weight_VD)  # type: ignore[index]
+        wanted, weight_VD, scale = self.wanted, self.problem.weight_VD, self.problem.form.scale
+        if wanted.hidden:
+            rows = group.rows
+            out_RD = self.grad_hidden_ND[chunk] if rows is None else torch.empty_like(hidden_RD)
+            torch.addmm(out_RD, grad_RV, weight_VD, beta=0.0, alpha=scale, out=out_RD)
+            if rows is not None:
+                self.grad_hidden_ND.index_copy_(0, rows[chunk], out_RD)
         if wanted.weight:
-            add_outer(self.grad_weight_VD, grad_RV, hidden_RD, first=not self.started)
+            add_outer(self.grad_weight_VD, grad_RV, hidden_RD, scale, first=not self.started)
             self.started = True
         if wanted.bias:
             self.grad_bias_V += grad_RV.sum(0, dtype=self.grad_bias_V.dtype)
@@ -263,28 +283,22 @@ def row_functions(backend: str) -> RowFunctions:
     return RowFunctions(reference.dense_rows, reference.topk_rows)
 
 
-def project(hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_RV: Tensor) -> Tensor:
-    """Logits [R, V] of a head, written into `out_RV`."""
-    if bias_V is None:
-        return torch.mm(hidden_RD, weight_VD.t(), out=out_RV)
-    return torch.addmm(bias_V, hidden_RD, weight_VD.t(), out=out_RV)
-
-
-def add_outer(total_VD: Tensor, grad_RV: Tensor, hidden_RD: Tensor, *, first: bool) -> None:
-    """total_VD (+)= grad_RV^T hidden_RD, summed in the total's dtype; the first time it is overwritten."""
+def add_outer(total_VD: Tensor, grad_RV: Tensor, hidden_RD: Tensor, scale: float = 1.0, *, first: bool) -> None:
+    """total_VD (+)= scale grad_RV^T hidden_RD, summed in the total's dtype; the first time it is overwritten."""
     if grad_RV.dtype == total_VD.dtype:
-        torch.addmm(total_VD, grad_RV.t(), hidden_RD, beta=0.0 if first else 1.0, out=total_VD)
+        torch.addmm(total_VD, grad_RV.t(), hidden_RD, beta=0.0 if first else 1.0, alpha=scale, out=total_VD)
     elif grad_RV.is_cuda:
-        _add_outer_mixed(total_VD, grad_RV, hidden_RD, first)
-    elif first:
-        total_VD.copy_(grad_RV.t() @ hidden_RD)
+        _add_outer_mixed(total_VD, grad_RV, hidden_RD, scale, first)
     else:
-        total_VD += grad_RV.t() @ hidden_RD
+        product_VD = grad_RV.t() @ hidden_RD
+        (total_VD.zero_() if first else total_VD).add_(product_VD, alpha=scale)
 
 
-def _add_outer_mixed(total_VD: Tensor, grad_RV: Tensor, hidden_RD: Tensor, first: bool) -> None:
+def _add_outer_mixed(total_VD: Tensor, grad_RV: Tensor, hidden_RD: Tensor, scale: float, first: bool) -> None:
     """Half-precision factors, float32 sum: one cuBLAS call, nothing rounded between chunks."""
     if first:
         torch.mm(grad_RV.t(), hidden_RD, out_dtype=total_VD.dtype, out=total_VD)
+        if scale != 1.0:
+            total_VD.mul_(scale)
     else:
-        torch.addmm(total_VD, grad_RV.t(), hidden_RD, out_dtype=total_VD.dtype, out=total_VD)
+        torch.addmm(total_VD, grad_RV.t(), hidden_RD, out_dtype=total_VD.dtype, alpha=scale, out=total_VD)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ki_ds.kernels.linear import Gradients, Head, Problem, Wanted, linear_rows, row_functions
-from ki_ds.kernels.rows import RowTask, compute_dtype, grad_scale_for, mix_teachers, sum_rows, teacher_row
+from ki_ds.kernels.rows import LogitForm, RowTask, compute_dtype, grad_scale_for, mix_teachers, sum_rows, teacher_row
 
 SCALE_ELEMENTS = 1 << 26  # elements scaled at once where a float32 copy of them is needed
 NO_SECOND_BACKWARD = (
@@ -61,6 +61,7 @@ def _linear_loss(
     topk_probs: Tensor | None,
     head_tensors: Sequence[Tensor],
     shares: Sequence[float],
+    forms: Sequence[float],
     alpha: float,
     tau: float,
     ignore_index: int,
@@ -69,45 +70,46 @@ def _linear_loss(
     semantics: str,
     chunk_rows: int,
     backend: str,
-    wants_hidden: bool,
-    wants_weight: bool,
-    wants_bias: bool,
+    wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss_sum, ce_sum, kl_sum, num_rows, teachers and the gradients of hidden, weight and bias.
 
     `head_tensors` holds hidden, weight, bias, rows of each teacher in turn; bias and rows may have no elements.
+    `forms` holds scale and cap (0: none) of the student, then of each teacher; `wants` whose gradients are wanted.
     """
+    form, *teacher_forms = [LogitForm.of_numbers(*pair) for pair in zip(forms[::2], forms[1::2], strict=True)]
     task = _task(alpha, alpha_tensor, tau, ignore_index, num_classes, label_smoothing, semantics, hidden)
     problem = Problem(
         hidden_ND=hidden,
         weight_VD=weight,
         bias_V=bias,
+        form=form,
         labels_N=labels,
         row_weights_N=row_weights,
-        heads=_heads(head_tensors, routed=not shares),
+        heads=_heads(head_tensors, teacher_forms, routed=not shares),
         shares=list(shares),
         topk=None if topk_ids is None or topk_probs is None else (topk_ids, topk_probs),
         task=task,
         chunk_rows=chunk_rows,
         backend=backend,
     )
-    sums, grads = linear_rows(problem, Wanted(wants_hidden, wants_weight, wants_bias))
+    sums, grads = linear_rows(problem, Wanted(*wants))
     return (*sums, *grads)
 
 
-def _heads(tensors: Sequence[Tensor], *, routed: bool) -> list[Head]:
+def _heads(tensors: Sequence[Tensor], forms: Sequence[LogitForm], *, routed: bool) -> list[Head]:
     heads = []
-    for first in range(0, len(tensors), 4):
-        hidden, weight, bias, rows = tensors[first : first + 4]
-        heads.append(Head(hidden, weight, bias if bias.numel() else None, rows if routed else None))
+    for number, form in enumerate(forms):
+        hidden, weight, bias, rows = tensors[4 * number : 4 * number + 4]
+        heads.append(Head(hidden, weight, bias if bias.numel() else None, rows if routed else None, form))
     return heads
 
 
 def _linear_fake(hidden, weight, bias, labels, row_weights, *args):
     dtype = compute_dtype(hidden)
-    wants_hidden, wants_weight, wants_bias = args[-3:]
+    wants_hidden, wants_weight, wants_bias = args[-1]
     scalars = [hidden.new_empty((), dtype=dtype) for _ in range(3)]
-    alpha_tensor, topk_ids, _, heads, shares, alpha = args[:6]
+    alpha_tensor, topk_ids, _, heads, shares, _, alpha = args[:7]
     return (
         *scalars,
         labels.new_empty((), dtype=torch.int64),
@@ -140,10 +142,10 @@ def _keep_linear_grads(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     hidden, weight, bias = inputs[:3]
     ctx.no_grads = _no_grads(inputs)
-    ctx.wanted = inputs[-3:]
+    ctx.wanted = inputs[-1]
     ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     ctx.grad_scale = grad_scale_for(hidden.dtype)
-    ctx.backend = inputs[-4]
+    ctx.backend = inputs[-2]
     ctx.spent = False
     ctx.save_for_backward(*output[5:])
 

@@ -42,6 +42,7 @@ from ki_ds.errors import UserError
 FORMAT = 1
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
+LOGIT_FORM = "teacher.logit_form"  # [scale, cap] in the key; not there: plain
 HIDDEN_DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 _INDEX = ("sample_ids", "masks", "num_rows", "input_hashes", "crcs")
