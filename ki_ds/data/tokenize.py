@@ -222,8 +222,7 @@ def begin_with_eos(folder: Path) -> bool:
 def begin_with(folder: Path, first: int) -> bool:
     """Have the tokenizer in a folder put the token `first` before a text; True where that was a change.
 
-    No ids change. A bos token of another id is cls from then on: programs that ask for bos take eos where there is
-    none, and would else begin with what the model has never seen.
+    No ids change. It is bos from then on, for programs that begin with that by themselves, and what was bos is cls.
     """
     tokenizer = load_tokenizer(folder)
     around = tokenizer("a").input_ids
@@ -234,8 +233,8 @@ def begin_with(folder: Path, first: int) -> bool:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, first)]
     )
-    if tokenizer.bos_token_id != first and tokenizer.cls_token_id in (None, tokenizer.bos_token_id):
-        tokenizer.cls_token, tokenizer.bos_token = tokenizer.bos_token, None
+    if tokenizer.bos_token_id not in (None, first) and tokenizer.cls_token_id in (None, tokenizer.bos_token_id):
+        tokenizer.cls_token, tokenizer.bos_token = tokenizer.bos_token, token
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"  # a class of RoBERTa's own would put its tokens back
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -245,9 +244,13 @@ def begin_with(folder: Path, first: int) -> bool:
 
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> SpecialIds:
-    """The ids with a role; BERT's `[CLS]` and `[SEP]` stand for bos and eos. UserError without any eos."""
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    """The ids with a role; BERT's `[CLS]` and `[SEP]` stand for bos and eos. UserError without any eos.
+
+    A bos that is eos (see `begin_with`) leaves its place to cls as well.
+    """
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    bos, cls = tokenizer.bos_token_id, tokenizer.cls_token_id
+    bos = cls if bos is None or (bos == eos and cls is not None) else bos
     if eos is None:
         raise UserError(f"the tokenizer {tokenizer.name_or_path} has no eos or sep token; take one that has it")
     named = {bos, eos, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.mask_token_id}

@@ -11,8 +11,8 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 
+from ki_ds import checkpoint, lineage
 from ki_ds import config as configuration
-from ki_ds import lineage
 from ki_ds.convert.export import Options, convert
 from ki_ds.data import datasets
 from ki_ds.data.batches import ValidBatches
@@ -76,6 +76,18 @@ def test_every_folder_has_the_perplexity_of_training(padded, tmp_path, task):
 
 
 @pytest.mark.parametrize("task", SETTINGS)
+def test_deepspeeds_own_tool_takes_a_checkpoint(padded, task):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    step = padded / task / "checkpoints" / "step_00000012"
+    assert checkpoint.damage(step) is None
+    assert {"latest", "README.md"} < json.loads((step / "manifest.json").read_text())["files"].keys()
+    state = get_fp32_state_dict_from_zero_checkpoint(str(step))
+    for name, tensor in load_file(step / "hf" / "model.safetensors").items():
+        assert torch.equal(state[f"lm.{name}"][tuple(map(slice, tensor.shape))], tensor), name
+
+
+@pytest.mark.parametrize("task", SETTINGS)
 def test_best_is_whole_by_itself(padded, tmp_path, task):
     best = padded / task / "best"
     convert(padded / task, tmp_path / "converted", Options(), say=lambda _: None)
@@ -106,7 +118,7 @@ def test_generation_begins_where_training_did(padded):
     out = model.generate(max_new_tokens=3, do_sample=False)
     assert out[0, 0] == 2
     assert tokenizer("the cat").input_ids[0] == 2
-    assert tokenizer.bos_token_id is None  # so that others, asking for it, take eos
+    assert tokenizer.bos_token_id == 2  # with which the harness and others begin by themselves
     assert hf.pipeline("text-generation", str(best))("the cat", max_new_tokens=3)[0]["generated_text"]
 
 

@@ -69,7 +69,7 @@ def test_a_text_begins_with_what_training_showed(tmp_path):
     assert theirs("ab").input_ids == [0, 2, 3]
     again = hf.AutoTokenizer.from_pretrained(written(tmp_path / "out", tokenizer_files(theirs, first=1)))
     assert again("ab").input_ids == [1, 2, 3]
-    assert (again.bos_token_id, again.eos_token_id) == (None, 1)
+    assert (again.bos_token_id, again.eos_token_id) == (1, 1)
     assert tokenizer_hash(again) == tokenizer_hash(theirs)
     same = written(tmp_path / "same", tokenizer_files(theirs, first=0))
     assert load_tokenizer(same)("ab").input_ids == [0, 2, 3]
