@@ -3,7 +3,8 @@
     RUN_DIR/config.yaml            resolved configuration
     RUN_DIR/run.json               manifest: status, lineage, parameters, hashes of data and teacher
     RUN_DIR/metrics.jsonl          every figure
-    RUN_DIR/checkpoints/step_N/    engine/ (DeepSpeed's shards), hf/ (Hugging Face folder), state.json, manifest.json
+    RUN_DIR/checkpoints/step_N/    engine/ (DeepSpeed's shards), hf/ (Hugging Face folder), state.json, manifest.json,
+                                   latest and README.md (for DeepSpeed's own tools, and for people)
     RUN_DIR/checkpoints/latest     the newest one's name, written last
     RUN_DIR/best/                  Hugging Face folder with the lowest validation cross-entropy
 
@@ -34,6 +35,16 @@ from ki_ds.errors import UserError
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _WRITER_WORDS = ("PytorchStreamWriter", "inline_container", "unexpected pos", "No space left", "File too large")
 
+
+TAG = "engine"  # DeepSpeed's name for what it saves, and its folder's
+_README = """# A checkpoint of ki_ds
+
+- `hf/`: the model at this step, for transformers and what reads its folders.
+- `engine/`: DeepSpeed's state, with which the run goes on. Its tag is `engine`, as `latest` says, so that DeepSpeed's
+  own tools take this folder: `python zero_to_fp32.py . OUT` (ZeRO 1 to 3). What they give has `lm.` before the names
+  in `hf/`, and the embedding's padding, which no sum in training counts and `hf/` leaves out.
+- `state.json`, `manifest.json`: where the run was, and size and SHA-256 of every file; a changed file is not read.
+"""
 
 File = tuple[Path, Callable[[Path], object]]  # a file or folder that one rank writes, and what writes it
 Hashes = dict[str, list[int | str]]  # relative name: [bytes, SHA-256]
@@ -167,6 +178,8 @@ def commit(temporary: Path, state: dict[str, Any], hashes: Hashes, *, keep: int,
     root, name = temporary.parent, temporary.stem.removeprefix(".")
     final = root / name
     write_json(temporary / "state.json", state)
+    (temporary / "latest").write_text(TAG, encoding="utf-8")
+    (temporary / "README.md").write_text(_README, encoding="utf-8")
     others = (path for path in temporary.rglob("*") if str(path.relative_to(temporary)) not in hashes)
     hashes = hashes | _sync_and_hash(temporary, others)
     write_json(temporary / "manifest.json", {"files": dict(sorted(hashes.items()))})
@@ -283,5 +296,5 @@ def load(folder: Path, engine: EngineState) -> dict[str, Any]:
     """
     state = read_json(folder / "state.json")
     saved_stage = state.get("zero_stage", engine.zero_stage)
-    engine.load(folder, "engine", saved_world=state["world_size"], saved_stage=saved_stage)
+    engine.load(folder, TAG, saved_world=state["world_size"], saved_stage=saved_stage)
     return state

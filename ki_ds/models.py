@@ -40,6 +40,9 @@ from ki_ds.paper import PRESETS
 from ki_ds.profiling import part
 from ki_ds.signals import HiddenSignal, Signal
 
+# RoBERTa counts positions past an id that pads. No id is this one: every token of a row counts, here and in plain
+# transformers, which warns of it and computes rightly.
+_NO_PADDING = -1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -82,6 +85,7 @@ def build_lm(
     else:
         lm = lm_of(lm_config(model, task, num_classes=num_classes, special_ids=special_ids), task)
     check_vocabulary(lm, num_classes, what=f"model.name={model.name}")
+    check_padding(lm, special_ids, what=f"model.name={model.name}")
     lm.config.use_cache = False
     return lm
 
@@ -116,7 +120,8 @@ def _preset_config(
     if hidden % heads:
         raise UserError(f"model.hidden_size={hidden} is not a multiple of model.num_heads={heads}; change one of them")
     layers, ffn = model.num_layers or preset.num_layers, model.ffn_size or preset.ffn_size
-    vocab_size = math.ceil(num_classes / model.vocab_multiple) * model.vocab_multiple
+    rows = num_classes + (task == "mlm" and special_ids.padding is None)  # its last is no token's: see _NO_PADDING
+    vocab_size = math.ceil(rows / model.vocab_multiple) * model.vocab_multiple
     if task == "causal":
         return GPT2Config(
             vocab_size=vocab_size,
@@ -133,10 +138,11 @@ def _preset_config(
             bos_token_id=special_ids.bos,
             eos_token_id=special_ids.eos,
         )
-    pad = 1 if special_ids.pad is None else special_ids.pad
+    pad = _NO_PADDING if special_ids.padding is None else special_ids.padding
     return RobertaConfig(
         vocab_size=vocab_size,
-        max_position_embeddings=model.num_positions + pad + 1,  # RoBERTa's first position is pad + 1
+        # RoBERTa's first position is pad + 1; torch takes padding's row, which is not trained, from the end where < 0
+        max_position_embeddings=model.num_positions + max(pad, 0) + 1,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -182,6 +188,8 @@ def load_lm(folder: str, task: Task, dtype: torch.dtype, *, what: str) -> PreTra
             f"{what}={folder} lacks {len(missing)} weights of a {task} model ({missing[0]}, ...); "
             f"take a checkpoint of a {task} language model"
         )
+    if lm.config.pad_token_id == _NO_PADDING:
+        lm.get_input_embeddings().padding_idx = None  # torch would not train the last token's row
     lm.config.use_cache = False
     return lm
 
@@ -223,12 +231,29 @@ def check_vocabulary(lm: PreTrainedModel, num_classes: int, *, what: str) -> Non
         raise UserError(f"{what} has {size} output classes for the tokenizer's {num_classes} ids; take one that fits")
 
 
+def check_padding(lm: PreTrainedModel, special_ids: SpecialIds, *, what: str) -> None:
+    """Return silently, or raise UserError when positions are counted past an id that is a token of the text."""
+    pad = _padding_of_positions(lm)
+    if pad is not None and pad >= 0 and pad != special_ids.padding and pad not in special_ids.others:
+        raise UserError(
+            f"{what} counts positions past token {pad}, which pads nothing in this tokenizer (pad: {special_ids.pad}); "
+            "take the model's own tokenizer, or set pad_token_id in its config.json"
+        )
+
+
+def _padding_of_positions(lm: PreTrainedModel) -> int | None:
+    """The id past which a model of RoBERTa's kind counts positions; None for all others."""
+    embeddings = getattr(lm.base_model, "embeddings", None)
+    if getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None) is None:
+        return None
+    return getattr(embeddings, "padding_idx", lm.config.pad_token_id)
+
+
 def max_positions(lm: PreTrainedModel) -> int | None:
     """Tokens that a row may have; None where the architecture sets no limit (rotary or relative positions)."""
     limit = getattr(lm.config, "max_position_embeddings", None)
-    table = getattr(getattr(lm.base_model, "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)  # RoBERTa's kind counts positions from pad + 1
-    return limit if limit is None or padding is None else limit - padding - 1
+    pad = _padding_of_positions(lm)
+    return limit if limit is None or pad is None else limit - max(pad, 0) - 1  # positions begin at pad + 1
 
 
 def count_parameters(lm: PreTrainedModel) -> dict[str, int]:

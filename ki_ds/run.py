@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 import ki_ds
 from ki_ds import checkpoint, lineage, schedules
 from ki_ds import config as configuration
 from ki_ds.bridge import Bridge
 from ki_ds.config import RunConfig
+from ki_ds.convert.student import StudentFolder
 from ki_ds.data.batches import VALID_SEED, ValidBatches
 from ki_ds.data.datasets import Datasets, open_datasets
 from ki_ds.distributed import is_main, on_main, rank, say, world_size
@@ -25,6 +27,7 @@ from ki_ds.handover import HandOver
 from ki_ds.loss import resolve_backend
 from ki_ds.metrics import Totals
 from ki_ds.models import (
+    DTYPES,
     InheritanceModel,
     build_lm,
     count_parameters,
@@ -50,6 +53,7 @@ class Run:
     facts: Sequence[TeacherFacts]  # of the teachers behind `teacher`, in their order; the same on every rank
     manifest: dict[str, Any]  # complete on rank 0
     totals: Totals
+    exported: StudentFolder | None  # what is written beside the weights; on rank 0
     handover: HandOver | None = None  # of the schedule auto
     best_ce: float = math.inf
     taught: range = field(init=False)  # completed updates at which alpha can be above 0
@@ -135,6 +139,7 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
     model.check()
     if config.data.packing:
         model.check_packing()
+    exported = _exported(lm, config, data)
     teacher: Teacher | None = None
     facts: list[TeacherFacts] = []
     taught = schedules.taught_steps(config)
@@ -154,7 +159,7 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
     manifest = _manifest(config, data, parameters, facts, started_from, device)
     on_main(lambda: _check_lineage(run_dir, manifest))
     engine = StudentEngine(model, config, device=device)
-    run = Run(config, device, engine, data, teacher, facts, manifest, Totals(), handover)
+    run = Run(config, device, engine, data, teacher, facts, manifest, Totals(), exported, handover)
     run.notice_hand_over()
     if resume_from:
         state = checkpoint.load(resume_from, engine)
@@ -164,6 +169,14 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
         configuration.save(config, run_dir / "config.yaml")
         checkpoint.write_json(run_dir / "run.json", manifest)
     return run
+
+
+def _exported(lm: PreTrainedModel, config: RunConfig, data: Datasets) -> StudentFolder | None:
+    """What rank 0 exports the student with; refused here rather than at the first export."""
+    made: list[StudentFolder] = []
+    dtype = DTYPES[config.engine.precision]
+    on_main(lambda: made.append(StudentFolder.of(lm, config.task, data.vocabulary, dtype=dtype)))
+    return made[0] if made else None
 
 
 def _teacher_notes(config: RunConfig, data: Datasets, facts: Sequence[TeacherFacts]) -> Iterator[str]:

@@ -179,7 +179,7 @@ class Saver:
         in_background = self._in_background and not at_once
         snapshot = HostCopies() if in_background else as_it_is
         temporary = checkpoint.begin(self._root, step)
-        files = engine.save(temporary, "engine", snapshot)
+        files = engine.save(temporary, checkpoint.TAG, snapshot)
         if (write_export := export(snapshot)) is not None:
             files.append((temporary / "hf", write_export))
         saved_by = {"step": step, "world_size": world_size(), "zero_stage": engine.zero_stage}

@@ -29,7 +29,6 @@ from ki_ds.evaluation.perplexity import Perplexity, validate
 from ki_ds.guard import LONGEST_ROW
 from ki_ds.loss import LossOutput
 from ki_ds.metrics import Display, Figures, MetricsLog, Stopwatch, Window
-from ki_ds.models import weights_sha256
 from ki_ds.preemption import Preemption
 from ki_ds.profiling import each, part, profiled_steps
 from ki_ds.run import Run, measured_domains, prepare
@@ -321,27 +320,26 @@ def _export(run: Run, snapshot: Snapshot = as_it_is, result: Perplexity | None =
     Called by all ranks. The writer looks at nothing that training changes, if `snapshot` copies the weights.
     """
     state = run.engine.state_dict()
-    if not is_main():
+    exported = run.exported
+    if exported is None:
         return None
     state = snapshot(state)
-    lm = copy.copy(run.engine.model.lm)
-    lm.config = copy.deepcopy(lm.config)  # training goes on with its own
-    lm.config.use_cache = True  # of no use in training, but whoever generates with the exported model wants it
-    totals = run.totals
+    totals, manifest = run.totals, copy.deepcopy(run.manifest)
     describe = functools.partial(
         lineage.describe,
-        copy.deepcopy(run.manifest),
+        manifest | {"student": exported.parameters},
         step=totals.step,
         tokens=totals.tokens,
         flops=(totals.student_flops, totals.teacher_flops),
         ppl=result.ppl if result is not None else None,
     )
+    facts: dict[str, Any] = {"step": totals.step, "tokens": totals.tokens}
+    facts |= {"validation perplexity": f"{result.ppl:.2f}"} if result is not None else {}
     measured = {"step": totals.step, **asdict(result), "ppl": result.ppl} if result is not None else None
 
     def write(folder: Path) -> None:
-        lm.save_pretrained(folder, state_dict=state)
-        run.data.vocabulary.export(folder, run.config.task)
-        checkpoint.write_json(folder / lineage.FILE_NAME, describe(weights=weights_sha256(str(folder))))
+        what = f"run {manifest['name']} at step {facts['step']:,}"
+        exported.write(folder, state, describe, what=what, run_dir=run.run_dir, manifest=manifest, facts=facts)
         if measured is not None:
             checkpoint.write_json(folder / "valid.json", measured)
 

@@ -5,6 +5,7 @@ import torch
 import transformers as hf
 
 from ki_ds.config import LossConfig, ModelConfig
+from ki_ds.convert.unpadded import cut, unpadded
 from ki_ds.data.batches import IGNORE_INDEX, Batch
 from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
@@ -15,6 +16,7 @@ from ki_ds.models import (
     _probe,
     build_lm,
     count_parameters,
+    lm_config,
     load_lm,
     max_positions,
     model_folder,
@@ -259,3 +261,46 @@ def test_a_top_k_signal_gives_the_top_k_loss(semantics):
         torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
     assert num_rows == 4
     assert kl > 0
+
+
+class TestTokensAreNoPadding:
+    """RoBERTa counts positions past the id that pads, which must be no token of the text."""
+
+    WITHOUT = (SpecialIds(bos=0, eos=2, mask=4), SpecialIds(bos=0, eos=2, pad=2, mask=4))
+
+    @pytest.mark.parametrize("ids", WITHOUT, ids=["no pad", "pad is eos"])
+    @pytest.mark.parametrize("num_classes", [100, 128])
+    def test_every_token_of_a_preset_has_a_position_of_its_own(self, ids, num_classes, tmp_path):
+        shape = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "ffn_size": 16, "num_positions": 24, "dropout": 0}
+        config = ModelConfig(name="roberta_base", attention_dropout=0, **shape)
+        lm = build_lm(config, "mlm", num_classes=num_classes, special_ids=ids, seed=0).eval()
+        assert max_positions(lm) == 24
+        assert lm.get_input_embeddings().num_embeddings > num_classes  # no token's row is the one without gradient
+        exported = unpadded(lm, num_classes, dtype=torch.float32)
+        exported.save_pretrained(tmp_path, state_dict=cut(lm.state_dict(), exported))
+        again = hf.AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+        rows = torch.tensor([[0, 1, 2, 1, 2, 3] * 4, list(range(24))])
+        with torch.no_grad():
+            expected = lm(input_ids=rows, position_ids=torch.arange(24).expand(2, -1)).logits[..., :num_classes]
+            assert torch.equal(again(input_ids=rows).logits, expected)
+        start = build_lm(
+            ModelConfig(name=str(tmp_path), init="pretrained"), "mlm", num_classes=num_classes, special_ids=ids, seed=0
+        )
+        assert max_positions(start) == 24
+        start(input_ids=torch.full((1, 4), num_classes - 1)).logits[..., 0].sum().backward()
+        assert start.get_input_embeddings().weight.grad[num_classes - 1].abs().sum() > 0
+
+    def test_a_preset_with_padding_is_as_it_was(self):
+        ids = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=4)
+        config = lm_config(ModelConfig(name="roberta_base"), "mlm", num_classes=50_265, special_ids=ids)
+        assert (config.pad_token_id, config.max_position_embeddings, config.vocab_size) == (1, 514, 50_304)
+
+    def test_another_models_padding_is_one_line(self, tmp_path):
+        hf.RobertaForMaskedLM(hf.RobertaConfig(vocab_size=100, **TINY | {"pad_token_id": 1})).save_pretrained(tmp_path)
+        for init in ("pretrained", "random"):
+            model = ModelConfig(name=str(tmp_path), init=init)
+            build_lm(model, "mlm", num_classes=99, special_ids=SpecialIds(bos=0, pad=1, eos=2, mask=4), seed=0)
+            build_lm(model, "mlm", num_classes=99, special_ids=SpecialIds(bos=0, eos=2, mask=4, others=(1,)), seed=0)
+            for ids in self.WITHOUT:
+                with pytest.raises(UserError, match="counts positions past token 1, which pads nothing in this tok"):
+                    build_lm(model, "mlm", num_classes=99, special_ids=ids, seed=0)

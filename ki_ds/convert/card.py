@@ -54,7 +54,7 @@ def model_card(
     head = f"---\nlicense: {license_name}\nlibrary_name: transformers\npipeline_tag: {pipeline}\n---\n# {name}\n"
     files = [f"- `{file}` SHA-256 `{digest}`" for file, digest in source.sha256().items()]
     sections = {
-        f"Made by ki_ds {ki_ds.__version__} (`tools/convert_to_hf.py`) from {source.what}": files,
+        f"Made by ki_ds {ki_ds.__version__} from {source.what}": files,
         "Model": _bullets(sizes(model) | {"weights": dtype}),
         "Training": _bullets(source.facts) or ["- nothing is known"],
         "Lineage": _tree(source.lineage) if source.lineage is not None else [],

@@ -21,7 +21,8 @@ from ki_ds import lineage
 from ki_ds.checkpoint import write_json
 from ki_ds.convert.card import model_card
 from ki_ds.convert.sources import Source, open_source
-from ki_ds.convert.vocabulary import write_vocabulary
+from ki_ds.convert.unpadded import begin_with, cut, num_classes_of, readable_alike, unpadded
+from ki_ds.convert.vocabulary import beside_model
 from ki_ds.data.store import check_space, is_fairseq_folder, open_store, sync_folder, write_errors_are_one_line
 from ki_ds.errors import UserError
 from ki_ds.models import DTYPES, load_lm, max_positions, quieten, weights_sha256
@@ -66,9 +67,8 @@ def convert(path: Path, output: Path, options: Options, *, say: Callable[[str], 
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             _write(source, temporary, output.name, options, real_rows=_real_rows(path, options), say=say)
-            readable = (temporary / "README.md").stat().st_mode
+            readable_alike(temporary)
             for file in temporary.iterdir():
-                file.chmod(readable)  # safetensors lets nobody else read
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
             sync_folder(temporary)
@@ -100,21 +100,29 @@ def _write(
     real_rows: list[Tensor] | None,
     say: Callable[[str], None],
 ) -> None:
-    model = source.model(torch.float32)
-    vocab_size = model.get_output_embeddings().weight.shape[0]
-    vocabulary = write_vocabulary(source, folder, model, tokenizer=options.tokenizer)
+    whole = source.model(torch.float32)
+    beside = beside_model(source, whole, tokenizer=options.tokenizer)
+    model = unpadded(whole, beside.num_ids, dtype=torch.float32)
     model.config.use_cache = True  # of no use in training, but whoever generates wants it
-    check_space(folder, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
-    model.save_pretrained(folder)
-    rows = made_up_rows(vocab_size, max_positions(model), model.config.pad_token_id)
+    if source.first is not None:
+        begin_with(model, source.first, eos=model.config.eos_token_id, pad=beside.pad)
+    state = cut(whole.state_dict(), model)
+    check_space(folder, 2 * sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
+    model.save_pretrained(folder, state_dict=state)
+    for file_name, content in beside.files.items():
+        (folder / file_name).write_bytes(content)
+    rows = made_up_rows(beside.num_ids, max_positions(whole), padding_id(model))
     for row in real_rows or []:
-        if int(row.max()) >= vocab_size:
-            raise UserError(f"the token file has id {int(row.max())}, the model {vocab_size}; give its own with --data")
+        if int(row.max()) >= beside.num_ids:
+            raise UserError(
+                f"the token file has id {int(row.max())}, the model {beside.num_ids}; give its own with --data"
+            )
         row = row[row != model.config.pad_token_id]
-        rows += [row[None, : max_positions(model) or _LONGEST_ROW]] if len(row) else []
+        rows += [row[None, : max_positions(whole) or _LONGEST_ROW]] if len(row) else []
     checks = [*_check_weights(source, folder), *_check_logits(source, folder, rows, num_real=len(real_rows or []))]
     if options.dtype != "fp32":
-        checks.append(_cast(source, folder, model, rows, options.dtype))
+        checks.append(_cast(source, folder, rows, options.dtype))
+    vocabulary = beside.lines
     for line in (*vocabulary, *checks):
         say(line)
     card = model_card(
@@ -166,13 +174,13 @@ def _real_rows(path: Path, options: Options) -> list[Tensor] | None:
 
 
 def _check_weights(source: Source, folder: Path) -> list[str]:
-    """That the file holds the source's weights bit for bit, where both have the same names."""
+    """That the file holds the source's weights bit for bit, padding left out, where both have the same names."""
     if source.weights is None:
         return []
     written = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     common = written.keys() & source.weights.keys()  # an architecture may be saved under other names
     for name in common:
-        if not torch.equal(written[name], source.weights[name]):
+        if not torch.equal(written[name], source.weights[name][tuple(map(slice, written[name].shape))]):
             raise UserError(f"{name} was not written as it is in the source; nothing was left")
     return [f"{len(common)} of {len(written)} tensors are the source's by name, bit for bit"]
 
@@ -180,11 +188,13 @@ def _check_weights(source: Source, folder: Path) -> list[str]:
 def _check_logits(source: Source, folder: Path, rows: list[Tensor], *, num_real: int) -> list[str]:
     """Lines with the largest differences of logits. Raises UserError where one is above `TOLERANCE`."""
     reloaded = load_lm(str(folder), source.task, torch.float32, what="OUTPUT").eval()
-    pad = reloaded.config.pad_token_id
+    pad, num_ids = padding_id(reloaded), num_classes_of(reloaded)
     where = f"{len(rows) - num_real} sets of random rows and {num_real} rows of data"
     if source.logits is None:
         original = source.model(torch.float32)
-        difference = _largest_difference(reloaded, lambda ids: _logits(original, ids, pad), rows, torch.float32)
+        difference = _largest_difference(
+            reloaded, lambda ids: _logits(original, ids, pad)[..., :num_ids], rows, torch.float32
+        )
         return [f"logits of the written and the source model differ by {difference:.1e} (fp32, {where})"]
     direct = source.logits
     lines = []
@@ -202,7 +212,7 @@ def _check_logits(source: Source, folder: Path, rows: list[Tensor], *, num_real:
 def _largest_difference(
     model: PreTrainedModel, expected: Callable[[Tensor], Tensor], rows: list[Tensor], dtype: torch.dtype
 ) -> float:
-    pad, worst = model.config.pad_token_id, 0.0
+    pad, worst = padding_id(model), 0.0
     with torch.inference_mode():
         for ids_BL in rows:
             kept = ids_BL != (-1 if pad is None else pad)
@@ -217,20 +227,28 @@ def _largest_difference(
     return worst
 
 
+def padding_id(model: PreTrainedModel) -> int | None:
+    """The id that pads a batch; None where the model has none, for which RoBERTa's kind says -1."""
+    pad = model.config.pad_token_id
+    return None if pad is None or pad < 0 else pad
+
+
 def _logits(model: PreTrainedModel, ids_BL: Tensor, pad: int | None) -> Tensor:
     mask = torch.ones_like(ids_BL) if pad is None else (ids_BL != pad).long()
     return model(input_ids=ids_BL, attention_mask=mask).logits
 
 
 @torch.inference_mode()
-def _cast(source: Source, folder: Path, model: PreTrainedModel, rows: list[Tensor], dtype: str) -> str:
+def _cast(source: Source, folder: Path, rows: list[Tensor], dtype: str) -> str:
     """Write the checked weights again in a smaller dtype; a line that says what it costs."""
+    model = load_lm(str(folder), source.task, torch.float32, what="OUTPUT").eval()
+    pad = padding_id(model)
+    before = [_logits(model, ids, pad) for ids in rows]
     for old in folder.glob("*.safetensors*"):
         old.unlink()
-    pad = model.config.pad_token_id
-    before = [_logits(model, ids, pad) for ids in rows]
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype])
+    model.config.use_cache = True
     model.save_pretrained(folder)
     cast = load_lm(str(folder), source.task, torch.float32, what="OUTPUT").eval()
     worst, largest = 0.0, 0.0

@@ -75,11 +75,18 @@ def config_of(source: Fairseq, *, tied: bool) -> PreTrainedConfig:
         attn_pdrop=attention_dropout,
         layer_norm_epsilon=1e-5,
         tie_word_embeddings=tied,
-        # without add_bos_token a text is only ever preceded by the </s> of the one before
-        bos_token_id=BOS if source.flag("add_bos_token", False) else EOS,
+        bos_token_id=first_token(source),
         pad_token_id=PAD,
         eos_token_id=EOS,
     )
+
+
+def first_token(source: Fairseq) -> int | None:
+    """Id of the token that a GPT's texts begin behind; None for RoBERTa."""
+    if source.kind == "roberta":
+        return None
+    # without add_bos_token a text is only ever preceded by the </s> of the one before
+    return BOS if source.flag("add_bos_token", False) else EOS
 
 
 def _roberta_state(source: Fairseq, dtype: torch.dtype) -> dict[str, Tensor]:

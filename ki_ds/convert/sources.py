@@ -24,9 +24,10 @@ from ki_ds import checkpoint, lineage
 from ki_ds.config import Task
 from ki_ds.convert import direct, zero
 from ki_ds.convert.fairseq import Fairseq, read_fairseq
-from ki_ds.convert.fairseq_to_hf import to_hf
+from ki_ds.convert.fairseq_to_hf import first_token, to_hf
+from ki_ds.convert.unpadded import LARGEST_PADDING
 from ki_ds.errors import UserError
-from ki_ds.models import load_lm, model_folder, read_config, weights_sha256
+from ki_ds.models import lm_of, load_lm, model_folder, read_config, weights_sha256
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -45,6 +46,8 @@ class Source:
         logits: (ids [B, L], dtype=) -> logits [B, L, V] that the source's own weights give, without `model`.
         weights: those that the written file must hold bit for bit (float32); None where the names differ.
         pads_vocabulary: whether the embedding may have rows beyond the tokenizer's ids.
+        num_ids: ids of the vocabulary, where neither tokenizer nor dictionary says it.
+        first: id of the token that causal training put before a text, where that is known.
         facts: of the training, for the model card.
         lineage: the record of its teachers that a run of ours keeps beside its weights.
         tokenizer_dir: folder with a tokenizer of the model's own.
@@ -58,6 +61,8 @@ class Source:
     logits: Callable[..., Tensor] | None = None
     weights: dict[str, Tensor] | None = None
     pads_vocabulary: bool = True
+    num_ids: int | None = None
+    first: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     lineage: lineage.Lineage | None = None
     notes: tuple[str, ...] = ()
@@ -121,6 +126,7 @@ def _of_fairseq(path: Path, dictionary: Path | None) -> Source:
         model=lambda dtype: to_hf(model, dtype),
         logits=functools.partial(direct.logits, model),
         pads_vocabulary=False,
+        first=first_token(model),
         facts=_fairseq_facts(model),
         notes=model.notes,
         dictionary=dictionary or (beside if beside.is_file() else None),
@@ -179,12 +185,13 @@ def _of_checkpoint(folder: Path) -> Source:
 
 def _of_hf(folder: Path, run_dir: Path, what: str, facts: dict[str, Any]) -> Source:
     """A Hugging Face folder that a run has written; `run_dir` may lack what a run has beside it."""
-    task = task_of(read_config(str(folder), what="INPUT"))
+    hf_config = read_config(str(folder), what="INPUT")
+    task = task_of(hf_config)
     files = tuple(sorted(folder.glob("*.safetensors")))
     if (run_dir / "run.json").exists():
         manifest = checkpoint.read_json(run_dir / "run.json")
         task = manifest["task"]
-        facts |= _run_facts(run_dir, manifest)
+        facts |= run_facts(run_dir, manifest)
     weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
     return Source(
         what=what,
@@ -192,6 +199,7 @@ def _of_hf(folder: Path, run_dir: Path, what: str, facts: dict[str, Any]) -> Sou
         files=files,
         model=lambda dtype: load_lm(str(folder), task, dtype, what="INPUT").eval(),
         weights={name: tensor.float() for name, tensor in weights.items()},
+        first=_first(hf_config) if task == "causal" else None,
         facts={name: value for name, value in facts.items() if value is not None},
         lineage=lineage.read(folder, weights_sha256(str(folder))),
         tokenizer_dir=folder if any((folder / name).exists() for name in TOKENIZER_FILES) else None,
@@ -199,7 +207,12 @@ def _of_hf(folder: Path, run_dir: Path, what: str, facts: dict[str, Any]) -> Sou
     )
 
 
-def _run_facts(run_dir: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def _first(config: PreTrainedConfig) -> int | None:
+    """`</s>`, which our causal training puts before every row; in older folders bos is another token."""
+    return config.eos_token_id if isinstance(config.eos_token_id, int) else config.bos_token_id
+
+
+def run_facts(run_dir: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """What run.json and config.yaml say; the latter as plain YAML, since it may be of an older version."""
     facts: dict[str, Any] = {"run": manifest["name"], "status": manifest["status"], "written by": manifest["version"]}
     if (run_dir / "config.yaml").exists():
@@ -236,6 +249,8 @@ def _of_deepspeed(path: Path, config: Path | None) -> Source:
     hf_config = read_config(str(home), what="--config")
     task = task_of(hf_config)
     found = zero.consolidate(folder)
+    num_ids = hf_config.get_text_config().vocab_size
+    hf_config.get_text_config().vocab_size = max(num_ids, _padded_to(hf_config, task, found.weights, num_ids))
     cached: dict[torch.dtype, PreTrainedModel] = {}
 
     def model(dtype: torch.dtype) -> PreTrainedModel:
@@ -249,10 +264,21 @@ def _of_deepspeed(path: Path, config: Path | None) -> Source:
         files=found.files,
         model=model,
         weights={name: tensor.float() for name, tensor in found.weights.items()},
+        num_ids=num_ids,
         facts=found.facts,
         notes=(f"read with {found.loader}",),
         tokenizer_dir=home if any((home / name).exists() for name in TOKENIZER_FILES) else None,
     )
+
+
+def _padded_to(config: PreTrainedConfig, task: Task, weights: dict[str, Tensor], num_ids: int) -> int:
+    """Rows of the embedding; config.json may be of the exported model, which has no padding."""
+    with torch.device("meta"):
+        made = lm_of(config, task)
+    embedding = made.get_input_embeddings().weight
+    names = [name for name, tensor in made.named_parameters() if tensor is embedding and name in weights]
+    rows = max((len(weights[name]) for name in names), default=num_ids)
+    return rows if rows <= num_ids + LARGEST_PADDING else num_ids
 
 
 def _with_weights(

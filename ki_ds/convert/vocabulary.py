@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
-from ki_ds.convert.sources import TOKENIZER_FILES, Source
-from ki_ds.data.tokenize import (
-    begin_with_eos,
-    load_tokenizer,
-    read_fairseq_dict,
-    save_tokenizer,
-    tokenizer_from_fairseq,
-)
+from ki_ds.convert.sources import Source
+from ki_ds.convert.unpadded import LARGEST_PADDING, num_classes_of
+from ki_ds.data.tokenize import load_tokenizer, read_fairseq_dict, tokenizer_from_fairseq
+from ki_ds.data.tokenizer_files import Files, tokenizer_files
 from ki_ds.errors import UserError
 from ki_ds.models import max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LARGEST_PADDING = 1024  # rows of an embedding beyond the tokenizer's ids that can still be padding
+
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside a model: files, the ids that they give it, the id that pads, and lines that say so."""
+
+    num_ids: int
+    pad: int | None
+    files: Files
+    lines: list[str]
 
 
-def write_vocabulary(source: Source, folder: Path, model: PreTrainedModel, *, tokenizer: Path | None) -> list[str]:
-    """Put tokenizer and dictionary into the folder; lines that say what they are.
+def beside_model(source: Source, model: PreTrainedModel, *, tokenizer: Path | None) -> Beside:
+    """The vocabulary of a model, whose embedding may have rows beyond it.
 
     Args:
         tokenizer: folder of a tokenizer; GPT-2's (or RoBERTa's) vocabulary where the source has a dictionary.
@@ -35,67 +38,71 @@ def write_vocabulary(source: Source, folder: Path, model: PreTrainedModel, *, to
     Raises:
         UserError: it cannot be loaded, or has another size than the embedding.
     """
-    size = model.get_output_embeddings().weight.shape[0]
+    size = num_classes_of(model)
+    num_ids, pad = source.num_ids or size, model.config.pad_token_id
+    files: Files = {}
     lines = []
     if source.dictionary is not None:
-        num_ids = len(read_fairseq_dict(source.dictionary, mask=source.task == "mlm")[0])
+        symbols, ids = read_fairseq_dict(source.dictionary, mask=source.task == "mlm")
+        num_ids, pad = len(symbols), ids.pad
         _check_size(source, f"{source.dictionary}", num_ids, size)
-        shutil.copyfile(source.dictionary, folder / "dict.txt")
+        files["dict.txt"] = source.dictionary.read_bytes()
         lines.append(f"dict.txt: fairseq's dictionary of {num_ids:,} ids")
-    if tokenizer is not None:
-        if source.tokenizer_dir is not None:
-            raise UserError(f"--tokenizer={tokenizer}: {source.tokenizer_dir} has the model's own; leave it out")
-        if source.dictionary is not None:  # whose size is right; with <mask>, of which a GPT knows nothing
-            made = tokenizer_from_fairseq(source.dictionary, tokenizer)
-        else:
-            made = load_tokenizer(tokenizer)
-            _check_size(source, f"--tokenizer={tokenizer}", len(made), size)
-        made.model_max_length = max_positions(model) or made.model_max_length
-        _save(made, folder)
-    elif source.tokenizer_dir is not None:
-        made = load_tokenizer(source.tokenizer_dir)
-        _check_size(source, f"the tokenizer of {source.tokenizer_dir}", len(made), size)
-        for name in TOKENIZER_FILES:
-            if (source.tokenizer_dir / name).is_file():
-                shutil.copyfile(source.tokenizer_dir / name, folder / name)
-        _note_positions(folder, max_positions(model))
+    made = _tokenizer(source, tokenizer, size)
+    if made is None:
+        lines.append(f"no tokenizer: ids mean what {'dict.txt' if lines else 'the training data'} says")
     else:
-        return [*lines, f"no tokenizer: ids mean what {'dict.txt' if lines else 'the training data'} says"]
-    lines.append(f"tokenizer of {len(made):,} ids")
-    if source.task == "causal" and begin_with_eos(folder):
-        lines.append(f"the tokenizer puts {made.eos_token} before a text and nothing behind it")
+        num_ids, pad = len(made) if source.dictionary is None else num_ids, made.pad_token_id
+        lines += _lines(made, num_ids)
+        first = _first(source, made)
+        config = model.config.to_json_string()
+        origin = tokenizer or source.tokenizer_dir
+        files |= tokenizer_files(made, first=first, limit=max_positions(model), config=config, origin=origin)
+        if first is not None and made("a").input_ids[-1:] == [made.eos_token_id]:
+            token = made.convert_ids_to_tokens(first)
+            lines.append(f"the tokenizer puts {token} before a text and nothing behind it")
+    if size > num_ids:
+        lines.append(f"left out: the embedding's {size - num_ids:,} rows of padding beyond {num_ids:,} ids")
+    return Beside(num_ids, pad, files, lines)
+
+
+def _tokenizer(source: Source, given: Path | None, size: int) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was given, or is the model's own, if it fits."""
+    if given is not None and source.tokenizer_dir is not None:
+        raise UserError(f"--tokenizer={given}: {source.tokenizer_dir} has the model's own; leave it out")
+    if given is not None and source.dictionary is not None:  # whose size is right
+        return tokenizer_from_fairseq(source.dictionary, given)
+    folder = given or source.tokenizer_dir
+    if folder is None:
+        return None
+    made = load_tokenizer(folder)
+    what = f"--tokenizer={given}" if given is not None else f"the tokenizer of {folder}"
+    beyond = source.dictionary is not None and source.task == "causal"  # <mask>, of which a GPT knows nothing
+    _check_size(source, what, len(made) - beyond, size)
+    return made
+
+
+def _first(source: Source, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that has to stand before a text; None where the tokenizer is right as it is."""
+    if source.task == "causal" and source.first is None and tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]:
+        return tokenizer.eos_token_id
+    return source.first
+
+
+def _lines(made: PreTrainedTokenizerBase, num_ids: int) -> list[str]:
+    lines = [f"tokenizer of {len(made):,} ids"]
     if (beyond := made.backend_tokenizer.get_vocab_size() - len(made)) > 0:
         lines.append(
             f"the dictionary lacks {beyond:,} pieces of the vocabulary, for which AutoTokenizer gives ids that the "
             "model has not; ki_ds.data.tokenize.load_tokenizer gives <unk>"
         )
-    if len(made) > size:
+    if len(made) > num_ids:
         lines.append("<mask>, the tokenizer's last id, is no id of the model")
-    if size > len(made):
-        lines.append(f"the embedding has {size:,} rows, padded beyond the tokenizer's {len(made):,} ids; kept as it is")
     return lines
 
 
-def _note_positions(folder: Path, limit: int | None) -> None:
-    """Have the copied tokenizer cut texts to the model's positions where it knows no limit of its own."""
-    path = folder / "tokenizer_config.json"
-    if limit is not None and path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["model_max_length"] = min(limit, config.get("model_max_length") or limit)
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _check_size(source: Source, what: str, num_ids: int, size: int) -> None:
-    most = _LARGEST_PADDING if source.pads_vocabulary else 0
+    most = LARGEST_PADDING if source.pads_vocabulary else 0
     if not 0 <= size - num_ids <= most:
         hint = "give its own dict.txt with --dict" if not source.pads_vocabulary else "take the model's own"
         raise UserError(f"{what} has {num_ids:,} ids, the model's embedding {size:,}; {hint}")
-
-
-def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer into a folder that has files already."""
-    place = folder / "tokenizer"
-    save_tokenizer(tokenizer, place)
-    for file in place.iterdir():
-        file.rename(folder / file.name)
-    place.rmdir()

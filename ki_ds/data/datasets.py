@@ -20,7 +20,6 @@ from ki_ds.data.prepare import open_corpus
 from ki_ds.data.samples import DEFAULT_BREAK_MODE, BlockConfig, BlockDataset, SampleIndex
 from ki_ds.data.store import SpecialIds, TokenStore, is_fairseq_folder, open_shards, open_store
 from ki_ds.data.tokenize import (
-    begin_with_eos,
     former_tokenizer_hash,
     load_tokenizer,
     read_fairseq_dict,
@@ -28,6 +27,7 @@ from ki_ds.data.tokenize import (
     tokenizer_from_fairseq,
     tokenizer_hash,
 )
+from ki_ds.data.tokenizer_files import Files, tokenizer_files
 from ki_ds.data.view import Interval, TokenView, select
 from ki_ds.errors import UserError
 
@@ -62,20 +62,24 @@ class Vocabulary:
             return tokenizer_from_fairseq(self.dictionary, self.tokenizer_dir)
         return load_tokenizer(self.tokenizer_dir)
 
-    def export(self, folder: Path, task: Task) -> None:
-        """Put the tokenizer's files, and a fairseq dictionary, beside an exported model of a task.
+    def files(self, task: Task, *, limit: int | None = None, config: str | None = None) -> Files:
+        """What lies beside an exported model of a task: the tokenizer's files, and a fairseq dictionary.
 
         Text gets the ids that the model has seen: behind `<s>` and before `</s>` for mlm, behind `</s>` for causal.
+        Arguments and errors as in `tokenizer_files`.
         """
-        if self.dictionary is not None:
-            (folder / "dict.txt").write_bytes(self.dictionary.read_bytes())
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
-        elif self.tokenizer_dir is not None:
-            for file in self.tokenizer_dir.iterdir():
-                (folder / file.name).write_bytes(file.read_bytes())
-        if task == "causal" and self.tokenizer_dir is not None:
-            begin_with_eos(folder)
+        found = {} if self.dictionary is None else {"dict.txt": self.dictionary.read_bytes()}
+        if self.tokenizer is None:
+            return found
+        first = self.special_ids.eos if task == "causal" else None
+        return found | tokenizer_files(
+            self.tokenizer, first=first, limit=limit, config=config, origin=self.tokenizer_dir
+        )
+
+    def export(self, folder: Path, task: Task) -> None:
+        """Write `files` into a folder."""
+        for name, content in self.files(task).items():
+            (folder / name).write_bytes(content)
 
 
 def dictionary_hash(path: Path) -> str:

@@ -57,6 +57,11 @@ class SpecialIds:
     others: tuple[int, ...] = ()
 
     @property
+    def padding(self) -> int | None:
+        """The id that pads and is never in a text; None without one, and where another role has it as well."""
+        return None if self.pad in (self.bos, self.eos, self.unk, self.mask) else self.pad
+
+    @property
     def all_ids(self) -> tuple[int, ...]:
         """Every special id once, ascending."""
         roles = (self.bos, self.pad, self.eos, self.unk, self.mask, *self.others)

@@ -26,6 +26,8 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 # Without one of these AutoTokenizer takes a model's folder for that of an empty vocabulary.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model")
 
+PLAIN_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is
+
 # RoBERTa's names, and its first four ids; the mask comes right after them, before the bytes.
 BOS, PAD, EOS, UNK, MASK = SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 _OVERWRITE = " #fairseq:overwrite"
@@ -214,28 +216,45 @@ def begin_with_eos(folder: Path) -> bool:
     """Have the tokenizer in a folder put `</s>` before a text and nothing behind it; True where that was a change.
 
     Causal models are trained on lines that follow `</s>` and end with it. A tokenizer of RoBERTa's kind would begin a
-    prompt with `<s>`, which they have never seen, and end it, so that they go on with another text. Tokenizers that do
-    not end a text with eos stay as they are, and no ids change.
+    prompt with `<s>`, which they have never seen, and end it, so that they go on with another text. One that puts
+    nothing around a text and knows no other beginning than eos (GPT-2's) stays as it is.
+    """
+    eos = load_tokenizer(folder).eos_token_id
+    return eos is not None and begin_with(folder, eos)
+
+
+def begin_with(folder: Path, first: int) -> bool:
+    """Have the tokenizer in a folder put the token `first` before a text; True where that was a change.
+
+    No ids change. It is bos from then on, for programs that begin with that by themselves, and what was bos is cls.
     """
     tokenizer = load_tokenizer(folder)
-    eos = tokenizer.eos_token_id
-    if eos is None or tokenizer("a").input_ids[-1:] != [eos]:
+    around = tokenizer("a").input_ids
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    if around in (plain, [first, *plain]) and tokenizer.bos_token_id in (None, first):
         return False
-    token = tokenizer.eos_token
+    token = tokenizer.convert_ids_to_tokens(first)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, eos)]
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, first)]
     )
+    if tokenizer.bos_token_id not in (None, first) and tokenizer.cls_token_id in (None, tokenizer.bos_token_id):
+        tokenizer.cls_token, tokenizer.bos_token = tokenizer.bos_token, token
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"  # a class of RoBERTa's own would put its tokens back
-    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    write_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in config.items() if name not in ("add_bos_token", "add_eos_token")}
+    write_atomically(path, json.dumps(kept | {"tokenizer_class": PLAIN_CLASS}, indent=2, sort_keys=True) + "\n")
     return True
 
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> SpecialIds:
-    """The ids with a role; BERT's `[CLS]` and `[SEP]` stand for bos and eos. UserError without any eos."""
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    """The ids with a role; BERT's `[CLS]` and `[SEP]` stand for bos and eos. UserError without any eos.
+
+    A bos that is eos (see `begin_with`) leaves its place to cls as well.
+    """
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    bos, cls = tokenizer.bos_token_id, tokenizer.cls_token_id
+    bos = cls if bos is None or (bos == eos and cls is not None) else bos
     if eos is None:
         raise UserError(f"the tokenizer {tokenizer.name_or_path} has no eos or sep token; take one that has it")
     named = {bos, eos, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.mask_token_id}

@@ -178,11 +178,13 @@ def _tokenizer_and_config(candidate: Candidate) -> tuple[PreTrainedTokenizerBase
     """Both, agreed on what pads: causal models look for a row's last token by it, RoBERTa counts positions from it."""
     tokenizer = load_tokenizer(candidate.tokenizer)
     config = read_config(candidate.folder, what="MODEL")
-    if config.pad_token_id is not None:
+    counts_all = config.pad_token_id is not None and config.pad_token_id < 0  # RoBERTa's kind without padding
+    if config.pad_token_id is not None and not counts_all:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
     elif tokenizer.pad_token is None:  # GPT-2's kind; what is padded is masked, so that any id does
         tokenizer.pad_token = tokenizer.eos_token
-    config.pad_token_id = tokenizer.pad_token_id
+    if not counts_all:
+        config.pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer, config
 

@@ -10,7 +10,7 @@ import transformers as hf
 
 from ki_ds.convert.export import Options, convert
 from ki_ds.convert.sources import Source
-from ki_ds.convert.vocabulary import write_vocabulary
+from ki_ds.convert.vocabulary import beside_model
 from ki_ds.data.corpora import Corpus, gensim_dump_path
 from ki_ds.data.prepare import TokenizerSpec, build_store, open_corpus
 from ki_ds.data.store import open_store
@@ -85,7 +85,9 @@ def test_robertas_dictionary_numbers_gpt2s_pieces(lines, tmp_path, task):
     config = hf.GPT2Config(vocab_size=size, n_embd=2, n_layer=1, n_head=1, n_positions=16)
     dictionary = SHARED / "data/tok/roberta/dict.txt"
     source = Source("x", task, (), lambda dtype: None, pads_vocabulary=False, dictionary=dictionary)
-    write_vocabulary(source, tmp_path, hf.GPT2LMHeadModel(config), tokenizer=SHARED / "data/tok/gpt2")
+    beside = beside_model(source, hf.GPT2LMHeadModel(config), tokenizer=SHARED / "data/tok/gpt2")
+    for name, content in beside.files.items():
+        (tmp_path / name).write_bytes(content)
     expected = theirs(lines).input_ids
     if task == "causal":
         expected = [[2, *ids[1:-1]] for ids in expected]

@@ -7,7 +7,7 @@ import transformers as hf
 from tokenizers import pre_tokenizers
 
 from ki_ds.convert.sources import Source
-from ki_ds.convert.vocabulary import write_vocabulary
+from ki_ds.convert.vocabulary import beside_model
 from ki_ds.data.corpora import Document
 from ki_ds.data.tokenize import load_tokenizer, train_tokenizer
 from ki_ds.errors import UserError
@@ -15,6 +15,14 @@ from ki_ds.errors import UserError
 
 def model_of(vocab_size):
     return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=vocab_size, n_embd=8, n_layer=1, n_head=1, n_positions=16))
+
+
+def write_vocabulary(found_source, folder, model, *, tokenizer):
+    """The lines about a vocabulary whose files were written into a folder."""
+    beside = beside_model(found_source, model, tokenizer=tokenizer)
+    for name, content in beside.files.items():
+        (folder / name).write_bytes(content)
+    return beside.lines
 
 
 def source(task="mlm", **changed):
@@ -55,11 +63,12 @@ def test_a_plain_tokenizer_of_the_right_size(tokenizer, tmp_path):
             write_vocabulary(source(), tmp_path, model_of(other), tokenizer=tokenizer)
 
 
-def test_a_padded_embedding_of_our_runs_is_said(tokenizer, tmp_path):
+def test_a_padded_embedding_is_cut_to_the_tokenizer(tokenizer, tmp_path):
     size = len(load_tokenizer(tokenizer))
     ours = source(pads_vocabulary=True, tokenizer_dir=tokenizer)
     lines = write_vocabulary(ours, tmp_path, model_of(320), tokenizer=None)
-    assert lines[1] == f"the embedding has 320 rows, padded beyond the tokenizer's {size} ids; kept as it is"
+    assert lines[1] == f"left out: the embedding's {320 - size} rows of padding beyond {size} ids"
+    assert beside_model(ours, model_of(320), tokenizer=None).num_ids == size
     assert (tmp_path / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
     for other in (size - 1, size + 2000):
         with pytest.raises(UserError, match="the model's embedding"):

@@ -202,6 +202,10 @@ def test_padding_is_the_models_own(base, tmp_path):
     assert (tokenizer.pad_token_id, config.pad_token_id) == (1, 1)
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "pad_token"}))
     assert finetune._tokenizer_and_config(Candidate.find(str(folder)))[0].pad_token_id == 1
+    config.pad_token_id = -1  # positions count every token, whatever fills up a batch
+    config.save_pretrained(folder)
+    tokenizer, config = finetune._tokenizer_and_config(Candidate.find(str(folder)))
+    assert (tokenizer.pad_token_id, config.pad_token_id) == (2, -1)
 
 
 def test_half_precision_needs_a_gpu(base, tmp_path):
