@@ -279,7 +279,7 @@ def test_every_flipped_bit_is_noticed(tmp_path, in_background, record_property):
     folder = save(tmp_path, 2, in_background=in_background)
     choose = random.Random(0)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    assert len(files) == 7
+    assert len(files) == 9
     missed = []
     for path in files:
         original = path.read_bytes()
@@ -290,7 +290,7 @@ def test_every_flipped_bit_is_noticed(tmp_path, in_background, record_property):
             if checkpoint.damage(folder) is None:
                 missed.append((path.name, place, bit))
         path.write_bytes(original)
-    record_property("figure", f"{7 * 150 - len(missed)}/{7 * 150} flips noticed")
+    record_property("figure", f"{9 * 150 - len(missed)}/{9 * 150} flips noticed")
     assert missed == []
     assert checkpoint.damage(folder) is None
 

@@ -22,9 +22,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="token files to compare on (default: valid or train beside the .pt)")
     parser.add_argument("--step", type=int, help="of a run's checkpoint (default: the run's best weights)")
     parser.add_argument("--config", type=Path, help="config.json of a DeepSpeed folder's model (default: beside it)")
+    parser.add_argument(
+        "--fairseq_option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option that a fairseq file lacks and no tensor shows (activation_fn=gelu); once each",
+    )
     parser.add_argument("--license", default="other", help="license named in the model card")
     parser.add_argument("--from_hf", type=Path, help="only check a Hugging Face folder, and say how a run takes it")
     options = vars(parser.parse_args())
+    options["fairseq_options"] = dict(_pair(given) for given in options.pop("fairseq_option"))
     path, output, folder = (options.pop(name) for name in ("input", "output", "from_hf"))
     if folder is not None:
         if path is not None or Options(**options) != Options():
@@ -34,6 +42,13 @@ def main() -> None:
         raise UserError("INPUT and OUTPUT are needed; --help says what they are")
     else:
         convert(path, output, Options(**options))
+
+
+def _pair(given: str) -> tuple[str, str]:
+    name, equals, value = given.partition("=")
+    if not equals:
+        raise UserError(f"--fairseq_option {given} is not NAME=VALUE; write e.g. activation_fn=gelu")
+    return name, value
 
 
 if __name__ == "__main__":

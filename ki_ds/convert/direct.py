@@ -87,13 +87,13 @@ def _gpt(w: _Weights, ids_BL: Tensor) -> Tensor:
     positions_BL = _positions(ids_BL)
     if "decoder.embed_positions.weight" in source.weights:
         x = x + w["decoder.embed_positions.weight"][positions_BL]
-    elif not source.flag("no_token_positional_embeddings", False):
+    elif source.has_sinusoids:
         x = x + _sinusoids(positions_BL, source.hidden_size).to(w.dtype)
     hidden = torch.ones(L, L, dtype=torch.bool).triu(1).expand(len(ids_BL), L, L)
     for name in (f"decoder.layers.{i}" for i in range(source.num_layers)):
         x = x + w.attention(w.norm(x, f"{name}.self_attn_layer_norm"), f"{name}.self_attn", hidden)
         inner = w.linear(w.norm(x, f"{name}.final_layer_norm"), f"{name}.fc1")
-        x = x + w.linear(_activation(inner, source.flag("activation_fn", "relu")), f"{name}.fc2")
+        x = x + w.linear(_activation(inner, source.activation), f"{name}.fc2")
     x = w.norm(x, "decoder.layer_norm")
     if "decoder.project_out_dim.weight" in source.weights:
         x = x @ w["decoder.project_out_dim.weight"].T

@@ -7,8 +7,8 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ class Options:
     step: int | None = None
     config: Path | None = None
     license: str = "other"
+    fairseq_options: Mapping[str, str] = field(default_factory=dict)
 
 
 def convert(path: Path, output: Path, options: Options, *, say: Callable[[str], None] = print) -> None:
@@ -57,7 +58,13 @@ def convert(path: Path, output: Path, options: Options, *, say: Callable[[str], 
     quieten()
     if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists already; remove it or give another folder")
-    source = open_source(path, step=options.step, config=options.config, dictionary=options.dictionary)
+    source = open_source(
+        path,
+        step=options.step,
+        config=options.config,
+        dictionary=options.dictionary,
+        fairseq_options=options.fairseq_options,
+    )
     for note in (source.what, *source.notes):
         say(note)
     temporary = output.with_name(f".{output.name}.tmp")

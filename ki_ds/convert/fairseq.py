@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -58,6 +60,8 @@ _MUST_BE_NEW_ROBERTA = {
     "no_token_positional_embeddings": (False,),
 }
 _MOST_POSITIONS = 2**20
+# Options that no tensor shows, which may be given for a file that lacks them.
+GIVEN: dict[str, type] = {"activation_fn": str, "no_scale_embedding": bool, "no_token_positional_embeddings": bool}
 _TYPES: dict[type, tuple[type, ...]] = {bool: (bool, int), int: (int,), float: (int, float), str: (str,)}
 _BUFFERS = re.compile(r"(version|embed_positions\._float_tensor)$")
 _HEADS = re.compile(r"(?:decoder\.|encoder\.)?classification_heads\.([^.]+)\.")
@@ -84,6 +88,19 @@ class Fairseq:
             return default
         if default is not None and type(value) not in _TYPES[type(default)]:
             raise UserError(f"{self.path}: {name}={value!r} makes no sense; get the file again")
+        return value
+
+    def known(self, name: str, default: Any) -> Any:
+        """An option's value, which no tensor shows. UserError where the file has none: nothing could check a guess.
+
+        RoBERTa's architectures all have fairseq's default.
+        """
+        value = self.flag(name, default)
+        if self.flags.get(name) is None and not (self.kind == "roberta" and self.arch.startswith("roberta")):
+            raise UserError(
+                f"{self.path} does not say {name}, on which every logit hangs and which no tensor shows; give it as "
+                f"the model was trained with --fairseq_option {name}=VALUE (fairseq's default is {default})"
+            )
         return value
 
     @property
@@ -164,8 +181,18 @@ class Fairseq:
     def scaled(self) -> bool:
         """Whether embeddings are multiplied by the square root of the hidden size."""
         if self.kind == "gpt":
-            return not self.flag("no_scale_embedding", False)
-        return self.embedding_norm.endswith("layernorm_embedding") and not self.flag("no_scale_embedding", True)
+            return not self.known("no_scale_embedding", False)
+        return self.embedding_norm.endswith("layernorm_embedding") and not self.known("no_scale_embedding", True)
+
+    @property
+    def activation(self) -> str:
+        """Name of the function between the feed-forward layers."""
+        return self.known("activation_fn", "relu" if self.kind == "gpt" else "gelu")
+
+    @property
+    def has_sinusoids(self) -> bool:
+        """Whether a GPT without a table of positions adds sinusoids, or nothing."""
+        return not self.known("no_token_positional_embeddings", False)
 
     @property
     def ties_embeddings(self) -> bool:
@@ -176,8 +203,11 @@ class Fairseq:
         return not self.flag("untie_weights_roberta", False)
 
 
-def read_fairseq(path: Path) -> Fairseq:
+def read_fairseq(path: Path, given: Mapping[str, str] = MappingProxyType({})) -> Fairseq:
     """The RoBERTa or transformer_lm in a fairseq checkpoint, checked.
+
+    Args:
+        given: options that the file lacks.
 
     Raises:
         UserError: it is no such file, of another architecture, has an option that no Hugging Face model computes,
@@ -186,12 +216,17 @@ def read_fairseq(path: Path) -> Fairseq:
     content = read_checkpoint(path)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is no fairseq checkpoint (it has no 'model'); name one, a run, or a DeepSpeed folder")
-    flags = _flags(path, content)
+    flags = _with_given(path, _flags(path, content), given)
+    sinusoids = any(str(name).endswith("embed_positions._float_tensor") for name in content["model"])
+    if sinusoids and flags.get("no_token_positional_embeddings") is None:  # the module itself says it
+        flags = flags | {"no_token_positional_embeddings": False}
     weights, notes = _weights(path, content["model"])
+    notes += [f"not in the file, given by hand: {name}={text}" for name, text in given.items()]
     model = Fairseq(path, _kind(path, flags, weights), flags, weights, _training(content))
     _check_heads_and_sizes(model)
     _check_flags(model)
     _check_tensors(model)
+    _check_known(model)
     if (inner := model.flag("activation_dropout", 0.0)) > 0:
         notes.append(f"activation_dropout={inner} has no counterpart; only further training would notice")
     return dataclasses.replace(model, notes=tuple(notes))
@@ -213,6 +248,20 @@ def _flags(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         names = {name: groups[name]["_name"] for name in ("task", "criterion") if "_name" in groups.get(name, {})}
         return merged | cfg["model"] | names
     raise UserError(f"{path} has neither args nor cfg['model']: heads and scaling cannot be known; get a whole file")
+
+
+def _with_given(path: Path, flags: dict[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
+    """The file's options and those that it lacks and was given."""
+    truth = {"true": True, "false": False}
+    for name, text in given.items():
+        if flags.get(name) is not None:
+            raise UserError(f"--fairseq_option {name}={text}: {path} says {name}={flags[name]}; leave it out")
+        if name not in GIVEN or (GIVEN[name] is bool and text.lower() not in truth):
+            values = "true or false" if GIVEN.get(name) is bool else "its value"
+            known = ", ".join(GIVEN)
+            raise UserError(f"--fairseq_option {name}={text} cannot be given; give {values} of one of {known}")
+        flags = flags | {name: truth[text.lower()] if GIVEN[name] is bool else text}
+    return flags
 
 
 def _weights(path: Path, state: dict[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
@@ -344,6 +393,14 @@ def _check_positions_and_output(model: Fairseq) -> None:
         raise UserError(
             f"{model.path} has output_dictionary_size={size} and {model.vocab_size} embeddings; cannot convert"
         )
+
+
+def _check_known(model: Fairseq) -> None:
+    """That the file says whatever no tensor shows."""
+    assert isinstance(model.scaled, bool)
+    assert model.activation
+    if model.kind == "gpt" and "decoder.embed_positions.weight" not in model.weights:
+        assert isinstance(model.has_sinusoids, bool)
 
 
 def expected_shapes(model: Fairseq) -> dict[str, tuple[int, ...]]:

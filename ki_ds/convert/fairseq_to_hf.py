@@ -69,7 +69,7 @@ def config_of(source: Fairseq, *, tied: bool) -> PreTrainedConfig:
         n_layer=source.num_layers,
         n_head=source.num_heads,
         n_inner=source.ffn_size,
-        activation_function=ACTIVATIONS[source.flag("activation_fn", "relu")],
+        activation_function=ACTIVATIONS[source.activation],
         resid_pdrop=dropout,
         embd_pdrop=dropout,
         attn_pdrop=attention_dropout,
@@ -164,7 +164,7 @@ def _positions(source: Fairseq) -> Tensor:
     """A GPT's table of positions; without one in the file its sinusoids, in float32 as fairseq computes them."""
     if (table := source.weights.get("decoder.embed_positions.weight")) is not None:
         return table[FIRST_POSITION:]
-    if source.flag("no_token_positional_embeddings", False):
+    if not source.has_sinusoids:
         return torch.zeros(source.num_positions, source.hidden_size)
     half = source.hidden_size // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10_000) / (half - 1)))

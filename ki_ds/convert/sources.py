@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -80,13 +81,21 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_source(path: Path, *, step: int | None, config: Path | None, dictionary: Path | None) -> Source:
+def open_source(
+    path: Path,
+    *,
+    step: int | None,
+    config: Path | None,
+    dictionary: Path | None,
+    fairseq_options: Mapping[str, str] = MappingProxyType({}),
+) -> Source:
     """The model at a path.
 
     Args:
         step: of a run's checkpoint; None takes its best weights.
         config: config.json, or a folder with it, of a DeepSpeed folder's model.
         dictionary: dict.txt of a fairseq file.
+        fairseq_options: what a fairseq file lacks of its options.
 
     Raises:
         UserError: nothing is there that can be converted, or an option does not belong to it.
@@ -101,11 +110,12 @@ def open_source(path: Path, *, step: int | None, config: Path | None, dictionary
         ("step", step, is_run),
         ("config", config, is_deepspeed),
         ("dict", dictionary, path.is_file()),
+        ("fairseq_option", next(iter(fairseq_options), None), path.is_file()),
     ):
         if value is not None and not belongs:
             raise UserError(f"--{name}={value} has no meaning for {path}; leave it out")
     if path.is_file():
-        return _of_fairseq(path, dictionary)
+        return _of_fairseq(path, dictionary, fairseq_options)
     if is_run:
         return _of_run(path) if step is None else _of_checkpoint(path / "checkpoints" / f"step_{step:08d}")
     if is_ours:
@@ -116,8 +126,8 @@ def open_source(path: Path, *, step: int | None, config: Path | None, dictionary
 # --- fairseq ----------------------------------------------------------------------------------------------------
 
 
-def _of_fairseq(path: Path, dictionary: Path | None) -> Source:
-    model = read_fairseq(path)
+def _of_fairseq(path: Path, dictionary: Path | None, options: Mapping[str, str]) -> Source:
+    model = read_fairseq(path, options)
     beside = path.parent / "dict.txt"
     return Source(
         what=f"fairseq's {model.arch} ({'RoBERTa' if model.kind == 'roberta' else 'transformer_lm'})",

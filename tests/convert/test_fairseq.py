@@ -8,7 +8,7 @@ import torch
 from ki_ds.convert.fairseq import expected_shapes, read_fairseq
 from ki_ds.convert.fairseq_to_hf import to_hf
 from ki_ds.errors import UserError
-from tests.convert.fairseq_files import Gpt, Roberta, save
+from tests.convert.fairseq_files import PAD, Gpt, Roberta, rows, save
 
 MODELS = {"roberta": Roberta, "gpt": Gpt}
 
@@ -75,7 +75,7 @@ def test_flags_that_only_new_robertas_have(tmp_path, flag, value):
     [
         {"decoder_layerdrop": 0.2, "quant_noise_pq_block_size": 8, "activation_dropout": 0.1},
         {"adaptive_softmax_cutoff": None, "decoder_layers_to_keep": None, "quant_noise_pq": 0.0},
-        {"future_target": False, "dropout": None, "activation_fn": None},
+        {"future_target": False, "dropout": None},
     ],
 )
 def test_flags_of_training_are_no_hindrance(tmp_path, flags):
@@ -203,3 +203,54 @@ def test_what_is_known_of_the_training(tmp_path):
         "language_modeling",
         100,
     )
+
+
+# --- options that no tensor shows -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cfg", [False, "dict"])
+@pytest.mark.parametrize(
+    ("model", "flag", "default"),
+    [
+        (Gpt(), "activation_fn", "relu"),
+        (Gpt(), "no_scale_embedding", False),
+        (Gpt(places=False), "no_token_positional_embeddings", False),
+        (Roberta(), "activation_fn", "gelu"),
+    ],
+)
+def test_what_no_tensor_shows_is_not_guessed(tmp_path, model, flag, default, cfg):
+    """The yardstick would repeat the guess, so that nothing noticed."""
+    flags = {"arch": "somebodys_own"} if isinstance(model, Roberta) else {}
+    lacking = save(tmp_path / "x.pt", model, cfg=cfg, **flags, **{flag: None})
+    refused(lacking, rf"does not say {flag}, .*--fairseq_option {flag}=VALUE \(fairseq's default is {default}\)")
+    said = model.flags()[flag]
+    given = read_fairseq(lacking, {flag: str(said)})
+    assert given.flags[flag] == said
+    assert f"not in the file, given by hand: {flag}={said}" in given.notes
+    ids = rows(model)
+    with torch.no_grad():
+        found = to_hf(given, torch.float64)(input_ids=ids, attention_mask=(ids != PAD).long()).logits
+        assert float((found - model.float().double().logits(ids))[ids != PAD].abs().max()) < 1e-10
+
+
+def test_what_robertas_architectures_or_a_module_say_is_no_guess(tmp_path):
+    flags = {"activation_fn": None, "no_scale_embedding": None}
+    assert not read_fairseq(save(tmp_path / "a.pt", Roberta(), style="1.0", **flags)).scaled
+    assert read_fairseq(save(tmp_path / "b.pt", Gpt(), no_token_positional_embeddings=None)).has_sinusoids
+    learned = Gpt(learned=True)
+    read_fairseq(save(tmp_path / "c.pt", learned, no_token_positional_embeddings=None))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"activation_fn": "relu"}, r"activation_fn=relu: .* says activation_fn=gelu; leave it out"),
+        ({"dropout": "0.1"}, r"dropout=0\.1 cannot be given|says dropout"),
+        ({"no_scale_embedding": "perhaps"}, "give true or false of one of activation_fn, no_scale_embedding"),
+        ({"activation_fn": "swiglu"}, "activation_fn=swiglu"),
+    ],
+)
+def test_what_cannot_be_given(tmp_path, given, words):
+    lacking = {} if given == {"activation_fn": "relu"} else dict.fromkeys(given)
+    with pytest.raises(UserError, match=words):
+        read_fairseq(save(tmp_path / "x.pt", Gpt(), **lacking), given)
