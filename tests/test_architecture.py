@@ -58,6 +58,8 @@ ORDER = [
     "loss",
     "signals",
     "objective",
+    "probe",
+    "rows",
     "models",
     "guard",
     "engine_state",

@@ -12,7 +12,6 @@ from ki_ds.loss import topk_inheritance_loss
 from ki_ds.models import (
     InheritanceModel,
     RowLM,
-    _probe,
     build_lm,
     count_parameters,
     load_lm,
@@ -20,6 +19,7 @@ from ki_ds.models import (
     model_folder,
 )
 from ki_ds.paper import PRESETS
+from ki_ds.probe import of_one
 from ki_ds.signals import TopKSignal
 
 SPECIAL = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=4)
@@ -223,8 +223,8 @@ class TestPacking:
         model.check_packing()
         ids = torch.randint(2, 90, (1, 16))
         positions = torch.cat([torch.arange(5), torch.arange(8), torch.arange(3)])[None]  # the last are padding
-        packed = dataclasses.replace(_probe(ids, torch.arange(13)), position_ids_BL=positions)
-        alone = [_probe(part, torch.arange(part.shape[1])) for part in (ids[:, :5], ids[:, 5:13])]
+        packed = dataclasses.replace(of_one(ids, torch.arange(13)), position_ids_BL=positions)
+        alone = [of_one(part, torch.arange(part.shape[1])) for part in (ids[:, :5], ids[:, 5:13])]
         with torch.no_grad():
             found = model.signal(packed).hidden_ND
             expected = torch.cat([model.signal(batch).hidden_ND for batch in alone])
@@ -245,7 +245,7 @@ def test_a_top_k_signal_gives_the_top_k_loss(semantics):
     torch.manual_seed(0)
     model = ModelConfig(name="roberta_base", num_layers=1, hidden_size=32, num_heads=2, ffn_size=64)
     lm = build_lm(model, "mlm", num_classes=99, special_ids=SPECIAL, seed=3)
-    batch = _probe(torch.randint(5, 99, (1, 24)), torch.tensor([1, 5, 9, 20]))
+    batch = of_one(torch.randint(5, 99, (1, 24)), torch.tensor([1, 5, 9, 20]))
     student = InheritanceModel(lm, num_classes=99, loss=LossConfig(), tau=2.0).eval()
     ids = torch.stack([torch.randperm(99)[:7] for _ in range(4)])
     probs = torch.rand(4, 7).softmax(-1) * 0.9
