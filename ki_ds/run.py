@@ -133,7 +133,7 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
     _check_positions(config, max_positions(lm))
     parameters = count_parameters(lm)
     model = InheritanceModel(lm, num_classes=data.vocabulary.size, loss=config.loss, tau=config.inherit.tau)
-    rows = Rows(config.task, config.data.seq_len, padded=data.padded, packing=config.data.packing)
+    rows = Rows(config.task, config.data.seq_len, data.padded, config.data.packing, data.train.pad_id)
     model.check(rows)
     for note in model.check_training(rows):
         say(note)

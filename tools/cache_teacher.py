@@ -183,6 +183,7 @@ def _teacher(
         seq_len=config.data.seq_len,
         packing=config.data.packing,
         padded=data.padded,
+        pad_id=data.train.pad_id,
         device=device,
     )
 

@@ -76,7 +76,8 @@ def measure(
         for name in models:
             bar = progress.add_task(name, total=sum(map(len, batches.values())))
             padded = any(samples.padded for samples in valid.values())
-            rows = Rows(task, data.seq_len, padded=padded, packing=data.packing)
+            pad_id = next(iter(valid.values())).pad_id
+            rows = Rows(task, data.seq_len, padded=padded, packing=data.packing, pad_id=pad_id)
             model, checked = _load(name, task, rows, vocabulary, DTYPES[dtype], device)
 
             @torch.no_grad()
