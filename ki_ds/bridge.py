@@ -24,7 +24,7 @@ from torch import Tensor
 from ki_ds.distributed import FOREVER, attempt, join_world, meet
 from ki_ds.errors import UserError, common_to_all_ranks
 
-_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
+_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.float64]
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,10 @@ from torch import Tensor
 from ki_ds.errors import UserError
 from ki_ds.kernels.arguments import Call, HeadArguments, check_device, check_float, check_num_classes, check_rows, flat
 from ki_ds.kernels.backend import resolve_backend
-from ki_ds.kernels.rows import LogitForm
+from ki_ds.kernels.rows import PLAIN, LogitForm
 
 __all__ = [
+    "PLAIN",
     "LogitForm",
     "LossOutput",
     "TeacherHead",
@@ -91,7 +92,7 @@ class TeacherHead(NamedTuple):
     weight: Tensor
     bias: Tensor | None = None
     rows: Tensor | None = None
-    form: LogitForm = LogitForm()
+    form: LogitForm = PLAIN
 
 
 def inheritance_loss(
@@ -255,11 +256,11 @@ def linear_inheritance_loss(
     labels: Tensor,
     *,
     student_bias: Tensor | None = None,
-    student_form: LogitForm = LogitForm(),
+    student_form: LogitForm = PLAIN,
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    teacher_form: LogitForm = LogitForm(),
+    teacher_form: LogitForm = PLAIN,
     alpha: float | Tensor = 0.0,
     tau: float = 2.0,
     ignore_index: int = -100,
@@ -326,7 +327,7 @@ def linear_topk_inheritance_loss(
     topk_probs: Tensor,
     semantics: str = "renormalise",
     student_bias: Tensor | None = None,
-    student_form: LogitForm = LogitForm(),
+    student_form: LogitForm = PLAIN,
     alpha: float | Tensor = 0.0,
     tau: float = 2.0,
     ignore_index: int = -100,
@@ -373,7 +374,7 @@ def linear_multi_teacher_loss(
     teachers: Sequence[TeacherHead],
     shares: Sequence[float] | None = None,
     student_bias: Tensor | None = None,
-    student_form: LogitForm = LogitForm(),
+    student_form: LogitForm = PLAIN,
     alpha: float | Tensor = 0.0,
     tau: float = 2.0,
     ignore_index: int = -100,
@@ -420,7 +421,7 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     student_bias: Tensor | None = None,
-    form: LogitForm = LogitForm(),
+    form: LogitForm = PLAIN,
     ignore_index: int = -100,
     chunk_rows: int | None = None,
     num_classes: int | None = None,

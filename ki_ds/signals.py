@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ki_ds.data.batches import Batch
-from ki_ds.loss import LogitForm
+from ki_ds.loss import PLAIN, LogitForm
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class HiddenSignal:
     hidden_ND: Tensor
     weight_VD: Tensor
     bias_V: Tensor | None
-    form: LogitForm = LogitForm()
+    form: LogitForm = PLAIN
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,19 @@ from dataclasses import dataclass, field
 import torch
 
 from ki_ds import loss
+from ki_ds.loss import PLAIN, LogitForm
 from tests.loss_oracle import Oracle
 
 ENTRIES = (
     "label", "dense", "renormalise", "tail", "sampled", "averaged", "routed", "linear_label", "linear_dense",
     "linear_renormalise", "linear_tail", "linear_sampled", "linear_averaged", "linear_routed",
 )  # fmt: skip
+# the student's form and its two teachers': scaled, capped, both
+FORMS = {
+    "scaled": (LogitForm(0.25), LogitForm(3.0), LogitForm(-0.5)),
+    "capped": (LogitForm(cap=3.0), LogitForm(cap=2.0), LogitForm()),
+    "both": (LogitForm(-1.5, 5.0), LogitForm(1.7, 30.0), LogitForm(0.5, 4.0)),
+}
 
 
 @dataclass
@@ -38,6 +45,8 @@ class Case:
     seed: int = 0
     bias: bool = True
     alpha_as_tensor: bool = False
+    form: LogitForm = PLAIN
+    teacher_forms: tuple[LogitForm, LogitForm] = (PLAIN, PLAIN)
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -86,17 +95,18 @@ class Case:
     def student_logits(self):
         if not self.linear:
             return self.logits.double()
-        return self._project(self.student, self.weight, self.bias_V)
+        return self._project(self.student, self.weight, self.bias_V, self.form)
 
     def teacher_logits(self, number):
         if not self.linear:
             return self.teachers[number]
-        return self._project(*self.heads[number])
+        return self._project(*self.heads[number], self.teacher_forms[number])
 
     @staticmethod
-    def _project(hidden, weight, bias):
-        logits = hidden.double() @ weight.double().T
-        return logits if bias is None else logits + bias.double()
+    def _project(hidden, weight, bias, form):
+        logits = form.scale * (hidden.double() @ weight.double().T)
+        logits = logits if bias is None else logits + bias.double()
+        return logits if form.cap is None else form.cap * torch.tanh(logits / form.cap)
 
     def topk(self):
         """ids and probabilities of the first teacher; the label is an entry in one row, two entries are absent."""
@@ -192,7 +202,7 @@ class Case:
     def run(self):
         options = self.options()
         if self.linear:
-            options["student_bias"] = self.bias_V
+            options |= {"student_bias": self.bias_V, "student_form": self.form}
             arguments = (self.student, self.weight, self.labels)
         else:
             arguments = (self.logits, self.labels)
@@ -210,8 +220,9 @@ class Case:
         if not self.linear:
             teacher = {"teacher_logits": self.teachers[0]} if self.kind == "dense" else {}
             return loss.inheritance_loss(*arguments, **teacher, **options)
-        names = ("teacher_hidden", "teacher_weight", "teacher_bias")
-        teacher = dict(zip(names, self.heads[0], strict=True)) if self.kind == "dense" else {}
+        names = ("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_form")
+        head = (*self.heads[0], self.teacher_forms[0])
+        teacher = dict(zip(names, head, strict=True)) if self.kind == "dense" else {}
         return loss.linear_inheritance_loss(*arguments, **teacher, **options)
 
     def _several(self, arguments, options):
@@ -224,10 +235,16 @@ class Case:
             ]
             return loss.multi_teacher_loss(*arguments, teachers=given, **options)
         given = [
-            loss.TeacherHead(hidden if rows is None else hidden[rows], weight, bias, rows)
-            for (hidden, weight, bias), rows in zip(self.heads, routes, strict=True)
+            loss.TeacherHead(hidden if rows is None else hidden[rows], weight, bias, rows, form)
+            for (hidden, weight, bias), rows, form in zip(self.heads, routes, self.teacher_forms, strict=True)
         ]
         return loss.linear_multi_teacher_loss(*arguments, teachers=given, **options)
+
+
+def formed(entry, name, **options):
+    """The case of an entry whose heads have the forms of that name."""
+    student, *teachers = FORMS[name]
+    return Case(entry, form=student, teacher_forms=tuple(teachers), **options)
 
 
 def relative(value, expected):

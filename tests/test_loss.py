@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ki_ds.errors import UserError
 from ki_ds.loss import (
+    LogitForm,
     inheritance_loss,
     linear_cross_entropy,
     linear_inheritance_loss,
@@ -21,7 +22,7 @@ from ki_ds.loss import (
     multi_teacher_loss,
     topk_inheritance_loss,
 )
-from tests.loss_cases import ENTRIES, Case, check, relative
+from tests.loss_cases import ENTRIES, FORMS, Case, check, formed, relative
 from tests.loss_oracle import Oracle
 
 SHARED = Path(os.environ.get("KI_DS_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
@@ -63,6 +64,52 @@ def test_one_row_no_rows_and_all_ignored(entry, num_rows, num_ignored):
     assert all(not leaf.grad.any() for leaf in case.leaves())
 
 
+LINEAR = [entry for entry in ENTRIES if entry.startswith("linear_")]
+
+
+@pytest.mark.parametrize("entry", LINEAR)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("std", [1.0, 30.0])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"extra": {"chunk_rows": 2}},
+        {"tau": 1.0, "alpha": 1.0, "bias": False},
+        {"tau": 3.1, "smoothing": 0.2, "weighted": True, "alpha_as_tensor": True},
+    ],
+    ids=["chunks", "tau1", "all_options"],
+)
+def test_scaled_and_capped_logits_are_the_oracles(entry, form, std, options):
+    """At a spread of 30 most logits have reached their cap, where the gradient all but vanishes."""
+    check(formed(entry, form, std=std, **options), value=3e-6, gradient=2e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_the_loss_of_the_logits_that_the_form_makes(form):
+    case = formed("linear_dense", form)
+    student = case.form.logits(case.student, case.weight, case.bias_V)
+    assert relative(student, case.student_logits()) < 1e-6
+    teacher = case.teacher_forms[0].logits(*case.heads[0])
+    plain = inheritance_loss(student, case.labels, teacher_logits=teacher, **case.options())
+    out = case.run()
+    assert relative(out.loss_sum, plain.loss_sum) < 1e-6
+    for ours, theirs in zip(*(torch.autograd.grad(o.loss_sum, case.leaves()) for o in (out, plain)), strict=True):
+        assert relative(ours, theirs) < 2e-6
+    evaluated = linear_cross_entropy(
+        case.student, case.weight, case.labels, student_bias=case.bias_V, form=case.form, num_classes=33
+    )
+    assert torch.equal(evaluated.ce_sum, out.ce_sum) or relative(evaluated.ce_sum, out.ce_sum) < 1e-6
+
+
+def test_padding_behind_a_cap_gets_no_gradient():
+    for entry in LINEAR:
+        case = formed(entry, "both")
+        case.run().loss_sum.backward()
+        assert case.weight.grad[:33].any()
+        assert not case.weight.grad[33:].any()
+        assert not case.bias_V.grad[33:].any()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     entry=st.sampled_from(ENTRIES),
@@ -96,10 +143,12 @@ def test_any_shape(entry, num_rows, num_classes, padding, hidden, num_entries, a
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("std", [1.0, 3.0, 30.0])
-@pytest.mark.parametrize("linear", [False, True])
-def test_half_precision_errs_no_more_than_plain_half_precision(dtype, std, linear):
+@pytest.mark.parametrize(("linear", "form"), [(False, LogitForm()), (True, LogitForm()), (True, LogitForm(0.3, 5.0))])
+def test_half_precision_errs_no_more_than_plain_half_precision(dtype, std, linear, form):
     case = Case(
         "linear_dense" if linear else "dense",
+        form=form,
+        teacher_forms=(form, form),
         dtype=dtype,
         std=std,
         num_rows=40,
@@ -123,8 +172,12 @@ def test_half_precision_errs_no_more_than_plain_half_precision(dtype, std, linea
 
 def _naive_in_own_dtype(case):
     """Half-precision logits, everything after them by PyTorch in float32."""
-    student = case.logits if not case.linear else F.linear(case.student, case.weight, case.bias_V)
-    teacher = case.teachers[0] if not case.linear else F.linear(*case.heads[0])
+    student, teacher = case.logits, case.teachers[0]
+    if case.linear:
+        heads = ((case.student, case.weight, case.bias_V), case.heads[0])
+        student, teacher = (case.form.scale * F.linear(hidden, weight) + bias for hidden, weight, bias in heads)
+    if case.form.cap is not None:
+        student, teacher = (case.form.cap * torch.tanh(logits / case.form.cap) for logits in (student, teacher))
     student, teacher = (z[:, : case.num_classes].float() for z in (student, teacher))
     soft = F.log_softmax(student / case.tau, -1), F.softmax(teacher / case.tau, -1)
     keep = case.labels != -100
@@ -309,7 +362,7 @@ def test_only_required_gradients_are_computed():
 
 @pytest.mark.parametrize("entry", ["dense", "tail", "linear_dense", "linear_tail"])
 def test_gradcheck(entry):
-    case = Case(entry, dtype=torch.float64, num_rows=4, num_ignored=1, smoothing=0.1, weighted=True)
+    case = formed(entry, "both", dtype=torch.float64, num_rows=4, num_ignored=1, smoothing=0.1, weighted=True)
     case.row_weights = case.row_weights.double()
 
     def function(*_):
@@ -351,14 +404,15 @@ class Student(nn.Module):
         torch.manual_seed(1)
         self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
         self.head = nn.Linear(8, 21)
+        self.form = LogitForm()
 
     def forward(self, x, labels, teacher, recompute=False):
         for layer in self.layers:
             run = lambda y, layer=layer: layer(y).tanh()  # noqa: E731
             x = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
         return linear_inheritance_loss(
-            x, self.head.weight, labels, student_bias=self.head.bias,
-            teacher_hidden=teacher[0], teacher_weight=teacher[1], alpha=0.3, chunk_rows=4,
+            x, self.head.weight, labels, student_bias=self.head.bias, student_form=self.form,
+            teacher_hidden=teacher[0], teacher_weight=teacher[1], teacher_form=self.form, alpha=0.3, chunk_rows=4,
         )  # fmt: skip
 
 
@@ -377,9 +431,10 @@ def test_checkpointed_layers_before_it_change_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-@pytest.mark.parametrize("linear", [True, False])
-def test_torch_compile_takes_it_whole(linear):
+@pytest.mark.parametrize(("linear", "form"), [(True, LogitForm()), (True, LogitForm(0.5, 3.0)), (False, LogitForm())])
+def test_torch_compile_takes_it_whole(linear, form):
     model, (x, labels, teacher) = Student(), _student_inputs()
+    model.form = form
 
     def run(x):
         if linear:
@@ -480,6 +535,13 @@ def test_errors_of_the_other_functions():
         linear_inheritance_loss(hidden, weight, labels, teacher_hidden=hidden, alpha=0.5)
     with pytest.raises(UserError, match="chunk_rows=0"):
         linear_inheritance_loss(hidden, weight, labels, chunk_rows=0)
+    for name in ("student_form", "teacher_form"):
+        given = {"teacher_hidden": hidden, "teacher_weight": weight, "alpha": 0.5}
+        wrong = ((0.0, None), (float("nan"), None), (1.0, 0.0), (1.0, -3.0), (1.0, float("inf")))
+        for form in (LogitForm(*numbers) for numbers in wrong):
+            with pytest.raises(UserError, match=r"form has (scale|cap)=") as error:
+                linear_inheritance_loss(hidden, weight, labels, **given | {name: form})
+            assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="cast one of them"):
         linear_inheritance_loss(hidden, weight.bfloat16(), labels)
     with pytest.raises(UserError, match="teachers is empty"):

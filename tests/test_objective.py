@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ki_ds.loss import linear_inheritance_loss, linear_topk_inheritance_loss
+from ki_ds.loss import PLAIN, LogitForm, linear_inheritance_loss, linear_topk_inheritance_loss
 from ki_ds.objective import loss_of
 from ki_ds.signals import AveragedSignal, HiddenSignal, Part, RoutedSignal, TopKSignal
 
@@ -19,10 +19,10 @@ def student():
     return hidden_ND.requires_grad_(), weight_VD.requires_grad_(), torch.randint(0, V, (N,))
 
 
-def hidden_signal(rows, width, seed):
+def hidden_signal(rows, width, seed, form=PLAIN):
     draw = torch.Generator().manual_seed(seed)
     hidden_ND, weight_VD = (torch.randn(n, width, dtype=torch.float64, generator=draw) for n in (rows, V))
-    return HiddenSignal(hidden_ND, weight_VD, torch.randn(V, dtype=torch.float64, generator=draw))
+    return HiddenSignal(hidden_ND, weight_VD, torch.randn(V, dtype=torch.float64, generator=draw), form)
 
 
 def entries_signal(rows, seed):
@@ -37,6 +37,8 @@ KINDS = {
     "hidden": (hidden_signal(3, 4, 1), hidden_signal(2, 8, 2)),
     "entries": (entries_signal(3, 1), entries_signal(2, 2)),
     "both": (hidden_signal(3, 4, 1), entries_signal(2, 2)),
+    "formed": (hidden_signal(3, 4, 1, LogitForm(0.5, 2.0)), hidden_signal(2, 8, 2, LogitForm(cap=3.0))),
+    "formed_and_entries": (hidden_signal(3, 4, 1, LogitForm(0.5, 2.0)), entries_signal(2, 2)),
 }
 
 
@@ -47,8 +49,8 @@ def alone(signal, student, rows, alpha):
     match signal:
         case None:
             return linear_inheritance_loss(*given, tau=TAU)
-        case HiddenSignal(h, w, b):
-            told = {"teacher_hidden": h, "teacher_weight": w, "teacher_bias": b}
+        case HiddenSignal(h, w, b, form):
+            told = {"teacher_hidden": h, "teacher_weight": w, "teacher_bias": b, "teacher_form": form}
             return linear_inheritance_loss(*given, **told, alpha=alpha, tau=TAU)
         case TopKSignal(ids, probs, semantics):
             return linear_topk_inheritance_loss(
@@ -111,6 +113,26 @@ def test_an_average_of_one_kind_is_that_teacher(student):
     one = hidden_signal(N, 4, 3)
     found = loss_of(AveragedSignal((one, one), (1.0, 9.0)), ALPHA)(*student)
     torch.testing.assert_close(found.loss_sum, loss_of(one, ALPHA)(*student).loss_sum)
+
+
+def test_each_teachers_logits_have_their_form(student):
+    """A head's form is the same as logits made by hand: here those of an identity as the head."""
+    forms = LogitForm(0.5, 2.0), LogitForm(-1.5)
+    formed = [hidden_signal(N, 4, seed, form) for seed, form in enumerate(forms)]
+    logits = [
+        HiddenSignal(one.form.logits(one.hidden_ND, one.weight_VD, one.bias_V), torch.eye(V, dtype=torch.float64), None)
+        for one in formed
+    ]
+    for ours, by_hand in (
+        (formed[0], logits[0]),
+        (AveragedSignal(tuple(formed), (1.0, 9.0)), AveragedSignal(tuple(logits), (1.0, 9.0))),
+    ):
+        found, expected = (
+            loss_of(signal, ALPHA)(*student, tau=TAU, student_form=LogitForm(0.3, 4.0)) for signal in (ours, by_hand)
+        )
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(gradients(student, found.loss_sum), gradients(student, expected.loss_sum))
+    assert float(found.kl_sum) != pytest.approx(float(loss_of(ours, ALPHA)(*student, tau=TAU).kl_sum))
 
 
 def test_what_is_no_signal():

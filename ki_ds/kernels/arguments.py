@@ -223,8 +223,9 @@ class Call:
             None if bias is None else _autocast(bias),
         )
         check_head("student", hidden_ND, weight, bias)
-        forms = [_form("student_form", form)]
-        forms += [_form("a teacher's form", head.form) for head in heads]
+        check_form("student_form", form)
+        for head in heads:
+            check_form("a teacher's form", head.form)
         widths = {"student_weight": weight.shape[0]}
         widths |= {f"teacher {i}'s weight": head.weight.shape[0] for i, head in enumerate(heads)}
         classes = check_num_classes(num_classes, widths)
@@ -241,7 +242,7 @@ class Call:
             *(topk or (None, None)),
             [tensor for head in heads for tensor in _head_tensors(head)],
             [float(share) for share in shares],
-            [number for form in forms for number in form],
+            [number for each in (form, *(head.form for head in heads)) for number in each.numbers],
             self.alpha,
             self.tau,
             self.ignore_index,
@@ -271,16 +272,6 @@ def _autocast(tensor: Tensor) -> Tensor:
     if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
         return tensor.to(torch.get_autocast_dtype(kind))
     return tensor
-
-
-def _form(name: str, form: LogitForm) -> tuple[float, float]:
-    """Scale and cap of a form as an operator takes them, 0 for no cap."""
-    scale, cap = form
-    if not 0.0 < abs(scale) < math.inf:
-        raise UserError(f"{name} has scale={scale}; give a finite number other than 0")
-    if cap is not None and not 0.0 < cap < math.inf:
-        raise UserError(f"{name} has cap={cap}; give a positive finite number, or None for logits without a cap")
-    return float(scale), 0.0 if cap is None else float(cap)
 
 
 def _head_tensors(head: HeadArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -333,6 +324,15 @@ def check_head(who: str, hidden_ND: Tensor, weight: Tensor, bias: Tensor | None)
             raise UserError(f"{who}_{name} is {tensor.dtype}, {who}_hidden {hidden_ND.dtype}; cast one of them")
         if tensor is not None:
             check_device(f"{who}_{name}", tensor, hidden_ND)
+
+
+def check_form(name: str, form: LogitForm) -> None:
+    """The scale must be a number other than 0, a cap a positive one; both finite."""
+    scale, cap = form
+    if not 0.0 < abs(scale) < math.inf:
+        raise UserError(f"{name} has scale={scale}; give a finite number other than 0")
+    if cap is not None and not 0.0 < cap < math.inf:
+        raise UserError(f"{name} has cap={cap}; give a positive finite number, or None for logits without a cap")
 
 
 def check_num_classes(num_classes: int | None, widths: dict[str, int]) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ki_ds.kernels import reference
 from ki_ds.kernels.rows import (
+    PLAIN,
     LogitForm,
     LossSums,
     RowTask,
@@ -37,7 +38,7 @@ class Head(NamedTuple):
     weight_VD: Tensor
     bias_V: Tensor | None
     rows_M: Tensor | None
-    form: LogitForm = LogitForm()
+    form: LogitForm = PLAIN
 
 
 class Wanted(NamedTuple):

@@ -77,7 +77,7 @@ def _linear_loss(
     `head_tensors` holds hidden, weight, bias, rows of each teacher in turn; bias and rows may have no elements.
     `forms` holds scale and cap (0: none) of the student, then of each teacher; `wants` whose gradients are wanted.
     """
-    form, *teacher_forms = [LogitForm(scale, cap or None) for scale, cap in zip(forms[::2], forms[1::2], strict=True)]
+    form, *teacher_forms = [LogitForm.of_numbers(*pair) for pair in zip(forms[::2], forms[1::2], strict=True)]
     task = _task(alpha, alpha_tensor, tau, ignore_index, num_classes, label_smoothing, semantics, hidden)
     problem = Problem(
         hidden_ND=hidden,

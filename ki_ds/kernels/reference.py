@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ki_ds.kernels.rows import RowTask, RowTerms, capped, compute_dtype
+from ki_ds.kernels.rows import RowTask, RowTerms, cap_slope, capped, compute_dtype
 
 BLOCK_ELEMENTS_CPU = 1 << 18  # a thread's share of a block
 BLOCK_ELEMENTS_GPU = 1 << 26
@@ -110,7 +110,9 @@ class _Block:
         self, student_RV: Tensor, labels_R: Tensor, task: RowTask, scale_R: Tensor | None, grad_RV: Tensor | None
     ) -> None:
         self.task, self.grad_RV = task, grad_RV
-        self.logits_RC = capped(student_RV[:, : task.num_classes].to(compute_dtype(student_RV)), task.cap)
+        product_RC = student_RV[:, : task.num_classes].to(compute_dtype(student_RV))
+        self.logits_RC = capped(product_RC, task.cap)
+        self.slope_RC = None if task.cap is None or grad_RV is None else cap_slope(product_RC, task.cap)
         keep_R = labels_R != task.ignore_index
         # the host may look at CPU tensors only
         self.ignored_R1 = ~keep_R[:, None] if keep_R.is_cuda or not bool(keep_R.all()) else None
@@ -188,8 +190,8 @@ class _Block:
             grad_RC.sub_(ce_weight * on_others)
             on_label = ce_weight * (1 - task.label_smoothing - on_others)
         grad_RC.scatter_add_(1, self.label_R1, -on_label * torch.ones_like(self.label_logit_R1))
-        if task.cap is not None:  # the slope of the tanh; these logits are a copy that nobody reads any more
-            grad_RC.mul_(self.logits_RC.div_(task.cap).square_().neg_().add_(1.0))
+        if self.slope_RC is not None:
+            grad_RC.mul_(self.slope_RC)
         if grad_RC is not self.target_RC:
             grad_RV[:, :num_classes].copy_(grad_RC)
         if grad_RV.shape[1] > num_classes:

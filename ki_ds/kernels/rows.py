@@ -23,10 +23,23 @@ class LogitForm(NamedTuple):
     scale: float = 1.0
     cap: float | None = None
 
+    @classmethod
+    def of_numbers(cls, scale: float, cap: float) -> "LogitForm":
+        """The form of which these are the `numbers`."""
+        return cls(scale, cap or None)
+
+    @property
+    def numbers(self) -> tuple[float, float]:
+        """Scale and cap where only numbers can go, 0 for no cap."""
+        return float(self.scale), float(self.cap or 0.0)
+
     def logits(self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
         """The model's logits [N, V] in the compute dtype, their product rounded to the head's own, as in the loss."""
         product_NV = project(hidden_ND, weight_VD, bias_V, self.scale)
         return capped(product_NV.to(compute_dtype(product_NV)), self.cap)
+
+
+PLAIN = LogitForm()
 
 
 def project(
@@ -40,7 +53,13 @@ def project(
 
 def capped(product: Tensor, cap: float | None) -> Tensor:
     """cap tanh(product / cap), or the product itself where there is no cap."""
-    return product if cap is None else torch.tanh(product / cap).mul_(cap)
+    return product if cap is None else torch.tanh(product / cap) * cap
+
+
+def cap_slope(product: Tensor, cap: float) -> Tensor:
+    """d capped / d product = 1 - tanh^2, exact where the tanh rounds to 1 as well."""
+    rest = torch.sigmoid(product.abs() * (-2.0 / cap))  # (1 - |tanh|) / 2
+    return (1.0 - rest).mul_(rest).mul_(4.0)
 
 
 @dataclass(frozen=True)

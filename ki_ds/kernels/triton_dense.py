@@ -11,7 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ki_ds.kernels.rows import RowTask, RowTerms
-from ki_ds.kernels.triton_rows import LN_2, LOG2_E, Tiling, clear_row, columns_of, gather_statistics, load_tail
+from ki_ds.kernels.triton_rows import (
+    LN_2,
+    LOG2_E,
+    Tiling,
+    capped,
+    clear_row,
+    columns_of,
+    gather_statistics,
+    load_tail,
+    through_cap,
+)
 
 DEFAULT_TILING = Tiling()
 _LN_2 = tl.constexpr(LN_2)
@@ -69,6 +79,8 @@ def dense_rows(
         SMOOTHING=task.label_smoothing > 0,
         WRITE_GRAD=grad_NV is not None,
         TAU_IS_2=task.tau == 2.0,
+        CAP=task.cap or 0.0,
+        TEACHER_CAP=task.teacher_cap or 0.0,
         T=tiling.lanes,
         E=tiling.width,
         STAGES=tiling.num_stages,
@@ -79,8 +91,8 @@ def dense_rows(
 
 @triton.jit
 def _gradient_tile(
-    z,
-    t,
+    x,
+    y,
     scale,
     lse,
     t_lse,
@@ -91,12 +103,16 @@ def _gradient_tile(
     shift,
     HAS_TEACHER: tl.constexpr,
     TAU_IS_2: tl.constexpr,
+    CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
 ):
-    """d loss / d z without the label's own target; `square` = (1 - alpha) w soft^2 / plain at tau 2."""
+    """d loss / d z without the label's own target, z being the logits of what the student's row holds, x, and y what
+    the teacher's holds; `square` = (1 - alpha) w soft^2 / plain at tau 2."""
+    z = capped(x, CAP)
     if not HAS_TEACHER:
         return ce_weight * tl.exp2(z * _LOG2_E - plain_lse) - shift
     p = tl.exp2(z * scale - lse)
-    q = tl.exp2(t * scale - t_lse)
+    q = tl.exp2(capped(y, TEACHER_CAP) * scale - t_lse)
     if TAU_IS_2:
         return p * (p * square + kl_weight) - (q * kl_weight + shift)
     return ce_weight * tl.exp2(z * _LOG2_E - plain_lse) + kl_weight * (p - q) - shift
@@ -104,12 +120,12 @@ def _gradient_tile(
 
 @triton.jit
 def _load_pair(student_row, teacher_row, cols, HAS_TEACHER: tl.constexpr):
-    """A whole tile of student and teacher logits in float32; it is read for the last time."""
-    z = tl.load(student_row + cols, eviction_policy="evict_first").to(tl.float32)
-    t = z
+    """A whole tile of both rows; it is read for the last time."""
+    x = tl.load(student_row + cols, eviction_policy="evict_first")
+    y = x
     if HAS_TEACHER:
-        t = tl.load(teacher_row + cols, eviction_policy="evict_first").to(tl.float32)
-    return z, t
+        y = tl.load(teacher_row + cols, eviction_policy="evict_first")
+    return x, y
 
 
 @triton.jit
@@ -130,6 +146,8 @@ def _write_gradient(
     shift,
     HAS_TEACHER: tl.constexpr,
     TAU_IS_2: tl.constexpr,
+    CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
     T: tl.constexpr,
     E: tl.constexpr,
     STAGES: tl.constexpr,
@@ -139,20 +157,24 @@ def _write_gradient(
     cols = columns_of(T, E)
     full = num_classes // (T * E) * (T * E)
     inside = full + cols < num_classes
-    z = load_tail(student_row, full + cols, num_columns)
-    t = z
+    x = load_tail(student_row, full + cols, num_columns)
+    y = x
     if HAS_TEACHER:
-        t = load_tail(teacher_row, full + cols, teacher_columns)
+        y = load_tail(teacher_row, full + cols, teacher_columns)
     last = _gradient_tile(
-        z, t, scale, lse, t_lse, square, plain_lse, ce_weight, kl_weight, shift, HAS_TEACHER, TAU_IS_2
-    )
+        x, y, scale, lse, t_lse, square, plain_lse, ce_weight, kl_weight, shift,
+        HAS_TEACHER, TAU_IS_2, CAP, TEACHER_CAP,
+    )  # fmt: skip
+    last = through_cap(last, x, CAP)
     tl.store(grad_row + full + cols, tl.where(inside, last, 0.0).to(dtype), mask=full + cols < num_columns)
     for back in tl.range(T * E, full + T * E, T * E, num_stages=STAGES):
         start = full - back
-        z, t = _load_pair(student_row + start, teacher_row + start, cols, HAS_TEACHER)
+        x, y = _load_pair(student_row + start, teacher_row + start, cols, HAS_TEACHER)
         tile = _gradient_tile(
-            z, t, scale, lse, t_lse, square, plain_lse, ce_weight, kl_weight, shift, HAS_TEACHER, TAU_IS_2
-        )
+            x, y, scale, lse, t_lse, square, plain_lse, ce_weight, kl_weight, shift,
+            HAS_TEACHER, TAU_IS_2, CAP, TEACHER_CAP,
+        )  # fmt: skip
+        tile = through_cap(tile, x, CAP)
         tl.store(grad_row + start + cols, tile.to(dtype), eviction_policy="evict_first")
     clear_row(grad_row, full + T * E, num_columns, T, E)
 
@@ -174,6 +196,8 @@ def _dense_row(
     SMOOTHING: tl.constexpr,
     WRITE_GRAD: tl.constexpr,
     TAU_IS_2: tl.constexpr,
+    CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
     T: tl.constexpr,
     E: tl.constexpr,
     STAGES: tl.constexpr,
@@ -181,10 +205,13 @@ def _dense_row(
     """CE, smoothed CE, KL and the teacher's CE of one row; with WRITE_GRAD also its gradient."""
     scale = _LOG2_E / tau
     is_class = (label >= 0) & (label < num_classes)
-    z_label = tl.load(student_row + label, mask=is_class, other=float("nan")).to(tl.float32)
+    x_label = tl.load(student_row + label, mask=is_class, other=float("nan"))
+    z_label = capped(x_label, CAP)
+    y_label = x_label
     t_label = z_label
     if HAS_TEACHER:
-        t_label = tl.load(teacher_row + label, mask=is_class, other=float("nan")).to(tl.float32)
+        y_label = tl.load(teacher_row + label, mask=is_class, other=float("nan"))
+        t_label = capped(y_label, TEACHER_CAP)
     peak, soft, plain, t_peak, t_soft, t_plain, cross, logits = gather_statistics(
         student_row,
         teacher_row,
@@ -196,6 +223,9 @@ def _dense_row(
         HAS_TEACHER,
         SMOOTHING,
         TAU_IS_2,
+        CAP,
+        TEACHER_CAP,
+        False,
         T,
         E,
         STAGES,
@@ -220,50 +250,27 @@ def _dense_row(
         tl.debug_barrier()  # the label's logit, read above, may be overwritten now
         _write_gradient(
             student_row, teacher_row, grad_row, num_classes, num_columns, teacher_columns, scale, lse, t_lse, square,
-            plain_lse, ce_weight, kl_weight, shift, HAS_TEACHER, TAU_IS_2, T, E, STAGES,
+            plain_lse, ce_weight, kl_weight, shift, HAS_TEACHER, TAU_IS_2, CAP, TEACHER_CAP, T, E, STAGES,
         )  # fmt: skip
         tl.debug_barrier()  # the label's column has been written like any other; now for good
         at_label = _gradient_tile(
-            z_label, t_label, scale, lse, t_lse, square, plain_lse, ce_weight, kl_weight, shift, HAS_TEACHER, TAU_IS_2
-        )
-        at_label -= ce_weight * (1.0 - smoothing - on_others)
+            x_label, y_label, scale, lse, t_lse, square, plain_lse, ce_weight, kl_weight, shift,
+            HAS_TEACHER, TAU_IS_2, CAP, TEACHER_CAP,
+        )  # fmt: skip
+        at_label = through_cap(at_label - ce_weight * (1.0 - smoothing - on_others), x_label, CAP)
         tl.store(grad_row + label, at_label.to(grad_row.dtype.element_ty), mask=is_class)
     return ce, smooth_ce, kl, teacher_ce
 
 
 @triton.jit
 def _dense_kernel(
-    student_ptr,
-    teacher_ptr,
-    labels_ptr,
-    row_scale_ptr,
-    alpha_ptr,
-    grad_ptr,
-    ce_ptr,
-    smooth_ce_ptr,
-    kl_ptr,
-    teacher_ce_ptr,
-    student_stride,
-    teacher_stride,
-    grad_stride,
-    num_classes,
-    num_columns,
-    teacher_columns,
-    alpha_value,
-    tau,
-    smoothing,
-    grad_scale,
-    ignore_index,
-    HAS_TEACHER: tl.constexpr,
-    ALPHA_IS_TENSOR: tl.constexpr,
-    HAS_ROW_SCALE: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    WRITE_GRAD: tl.constexpr,
-    TAU_IS_2: tl.constexpr,
-    T: tl.constexpr,
-    E: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    student_ptr, teacher_ptr, labels_ptr, row_scale_ptr, alpha_ptr, grad_ptr, ce_ptr, smooth_ce_ptr, kl_ptr,
+    teacher_ce_ptr, student_stride, teacher_stride, grad_stride, num_classes, num_columns, teacher_columns,
+    alpha_value, tau, smoothing, grad_scale, ignore_index,
+    HAS_TEACHER: tl.constexpr, ALPHA_IS_TENSOR: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, SMOOTHING: tl.constexpr,
+    WRITE_GRAD: tl.constexpr, TAU_IS_2: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
+    T: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # rows times columns pass 2^31
     student_row = student_ptr + row * student_stride
     teacher_row = teacher_ptr + row * teacher_stride
@@ -289,18 +296,21 @@ def _dense_kernel(
             if alpha == 0.0:  # the teacher is not read: whatever it holds, the loss is the label's
                 ce, smooth_ce, kl, teacher_ce = _dense_row(
                     student_row, student_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
-                    teacher_columns, tau, smoothing, False, SMOOTHING, WRITE_GRAD, TAU_IS_2, T, E, STAGES,
+                    teacher_columns, tau, smoothing, False, SMOOTHING, WRITE_GRAD, TAU_IS_2,
+                    CAP, TEACHER_CAP, T, E, STAGES,
                 )  # fmt: skip
                 kl = kl * 0.0
             else:
                 ce, smooth_ce, kl, teacher_ce = _dense_row(
                     student_row, teacher_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
-                    teacher_columns, tau, smoothing, True, SMOOTHING, WRITE_GRAD, TAU_IS_2, T, E, STAGES,
+                    teacher_columns, tau, smoothing, True, SMOOTHING, WRITE_GRAD, TAU_IS_2,
+                    CAP, TEACHER_CAP, T, E, STAGES,
                 )  # fmt: skip
         else:
             ce, smooth_ce, kl, teacher_ce = _dense_row(
                 student_row, teacher_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
-                teacher_columns, tau, smoothing, HAS_TEACHER, SMOOTHING, WRITE_GRAD, TAU_IS_2, T, E, STAGES,
+                teacher_columns, tau, smoothing, HAS_TEACHER, SMOOTHING, WRITE_GRAD, TAU_IS_2,
+                CAP, TEACHER_CAP, T, E, STAGES,
             )  # fmt: skip
         tl.store(ce_ptr + row, ce)
         if SMOOTHING:

@@ -15,6 +15,7 @@ import triton.language as tl
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 LOWEST = tl.constexpr(-1.0e30)  # below every logit, and finite: differences of it are no NaN
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,42 @@ def columns_of(T: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def load_tail(row, cols, num_columns):
-    """A row's last tile in float32, padding columns and all: their number, unlike that of the classes, is even
-    enough for wide loads. Whoever reads it masks the padding."""
-    return tl.load(row + cols, mask=cols < num_columns, other=0.0).to(tl.float32)
+    """A row's last tile, padding columns and all: their number, unlike that of the classes, is even enough for
+    wide loads. Whoever reads it masks the padding."""
+    return tl.load(row + cols, mask=cols < num_columns, other=0.0)
+
+
+@triton.jit
+def _short_of_1(product, CAP: tl.constexpr):
+    """1 - tanh |product / CAP|, with all its digits where that is next to 0."""
+    power = tl.exp2(tl.abs(product.to(tl.float32)) * (-2.0 * _LOG2_E / CAP))
+    return (power + power) / (power + 1.0)
+
+
+@triton.jit
+def capped(product, CAP: tl.constexpr, HAS_HOLES: tl.constexpr = False):
+    """Logits in float32 of what a row holds: CAP tanh(product / CAP); CAP 0: the product. With HAS_HOLES -inf, what
+    was taken out of the row, stays so. The tanh errs by 1e-7, which next to 0 only float32 rows are too exact for."""
+    z = product.to(tl.float32)
+    if CAP > 0.0:
+        tanh = CAP - CAP * _short_of_1(product, CAP)
+        tanh = tl.where(z < 0.0, -tanh, tanh)
+        if product.dtype == tl.float32:  # its series
+            square = (z * (1.0 / CAP)) * (z * (1.0 / CAP))
+            series = 2.1869489e-2 - 8.8632355e-3 * square  # 62 / 2835, 1382 / 155925
+            series = 1.3333333e-1 + square * (square * series - 5.3968254e-2)  # 2 / 15, 17 / 315
+            tanh = tl.where(square < 0.16, z + z * square * (square * series - 3.3333333e-1), tanh)
+        z = tl.where(z == float("-inf"), z, tanh) if HAS_HOLES else tanh
+    return z
+
+
+@triton.jit
+def through_cap(gradient, product, CAP: tl.constexpr):
+    """The gradient of what a row holds, from that of its logit."""
+    if CAP > 0.0:
+        rest = _short_of_1(product, CAP)
+        gradient = gradient * (rest * (2.0 - rest))  # 1 - tanh^2
+    return gradient
 
 
 @triton.jit
@@ -91,6 +125,9 @@ def gather_statistics(
     HAS_TEACHER: tl.constexpr,
     SUM_LOGITS: tl.constexpr,
     TAU_IS_2: tl.constexpr,
+    CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    HAS_HOLES: tl.constexpr,
     T: tl.constexpr,
     E: tl.constexpr,
     STAGES: tl.constexpr,
@@ -110,19 +147,19 @@ def gather_statistics(
     logits = tl.zeros([T], tl.float32)
     full = num_classes // (T * E) * (T * E)
     for start in tl.range(0, full, T * E, num_stages=STAGES):
-        z = tl.load(student_row + start + cols, eviction_policy="evict_last").to(tl.float32)
+        z = capped(tl.load(student_row + start + cols, eviction_policy="evict_last"), CAP, HAS_HOLES)
         if HAS_TEACHER:
-            t = tl.load(teacher_row + start + cols, eviction_policy="evict_last").to(tl.float32)
+            t = capped(tl.load(teacher_row + start + cols, eviction_policy="evict_last"), TEACHER_CAP)
             t_peak, t_soft, t_plain, cross = _visit_teacher(t, z, t_peak, t_soft, t_plain, cross, scale, tau, TAU_IS_2)
         peak, soft, plain, _0, _1 = _visit(z, peak, soft, plain, scale, tau, TAU_IS_2)
         if SUM_LOGITS:
             logits += tl.sum(tl.where(z > LOWEST, z, 0.0), axis=1)  # an entry that was taken out is -inf
     inside = full + cols < num_classes
-    z = tl.where(inside, load_tail(student_row, full + cols, num_columns), LOWEST)
+    z = tl.where(inside, capped(load_tail(student_row, full + cols, num_columns), CAP, HAS_HOLES), LOWEST)
     if SUM_LOGITS:
         logits += tl.sum(tl.where(z > LOWEST, z, 0.0), axis=1)
     if HAS_TEACHER:
-        t = tl.where(inside, load_tail(teacher_row, full + cols, teacher_columns), LOWEST)
+        t = tl.where(inside, capped(load_tail(teacher_row, full + cols, teacher_columns), TEACHER_CAP), LOWEST)
         t_peak, t_soft, t_plain, cross = _visit_teacher(t, z, t_peak, t_soft, t_plain, cross, scale, tau, TAU_IS_2)
     peak, soft, plain, _0, _1 = _visit(z, peak, soft, plain, scale, tau, TAU_IS_2)
     # lanes to row

@@ -12,7 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ki_ds.kernels.rows import RowTask, RowTerms
-from ki_ds.kernels.triton_rows import LN_2, LOG2_E, Tiling, clear_row, columns_of, gather_statistics, load_tail
+from ki_ds.kernels.triton_rows import (
+    LN_2,
+    LOG2_E,
+    Tiling,
+    capped,
+    clear_row,
+    columns_of,
+    gather_statistics,
+    load_tail,
+    through_cap,
+)
 
 DEFAULT_TILING = Tiling()
 _LN_2 = tl.constexpr(LN_2)
@@ -72,6 +82,7 @@ def topk_rows(
         SMOOTHING=task.label_smoothing > 0,
         WRITE_GRAD=grad_NV is not None,
         TAU_IS_2=task.tau == 2.0,
+        CAP=task.cap or 0.0,
         K=triton.next_power_of_2(num_entries),
         T=tiling.lanes,
         E=tiling.width,
@@ -82,8 +93,13 @@ def topk_rows(
 
 
 @triton.jit
-def _rest_tile(z, scale, lse, square, plain_lse, ce_weight, pull, shift, TAU_IS_2: tl.constexpr):
-    """d loss / d z off the entries: `lse` is that of the columns the pass has seen, `pull` its weight."""
+def _rest_tile(
+    x, scale, lse, square, plain_lse, ce_weight, pull, shift,
+    TAU_IS_2: tl.constexpr, CAP: tl.constexpr, HAS_HOLES: tl.constexpr,
+):  # fmt: skip
+    """d loss / d z off the entries, z being the logits of what the row holds, x: `lse` is that of the columns the
+    pass has seen, `pull` its weight."""
+    z = capped(x, CAP, HAS_HOLES)
     p = tl.exp2(z * scale - lse)
     if TAU_IS_2:
         return p * (p * square + pull) - shift
@@ -93,20 +109,23 @@ def _rest_tile(z, scale, lse, square, plain_lse, ce_weight, pull, shift, TAU_IS_
 @triton.jit
 def _write_rest(
     row, grad_row, num_classes, num_columns, scale, lse, square, plain_lse, ce_weight, pull, shift,
-    TAU_IS_2: tl.constexpr, T: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
+    TAU_IS_2: tl.constexpr, CAP: tl.constexpr, HAS_HOLES: tl.constexpr,
+    T: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The second pass, last tile first, and zeros in the padding."""
     dtype: tl.constexpr = grad_row.dtype.element_ty
     cols = columns_of(T, E)
     full = num_classes // (T * E) * (T * E)
     inside = full + cols < num_classes
-    z = load_tail(row, full + cols, num_columns)
-    last = _rest_tile(z, scale, lse, square, plain_lse, ce_weight, pull, shift, TAU_IS_2)
+    x = load_tail(row, full + cols, num_columns)
+    last = _rest_tile(x, scale, lse, square, plain_lse, ce_weight, pull, shift, TAU_IS_2, CAP, HAS_HOLES)
+    last = through_cap(last, x, CAP)
     tl.store(grad_row + full + cols, tl.where(inside, last, 0.0).to(dtype), mask=full + cols < num_columns)
     for back in tl.range(T * E, full + T * E, T * E, num_stages=STAGES):
         start = full - back
-        z = tl.load(row + start + cols, eviction_policy="evict_first").to(tl.float32)
-        tile = _rest_tile(z, scale, lse, square, plain_lse, ce_weight, pull, shift, TAU_IS_2)
+        x = tl.load(row + start + cols, eviction_policy="evict_first")
+        tile = _rest_tile(x, scale, lse, square, plain_lse, ce_weight, pull, shift, TAU_IS_2, CAP, HAS_HOLES)
+        tile = through_cap(tile, x, CAP)
         tl.store(grad_row + start + cols, tile.to(dtype), eviction_policy="evict_first")
     clear_row(grad_row, full + T * E, num_columns, T, E)
 
@@ -124,7 +143,7 @@ def _read_entries(
     row, ids_row, probs_row, num_entries, num_classes,
     TAIL: tl.constexpr, RENORMALISE: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """ids, presence, target probabilities and logits [K]; for "tail" the logits leave the row."""
+    """ids, presence, target probabilities and what the row holds there [K]; for "tail" it leaves the row."""
     at = tl.arange(0, K)
     ids = tl.load(ids_row + at, mask=at < num_entries, other=-1).to(tl.int64)
     q = tl.load(probs_row + at, mask=at < num_entries, other=0.0).to(tl.float32)
@@ -132,28 +151,31 @@ def _read_entries(
     q = tl.where(present, q, 0.0)
     if RENORMALISE:
         q = q / tl.maximum(tl.sum(q, axis=0), 1.0e-30)
-    z = tl.load(row + ids, mask=present, other=0.0).to(tl.float32)
+    x = tl.load(row + ids, mask=present, other=0.0)
     if TAIL:
         tl.debug_barrier()  # the label's logit has been read by now
-        tl.store(row + ids, (z * 0.0 + float("-inf")).to(row.dtype.element_ty), mask=present)
+        tl.store(row + ids, (x.to(tl.float32) * 0.0 + float("-inf")).to(row.dtype.element_ty), mask=present)
         tl.debug_barrier()
-    return ids, present, q, z
+    return ids, present, q, x
 
 
 @triton.jit
 def _topk_row(
     row, ids_row, probs_row, grad_row, label, row_scale, alpha, num_entries, num_classes, num_columns, tau, smoothing,
     TAIL: tl.constexpr, RENORMALISE: tl.constexpr, SMOOTHING: tl.constexpr, WRITE_GRAD: tl.constexpr,
-    TAU_IS_2: tl.constexpr, K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
+    TAU_IS_2: tl.constexpr, CAP: tl.constexpr, K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """CE, smoothed CE and KL of one row; with WRITE_GRAD also its gradient."""
     scale = _LOG2_E / tau
     is_class = (label >= 0) & (label < num_classes)
-    z_label = tl.load(row + label, mask=is_class, other=float("nan")).to(tl.float32)
-    ids, present, q, z = _read_entries(row, ids_row, probs_row, num_entries, num_classes, TAIL, RENORMALISE, K)
+    x_label = tl.load(row + label, mask=is_class, other=float("nan"))
+    z_label = capped(x_label, CAP)
+    ids, present, q, x = _read_entries(row, ids_row, probs_row, num_entries, num_classes, TAIL, RENORMALISE, K)
+    z = capped(x, CAP)
     rest_peak, rest_soft, rest_plain, _0, _1, _2, _3, logits = gather_statistics(
-        row, row, num_classes, num_columns, num_columns, scale, tau, False, SMOOTHING, TAU_IS_2, T, E, STAGES
-    )
+        row, row, num_classes, num_columns, num_columns, scale, tau,
+        False, SMOOTHING, TAU_IS_2, CAP, 0.0, TAIL, T, E, STAGES,
+    )  # fmt: skip
     peak = rest_peak
     soft = rest_soft
     plain = rest_plain
@@ -196,16 +218,19 @@ def _topk_row(
         tl.debug_barrier()  # everything above has been read
         _write_rest(
             row, grad_row, num_classes, num_columns, scale, rest_lse, square, plain_lse, ce_weight,
-            kl_weight * pull, shift, TAU_IS_2, T, E, STAGES,
+            kl_weight * pull, shift, TAU_IS_2, CAP, TAIL, T, E, STAGES,
         )  # fmt: skip
         tl.debug_barrier()  # the entries' columns have been written like any others; now for good
         dtype: tl.constexpr = grad_row.dtype.element_ty
         entries = ce_weight * tl.exp2(z * _LOG2_E - plain_lse) + kl_weight * (mass * p - q) - shift
         entries -= tl.where(ids == label, on_label, 0.0)
-        tl.store(grad_row + ids, entries.to(dtype), mask=present)
+        tl.store(grad_row + ids, through_cap(entries, x, CAP).to(dtype), mask=present)
         label_is_entry = tl.max(tl.where(present & (ids == label), 1, 0), axis=0) > 0
-        at_label = _rest_tile(z_label, scale, rest_lse, square, plain_lse, ce_weight, kl_weight * pull, shift, TAU_IS_2)
-        tl.store(grad_row + label, (at_label - on_label).to(dtype), mask=is_class & (label_is_entry == 0))
+        at_label = _rest_tile(
+            x_label, scale, rest_lse, square, plain_lse, ce_weight, kl_weight * pull, shift, TAU_IS_2, CAP, TAIL
+        )
+        at_label = through_cap(at_label - on_label, x_label, CAP)
+        tl.store(grad_row + label, at_label.to(dtype), mask=is_class & (label_is_entry == 0))
     return ce, smooth_ce, kl
 
 
@@ -215,7 +240,7 @@ def _topk_kernel(
     student_stride, grad_stride, num_entries, num_classes, num_columns, alpha_value, tau, smoothing, grad_scale,
     ignore_index,
     TAIL: tl.constexpr, RENORMALISE: tl.constexpr, ALPHA_IS_TENSOR: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
-    SMOOTHING: tl.constexpr, WRITE_GRAD: tl.constexpr, TAU_IS_2: tl.constexpr,
+    SMOOTHING: tl.constexpr, WRITE_GRAD: tl.constexpr, TAU_IS_2: tl.constexpr, CAP: tl.constexpr,
     K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)  # rows times columns pass 2^31
@@ -239,7 +264,7 @@ def _topk_kernel(
         ce, smooth_ce, kl = _topk_row(
             student_ptr + index * student_stride, ids_ptr + index * num_entries, probs_ptr + index * num_entries,
             grad_row, label, row_scale, alpha, entries, num_classes, num_columns, tau, smoothing,
-            TAIL, RENORMALISE, SMOOTHING, WRITE_GRAD, TAU_IS_2, K, T, E, STAGES,
+            TAIL, RENORMALISE, SMOOTHING, WRITE_GRAD, TAU_IS_2, CAP, K, T, E, STAGES,
         )  # fmt: skip
         tl.store(ce_ptr + index, ce)
         tl.store(kl_ptr + index, kl)

@@ -17,8 +17,9 @@ from ki_ds.config import TeacherConfig
 from ki_ds.data.batches import Batch
 from ki_ds.data.store import token_dtype
 from ki_ds.errors import UserError
+from ki_ds.loss import PLAIN, LogitForm
 from ki_ds.signals import HiddenSignal, Signal, Teacher, TopKSignal
-from ki_ds.teachers.cache_files import HIDDEN_DTYPES, CacheFiles, Columns, Manifest, read_head
+from ki_ds.teachers.cache_files import HIDDEN_DTYPES, LOGIT_FORM, CacheFiles, Columns, Manifest, read_head
 from ki_ds.teachers.questions import Questions, input_hashes
 from ki_ds.teachers.topk import largest_entries
 
@@ -135,4 +136,5 @@ def decode(
     hidden_ND = torch.from_numpy(rows["hidden"]).to(device)
     if key["dtype"] == "int8":
         hidden_ND = hidden_ND.float() * torch.from_numpy(rows["scales"]).to(device)[:, None]
-    return HiddenSignal(hidden_ND.to(head["weight"].dtype), head["weight"], head.get("bias"))
+    form = LogitForm(*key.get(LOGIT_FORM, PLAIN))
+    return HiddenSignal(hidden_ND.to(head["weight"].dtype), head["weight"], head.get("bias"), form)

@@ -24,12 +24,14 @@ from ki_ds.data.batches import Batch
 from ki_ds.data.store import check_space, write_errors_are_one_line
 from ki_ds.distributed import from_main, is_main, on_main, rank, say, together, world_size
 from ki_ds.errors import UserError
+from ki_ds.loss import PLAIN
 from ki_ds.models import DTYPES
 from ki_ds.signals import HiddenSignal, Teacher
 from ki_ds.teachers.cache import encode
 from ki_ds.teachers.cache_files import (
     FORMAT,
     HEAD,
+    LOGIT_FORM,
     MANIFEST,
     CacheFiles,
     Chunk,
@@ -89,10 +91,12 @@ def record_teacher(
 
     probe = ask(questions.one(0, 0))
     weights = {name for name, torch_dtype in DTYPES.items() if torch_dtype == probe.weight_VD.dtype}
-    identity = {
+    identity: dict[str, Any] = {
         "teacher.weights_sha256": facts.weights_sha256 or f"of {facts.path}",
         "teacher.dtype": weights.pop(),
     }
+    if probe.form != PLAIN:
+        identity[LOGIT_FORM] = list(probe.form)
     if kind == "topk":
         key = topk_key(questions, topk) | identity
     else:
@@ -164,7 +168,9 @@ def _begin(out: Path, recording: Recording) -> None:
     for half in out.glob("*.tmp"):
         half.unlink()
     if (out / MANIFEST).exists():
-        Manifest.read(out).check(recording.key, folder=out, fix="give another --out, or remove the cache")
+        there = Manifest.read(out)
+        # a field that only the other has is one that differs, too
+        there.check(dict.fromkeys(there.key) | recording.key, folder=out, fix="give another --out, or remove the cache")
         return
     strangers = [p.name for p in out.iterdir() if p.name not in (".lock", HEAD, "index")]
     if strangers:

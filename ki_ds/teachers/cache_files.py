@@ -1,6 +1,7 @@
 """The files of a teacher cache: what a teacher said about masked samples, found by sample id, checked at every read.
 
-    CACHE/manifest.json           the key (all that the records depend on), the teacher's facts, the list of chunks
+    CACHE/manifest.json           the key (all that the records depend on, a form of logits that is not plain as
+                                  well), the teacher's facts, the list of chunks
     CACHE/head.safetensors        weight and bias of the teacher's output projection (kind hidden)
     CACHE/chunk_*.safetensors     some thousand records each: R of them with N rows together
 
@@ -42,6 +43,7 @@ from ki_ds.errors import UserError
 FORMAT = 1
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
+LOGIT_FORM = "teacher.logit_form"  # [scale, cap] in the key; not there: plain
 HIDDEN_DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 _INDEX = ("sample_ids", "masks", "num_rows", "input_hashes", "crcs")

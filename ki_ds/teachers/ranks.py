@@ -2,8 +2,8 @@
 
 Batches are pure functions of the configuration and a step: a teacher rank makes those of its students itself and learns
 from them only where to begin. For every micro-batch it sends a header and N hidden states of D numbers, and the first
-time its output projection. Of several teachers each rank runs all, and sends the part of each. It is at most
-`teacher.ahead` and two micro-batches ahead, for a tensor leaves it when the student takes it.
+time its output projection with the form of its logits. Of several teachers each rank runs all, and sends the part of
+each. It is at most `teacher.ahead` and two micro-batches ahead, for a tensor leaves it when the student takes it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ki_ds.config import RunConfig
 from ki_ds.data.batches import Batch, TrainBatches
 from ki_ds.data.datasets import open_datasets
 from ki_ds.errors import ResumableError, UserError
+from ki_ds.loss import LogitForm
 from ki_ds.signals import HiddenSignal, Signal, Teacher
 from ki_ds.teachers.factory import TeacherFacts, make_teachers
 from ki_ds.teachers.many import Assignment, hidden_answers
@@ -101,10 +102,11 @@ def _teach(config: RunConfig, bridge: Bridge, device: torch.device) -> None:
             number += 1
 
 
-def _head(signal: HiddenSignal) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output projection on its way to a student: a bias that is not there has no elements."""
+def _head(signal: HiddenSignal) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output projection and its form on their way to a student: a bias that is not there has no elements."""
     weight_VD, bias_V = signal.weight_VD, signal.bias_V
-    return weight_VD, weight_VD.new_empty(0) if bias_V is None else bias_V
+    form = torch.tensor(signal.form.numbers, dtype=torch.float64)
+    return weight_VD, weight_VD.new_empty(0) if bias_V is None else bias_V, form
 
 
 def _steps(config: RunConfig, start: int) -> range:
@@ -166,7 +168,7 @@ class RanksTeacher(Teacher):
         patience: float,
     ) -> None:
         self._bridge, self._assignment, self._device, self._patience = bridge, assignment, device, patience
-        self._heads: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._heads: dict[int, tuple[torch.Tensor, torch.Tensor | None, LogitForm]] = {}
         self._number, self._num_batches = 0, num_batches
         self._waited, self._busy, self._idle = 0.0, 0, 0
         self._received: queue.Queue[list[torch.Tensor] | ConnectionError | None] = queue.Queue(maxsize=ahead)
@@ -197,8 +199,9 @@ class RanksTeacher(Teacher):
             )
         self._number, self._busy, self._idle = number + 1, busy, idle
         new = [question.teacher for question in questions if question.teacher not in self._heads]
-        for which, weight_VD, bias_V in zip(new, heads[::2], heads[1::2], strict=True):
-            self._heads[which] = weight_VD.to(self._device), bias_V.to(self._device) if len(bias_V) else None
+        for which, weight_VD, bias_V, numbers in zip(new, heads[::3], heads[1::3], heads[2::3], strict=True):
+            bias = bias_V.to(self._device) if len(bias_V) else None
+            self._heads[which] = weight_VD.to(self._device), bias, LogitForm.of_numbers(*numbers.tolist())
         answers = [
             HiddenSignal(hidden_ND.to(self._device, non_blocking=True), *self._heads[question.teacher])
             for question, hidden_ND in zip(questions, hidden, strict=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ki_ds.data.batches import Batch
 from ki_ds.signals import HiddenSignal, Teacher, TopKSignal
@@ -51,6 +50,6 @@ def largest_entries(signal: HiddenSignal, *, topk: int, tau: float, num_classes:
     """
     found = []
     for hidden in signal.hidden_ND.split(_ROWS_AT_ONCE):  # one empty part where there are no rows
-        logits_NV = F.linear(hidden, signal.weight_VD, signal.bias_V)[:, :num_classes].float()
+        logits_NV = signal.form.logits(hidden, signal.weight_VD, signal.bias_V)[:, :num_classes]
         found.append(torch.log_softmax(logits_NV / tau, dim=-1).topk(topk, dim=-1))
     return torch.cat([each.indices for each in found]), torch.cat([each.values for each in found])

@@ -3,7 +3,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from ki_ds.kernels import linear
+from ki_ds.kernels import linear, reference
 from ki_ds.kernels.linear import Head, Problem, Wanted, default_chunk_rows, linear_rows
 from ki_ds.kernels.rows import LogitForm, RowTask
 
@@ -79,12 +79,13 @@ def test_only_one_chunk_of_logits_exists(monkeypatch):
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_add_outer(first, dtype):
+@pytest.mark.parametrize("scale", [1.0, -0.3])
+def test_add_outer(first, dtype, scale):
     gen = torch.Generator().manual_seed(0)
     total = torch.full((5, 3), 7.0)
     grad, hidden = torch.randn(4, 5, generator=gen).to(dtype), torch.randn(4, 3, generator=gen).to(dtype)
-    linear.add_outer(total, grad, hidden, first=first)
-    want = grad.float().T @ hidden.float() + (0.0 if first else 7.0)
+    linear.add_outer(total, grad, hidden, scale, first=first)
+    want = scale * grad.float().T @ hidden.float() + (0.0 if first else 7.0)
     assert torch.allclose(total, want, atol=0.05)
 
 
@@ -97,19 +98,21 @@ def _peak_bytes(function):
     return max(accumulate((event.nbytes() for event in events), initial=0))
 
 
-def test_memory_does_not_grow_with_the_rows_beyond_a_chunk():
-    """Only the gradient of the hidden states does, which the caller wants."""
+@pytest.mark.parametrize("form", [LogitForm(), LogitForm(0.5, 30.0)])
+def test_memory_does_not_grow_with_the_rows_beyond_a_chunk(form, monkeypatch):
+    """Only the gradient of the hidden states does, which the caller wants. A form takes no chunk more."""
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS_CPU", 1 << 15)
 
     def peak(num_rows):
         hidden, weight = torch.randn(num_rows, 8), torch.randn(5000, 8)
         labels = torch.randint(0, 5000, (num_rows,))
-        heads = [Head(torch.randn(num_rows, 4), torch.randn(5000, 4), None, None)]
+        heads = [Head(torch.randn(num_rows, 4), torch.randn(5000, 4), None, None, form)]
         problem = _problem(
-            hidden_ND=hidden, weight_VD=weight, bias_V=None, labels_N=labels, heads=heads, chunk_rows=64,
+            hidden_ND=hidden, weight_VD=weight, bias_V=None, labels_N=labels, heads=heads, chunk_rows=64, form=form,
             task=RowTask(num_classes=5000, alpha=0.5),
         )  # fmt: skip
         return _peak_bytes(lambda: linear_rows(problem, Wanted(True, True, False))) - 4 * hidden.numel()
 
     chunk = 4 * 64 * 5000
     assert peak(1024) <= peak(128) + chunk // 10
-    assert peak(1024) < 8 * chunk  # both models' logits, and blocks of a few MiB
+    assert peak(1024) < 4 * chunk  # both models' logits, and blocks of some rows

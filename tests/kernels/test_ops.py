@@ -10,21 +10,9 @@ def _linear_inputs(dtype=torch.float32):
     labels = torch.randint(0, 8, (6,), generator=gen)
     head = [torch.randn(6, 3, generator=gen), torch.randn(8, 3, generator=gen), torch.empty(0), torch.empty(0)]
     tensors = (hidden, weight, None, labels, None, None, None, None)
-    return (
-        *tensors,
-        head,
-        [1.0],
-        [1.0, 0.0, 0.5, 3.0],
-        0.5,
-        2.0,
-        -100,
-        8,
-        0.1,
-        "renormalise",
-        4,
-        "torch",
-        [True, True, False],
-    )
+    forms = [1.0, 0.0, 0.5, 3.0]
+    wants = [True, True, False]
+    return (*tensors, head, [1.0], forms, 0.5, 2.0, -100, 8, 0.1, "renormalise", 4, "torch", wants)
 
 
 def _logits_inputs():

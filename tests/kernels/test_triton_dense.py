@@ -8,7 +8,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from ki_ds.kernels import reference, triton_dense  # noqa: E402
 from ki_ds.kernels.rows import RowTask  # noqa: E402
 from ki_ds.kernels.triton_rows import Tiling  # noqa: E402
-from tests.loss_cases import Case, check  # noqa: E402
+from tests.loss_cases import FORMS, Case, check, formed  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are tested by tests/gpu")
 SMALL = Tiling(num_warps=1, width=4)  # tiles of 128 columns
@@ -17,6 +17,15 @@ SMALL = Tiling(num_warps=1, width=4)  # tiles of 128 columns
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(triton_dense, "DEFAULT_TILING", SMALL)
+
+
+@pytest.mark.parametrize("entry", ["linear_label", "linear_dense", "linear_averaged", "linear_routed"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("std", [3.0, 30.0])
+def test_scaled_and_capped_logits_are_the_oracles(entry, form, std):
+    sizes = {"num_rows": 6, "num_classes": 150, "width": 160, "teacher_width": 151}
+    for options in ({}, {"tau": 1.3, "smoothing": 0.1, "weighted": True, "alpha_as_tensor": True}):
+        check(formed(entry, form, backend="triton", std=std, **sizes, **options), value=3e-6, gradient=4e-6)
 
 
 def _rows(num_classes, widths, dtype=torch.float32, std=3.0):
@@ -41,9 +50,10 @@ def test_values_and_gradients_are_the_oracles(entry, options):
 @pytest.mark.parametrize(
     ("dtype", "ulp"), [(torch.float32, 1e-6), (torch.float16, 2.0**-10), (torch.bfloat16, 2.0**-7)], ids=str
 )
-def test_any_number_of_tiles_in_place_or_not(num_classes, widths, dtype, ulp):
+@pytest.mark.parametrize("cap", [None, 4.0])
+def test_any_number_of_tiles_in_place_or_not(num_classes, widths, dtype, ulp, cap):
     student, teacher, labels, weights = _rows(num_classes, widths, dtype)
-    task = RowTask(num_classes, alpha=0.4)
+    task = RowTask(num_classes, alpha=0.4, cap=cap, teacher_cap=cap)
     grad, wanted, in_place = torch.full_like(student, 7.0), torch.empty_like(student), student.clone()
     terms = triton_dense.dense_rows(student, labels, teacher, task, row_scale_N=weights, grad_NV=grad)
     triton_dense.dense_rows(in_place, labels, teacher, task, row_scale_N=weights, grad_NV=in_place)

@@ -9,7 +9,11 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from ki_ds.kernels.triton_rows import Tiling  # noqa: E402
+import torch  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from ki_ds.kernels.rows import cap_slope  # noqa: E402
+from ki_ds.kernels.triton_rows import Tiling, capped, through_cap  # noqa: E402
 
 COMPILE = """
 import json, re, subprocess, tempfile
@@ -47,13 +51,18 @@ def compile_kernel(kernel, num_warps, **constants):
 
 tiling = triton_dense.DEFAULT_TILING
 common = dict(HAS_ROW_SCALE=True, SMOOTHING=False, WRITE_GRAD=True, TAU_IS_2=True, ALPHA_IS_TENSOR=True,
-              T=tiling.lanes, E=tiling.width, STAGES=tiling.num_stages)
+              CAP=0.0, TEACHER_CAP=0.0, T=tiling.lanes, E=tiling.width, STAGES=tiling.num_stages)
+entries = {name: value for name, value in common.items() if name != "TEACHER_CAP"}
 print(json.dumps({
     "dense": compile_kernel(triton_dense._dense_kernel, tiling.num_warps, HAS_TEACHER=True, **common),
     "dense_tau": compile_kernel(triton_dense._dense_kernel, tiling.num_warps, HAS_TEACHER=True,
                                 **(common | {"TAU_IS_2": False, "SMOOTHING": True})),
     "label": compile_kernel(triton_dense._dense_kernel, tiling.num_warps, HAS_TEACHER=False, **common),
-    "tail": compile_kernel(triton_topk._topk_kernel, tiling.num_warps, TAIL=True, RENORMALISE=False, K=128, **common),
+    "tail": compile_kernel(triton_topk._topk_kernel, tiling.num_warps, TAIL=True, RENORMALISE=False, K=128, **entries),
+    "capped": compile_kernel(triton_dense._dense_kernel, tiling.num_warps, HAS_TEACHER=True,
+                             **(common | {"CAP": 30.0, "TEACHER_CAP": 30.0})),
+    "capped_tail": compile_kernel(triton_topk._topk_kernel, tiling.num_warps, TAIL=True, RENORMALISE=False, K=128,
+                                  **(entries | {"CAP": 30.0})),
     "scale": compile_kernel(triton_scale._scale_kernel, 8, BLOCK=triton_scale.BLOCK),
 }))
 """
@@ -62,6 +71,30 @@ print(json.dumps({
 def test_a_tile_is_what_its_warps_read_at_once():
     assert Tiling(num_warps=16, lanes_per_thread=1, width=8).lanes * 8 == 4096
     assert Tiling(num_warps=4, lanes_per_thread=2).lanes == 256
+
+
+@triton.jit
+def _cap_kernel(product_ptr, logit_ptr, slope_ptr, CAP: tl.constexpr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    product = tl.load(product_ptr + at)
+    tl.store(logit_ptr + at, capped(product, CAP, True))
+    tl.store(slope_ptr + at, through_cap(product * 0.0 + 1.0, product, CAP))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are tested by tests/gpu")
+def test_a_float32_cap_has_all_its_digits_everywhere():
+    product = torch.cat([torch.logspace(-30, 3, 511), torch.zeros(1)])
+    product = torch.cat([product, -product])
+    logit, slope = torch.empty_like(product), torch.empty_like(product)
+    _cap_kernel[(1,)](product, logit, slope, CAP=30.0, N=1024)
+    x = product.double() / 30.0
+    for found in (logit, 30.0 * torch.tanh(product / 30.0)):  # PyTorch's is no better
+        torch.testing.assert_close(found.double(), 30.0 * torch.tanh(x), rtol=6e-7, atol=0.0)
+    for found in (slope, cap_slope(product, 30.0)):
+        torch.testing.assert_close(found.double(), torch.cosh(x).pow(-2), rtol=2e-5, atol=1e-37)
+    product[0] = -torch.inf  # what was taken out of a row stays out
+    _cap_kernel[(1,)](product[:1], logit, slope, CAP=30.0, N=1)
+    assert float(logit[0]) == -torch.inf
 
 
 def test_the_kernels_compile_for_an_h100_and_spill_nothing():

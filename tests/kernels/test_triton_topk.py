@@ -8,7 +8,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from ki_ds.kernels import reference, triton_topk  # noqa: E402
 from ki_ds.kernels.rows import TOPK_SEMANTICS, RowTask  # noqa: E402
 from ki_ds.kernels.triton_rows import Tiling  # noqa: E402
-from tests.loss_cases import Case, check  # noqa: E402
+from tests.loss_cases import FORMS, Case, check, formed  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are tested by tests/gpu")
 
@@ -22,6 +22,15 @@ def small_tiles(monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"tau": 1.3, "smoothing": 0.1, "weighted": True, "alpha_as_tensor": True}])
 def test_values_and_gradients_are_the_oracles(entry, options):
     check(Case(entry, backend="triton", std=3.0, num_rows=6, num_classes=150, width=160, **options))
+
+
+@pytest.mark.parametrize("entry", ["linear_renormalise", "linear_tail", "linear_sampled"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("std", [3.0, 30.0])
+def test_scaled_and_capped_logits_are_the_oracles(entry, form, std):
+    sizes = {"num_rows": 6, "num_classes": 150, "width": 160, "teacher_width": 151}
+    for options in ({}, {"tau": 1.3, "smoothing": 0.1, "weighted": True, "alpha_as_tensor": True}):
+        check(formed(entry, form, backend="triton", std=std, **sizes, **options), value=3e-6, gradient=4e-6)
 
 
 def _rows(num_classes, width, num_entries, std):
@@ -39,10 +48,10 @@ def _rows(num_classes, width, num_entries, std):
     [(700, 703, 10), (384, 384, 384), (100, 300, 1)],
     ids=["many_tiles", "all_classes", "one_entry"],
 )
-@pytest.mark.parametrize("std", [1.0, 30.0])
-def test_the_kernel_is_the_reference(semantics, num_classes, width, num_entries, std):
+@pytest.mark.parametrize(("std", "cap"), [(1.0, None), (30.0, None), (3.0, 4.0), (30.0, 2.0)])
+def test_the_kernel_is_the_reference(semantics, num_classes, width, num_entries, std, cap):
     student, labels, ids, probs, weights = _rows(num_classes, width, num_entries, std)
-    task = RowTask(num_classes, alpha=0.4, semantics=semantics)
+    task = RowTask(num_classes, alpha=0.4, semantics=semantics, cap=cap)
     before, in_place = student.clone(), student.clone()
     grad, wanted = torch.full_like(student, 7.0), torch.empty_like(student)
     terms = triton_topk.topk_rows(student, labels, ids, probs, task, row_scale_N=weights, grad_NV=grad)

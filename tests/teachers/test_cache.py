@@ -10,10 +10,11 @@ import torch
 
 from ki_ds.data.batches import Sample, TrainBatches, collate
 from ki_ds.errors import UserError
-from ki_ds.loss import inheritance_loss, topk_inheritance_loss
+from ki_ds.loss import PLAIN, LogitForm, inheritance_loss, topk_inheritance_loss
 from ki_ds.signals import HiddenSignal, TopKSignal
 from ki_ds.teachers.cache import CachedTeacher, encode
-from ki_ds.teachers.cache_files import Manifest
+from ki_ds.teachers.cache_files import LOGIT_FORM, Manifest
+from ki_ds.teachers.online import OnlineTeacher
 from tests.teachers.cache_cases import cache_of, config_of, data_of, reading, teacher_of
 from tests.tiny import inherit, records, tiny_corpus
 
@@ -125,6 +126,35 @@ def test_too_large_hidden_states_do_not_become_infinite_in_silence(base):
         encode(signal, {"kind": "hidden", "dtype": "int8"})["scales"].tolist()
         == [np.float32(7e4) / np.float32(127)] * 2
     )
+
+
+def test_the_form_of_the_teachers_logits_is_kept_and_tells_caches_apart(base, tmp_path, monkeypatch):
+    """A cache without one, as all were, is of plain logits; only what is not plain stands in the key."""
+    config, form = config_of(base, **LONG), LogitForm(0.5, 3.0)
+    plain = cache_of(config, tmp_path / "plain", kind="hidden", dtype="fp32", epochs=1)
+    assert LOGIT_FORM not in plain.key
+    cached, _ = teacher_of(reading(config, tmp_path / "plain"))
+    (batch,) = batches_of(config, 1)[:1]
+    assert cached.signal(batch).form == PLAIN
+    answer = OnlineTeacher.signal
+    monkeypatch.setattr(OnlineTeacher, "signal", lambda self, batch: replace(answer(self, batch), form=form))
+    for kind in ("hidden", "topk"):
+        manifest = cache_of(config, tmp_path / kind, kind=kind, dtype="fp32", topk=10)
+        assert Manifest.read(tmp_path / kind).key[LOGIT_FORM] == manifest.key[LOGIT_FORM] == [0.5, 3.0]
+    hidden, topk = (teacher_of(reading(config, tmp_path / kind))[0].signal(batch) for kind in ("hidden", "topk"))
+    assert hidden.form == form
+    logits_NV = 3.0 * torch.tanh((0.5 * hidden.hidden_ND @ hidden.weight_VD.T + _bias(hidden)) / 3.0)
+    probs_NV = (logits_NV[:, :320] / config.inherit.tau).softmax(-1)
+    torch.testing.assert_close(topk.probs_NK, probs_NV.gather(1, topk.ids_NK), rtol=4e-3, atol=0)
+    with pytest.raises(UserError, match=r"made with teacher.logit_form=nothing, the run has .*=\[0.5, 3.0\]"):
+        cache_of(config, tmp_path / "plain", kind="hidden", dtype="fp32")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"made with teacher.logit_form=\[0.5, 3.0\], the run has .*=None"):
+        cache_of(config, tmp_path / "hidden", kind="hidden", dtype="fp32")
+
+
+def _bias(signal):
+    return 0.0 if signal.bias_V is None else signal.bias_V
 
 
 # ---------------------------------------------------------------------------------- the same training

@@ -7,11 +7,18 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import torch
 
 from ki_ds import config as configuration
+from ki_ds.data.batches import Sample, collate
 from ki_ds.distributed import free_port
 from ki_ds.errors import EXIT_RESUMABLE, UserError
+from ki_ds.loss import LogitForm
+from ki_ds.signals import HiddenSignal
+from ki_ds.teachers.many import Assignment
+from ki_ds.teachers.ranks import RanksTeacher, _head
 from tests.tiny import ROOT, environment, records, tiny_config, train_ranks, write_config
 
 STEPS = {"num_steps": 20, "eval_every": 20, "save_every": 20}
@@ -67,6 +74,37 @@ def test_it_is_bitwise_the_run_of_a_teacher_in_the_process(configure, task, zero
     assert all(r["teacher_busy_seconds"] > 0 and r["teacher_idle_seconds"] > 0 for r in taught)
     assert taught[-1]["teacher_wait_seconds"] >= 0
     assert records(ranks, "train")[-1]["teacher_flops"] == records(online, "train")[-1]["teacher_flops"]
+
+
+class _Wire:
+    """A bridge of which only what a student receives is there."""
+
+    teacher = 1
+
+    def __init__(self, sent):
+        self._sent = iter(sent)
+
+    def receive(self, _source):
+        return next(self._sent)
+
+
+@pytest.mark.parametrize("form", [LogitForm(), LogitForm(0.1), LogitForm(1 / 3, 30.0)])
+def test_a_student_gets_the_form_of_the_teachers_logits_with_the_head(form):
+    sample = Sample(0, np.arange(9), np.arange(3), np.arange(3))
+    batch = collate([sample], pad_id=1, seq_len=32)
+    sent = HiddenSignal(torch.randn(3, 2), torch.randn(5, 2), None, form)
+    messages = [
+        [torch.tensor([number, batch.num_tokens, 0, 0]), sent.hidden_ND, *(_head(sent) if number == 0 else ())]
+        for number in range(2)
+    ]
+    teacher = RanksTeacher(
+        _Wire(messages), Assignment(None, (1.0,)), torch.device("cpu"), num_batches=2, ahead=1, patience=0.0
+    )
+    for _ in messages:
+        found = teacher.signal(batch)
+        assert found.form == form
+        assert torch.equal(found.weight_VD, sent.weight_VD)
+        assert found.bias_V is None
 
 
 def test_a_resume_in_the_middle_goes_on_bitwise_and_with_another_placement(configure):

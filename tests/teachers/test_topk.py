@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from ki_ds import config as configuration
 from ki_ds.errors import UserError
+from ki_ds.loss import PLAIN, LogitForm
 from ki_ds.signals import HiddenSignal
 from ki_ds.teachers.factory import make_teachers
 from ki_ds.teachers.topk import largest_entries
@@ -14,13 +15,15 @@ from tests.tiny import inherit, records, tiny_config, write_config
 
 
 @pytest.mark.parametrize("topk", [1, 7, 50])
-def test_the_entries_are_the_largest_of_the_teachers_softmax(topk):
+@pytest.mark.parametrize("form", [PLAIN, LogitForm(0.25), LogitForm(-1.0, 3.0)])
+def test_the_entries_are_the_largest_of_the_teachers_softmax(topk, form):
     draw = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(2100, 6, generator=draw), torch.randn(64, 6, generator=draw)
-    signal = HiddenSignal(hidden, weight, torch.randn(64, generator=draw))
+    signal = HiddenSignal(hidden, weight, torch.randn(64, generator=draw), form)
     ids, log_probs = largest_entries(signal, topk=topk, tau=2.0, num_classes=50)
-    logits = F.linear(hidden.double(), weight.double(), signal.bias_V.double())[:, :50] / 2.0
-    expected = torch.log_softmax(logits, dim=-1).sort(descending=True).values[:, :topk]
+    logits = form.scale * F.linear(hidden.double(), weight.double())[:, :50] + signal.bias_V.double()[:50]
+    logits = logits if form.cap is None else form.cap * torch.tanh(logits / form.cap)
+    expected = torch.log_softmax(logits / 2.0, dim=-1).sort(descending=True).values[:, :topk]
     assert ids.max() < 50
     torch.testing.assert_close(log_probs.double(), expected, atol=1e-5, rtol=1e-5)
 
