@@ -46,7 +46,7 @@ from ki_ds.errors import UserError
 from ki_ds.guard import Guard
 from ki_ds.loss import LossOutput
 from ki_ds.memory import keep_freed_memory
-from ki_ds.models import InheritanceModel
+from ki_ds.models import InheritanceModel, StudentOutput
 from ki_ds.ranks import launched, tasks_left_idle
 from ki_ds.signals import Signal
 
@@ -413,17 +413,24 @@ class StudentEngine:
             self._engine.enable_backward_allreduce = False
         self._engine.checkpoint_engine = self._writer = _LaterWriter(self._engine._config)
 
-    def loss(self, batch: Batch, signal: Signal | None, alpha: float | Tensor) -> LossOutput:
+    def loss(self, batch: Batch, signal: Signal | None, alpha: float | Tensor) -> StudentOutput:
         """The sums of equation 2 over the labelled rows of this rank's micro-batch, with gradient."""
-        return LossOutput(*self._engine(batch, signal, alpha))
+        return StudentOutput(*self._engine(batch, signal, alpha))
 
-    def backward(self, loss_sum: Tensor, global_rows: Tensor) -> None:
+    def backward(self, loss_sum: Tensor, global_rows: Tensor, aux_loss: Tensor | None = None) -> None:
         """Accumulate the gradient of loss_sum / global_rows, the mean over ALL ranks and accumulation steps.
 
+        An architecture's own loss, already a mean over its micro-batch, counts as its plain average over the
+        micro-batches of all ranks and accumulation steps, whatever rows each has.
         DeepSpeed averages gradients over the ranks, which are not means here, so that average is undone.
         """
+        objective = loss_sum * (world_size() / global_rows)
         self._loss += loss_sum.detach() / global_rows
-        self._engine.backward(loss_sum * (world_size() / global_rows), scale_wrt_gas=False)
+        if aux_loss is not None:
+            share = aux_loss / self._engine.gradient_accumulation_steps()
+            objective = objective + share
+            self._loss += share.detach() / world_size()
+        self._engine.backward(objective, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> None:
         """End a micro-step; after the last one of a global batch, update the weights unless the update is bad."""

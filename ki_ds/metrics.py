@@ -21,10 +21,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+from torch import Tensor
 
 from ki_ds.data.store import write_atomically
 from ki_ds.distributed import all_sum, is_main
 from ki_ds.loss import LossOutput
+from ki_ds.models import StudentOutput
 
 
 @dataclass
@@ -43,14 +45,17 @@ class Totals:
 class Figures:
     """What a window comes to over all ranks.
 
-    `means` has loss, ce and kl a row. `teachers` says for each teacher over the rows that it taught: kl, ce and its own
-    teacher_ce a row (left out where it is not known), and rows; 0 rows where the run's teachers are averaged.
+    `means` has loss, ce and kl a row; `aux_loss` is what the architecture added to the loss itself, the average of the
+    micro-batches (None where it adds nothing). `teachers` says for each teacher over the rows that it taught: kl, ce
+    and its own teacher_ce a row (left out where it is not known), and rows; 0 rows where the run's teachers are
+    averaged.
     """
 
     means: dict[str, float]
     tokens: int
     teacher_tokens: list[int]  # that each teacher's forward saw
     teachers: list[dict[str, float]]
+    aux_loss: float | None = None
 
 
 class Window:
@@ -58,10 +63,18 @@ class Window:
 
     def __init__(self, device: torch.device, *, num_teachers: int = 0):
         self._sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self._aux = torch.zeros(2, dtype=torch.float64, device=device)  # the sum over micro-batches, and their number
         self._teachers_T4 = torch.zeros(num_teachers, 4, dtype=torch.float64, device=device)
         self._tokens = np.zeros(1 + num_teachers)
 
-    def add(self, out: LossOutput, num_tokens: int, *, teacher_tokens: Sequence[int] = ()) -> None:
+    def add(
+        self,
+        out: LossOutput | StudentOutput,
+        num_tokens: int,
+        *,
+        teacher_tokens: Sequence[int] = (),
+        aux_loss: Tensor | None = None,
+    ) -> None:
         """Count one micro-batch of this rank; `teacher_tokens` as of `ki_ds.signals.teacher_tokens`.
 
         One whose loss is no number is left out of the means.
@@ -70,18 +83,22 @@ class Window:
         finite = row.isfinite().all()
         self._sums[:4] += torch.where(finite, row, 0)
         self._sums[4] += ~finite
+        if aux_loss is not None:
+            self._aux += torch.where(finite, torch.stack([aux_loss.detach().double(), finite.double()]), 0)
         if out.teachers.shape == self._teachers_T4.shape:  # not those of an average
             self._teachers_T4 += torch.where(finite, out.teachers, 0)
         self._tokens[: 1 + len(teacher_tokens)] += [num_tokens, *teacher_tokens]
 
     def close(self) -> Figures:
         """The figures over all ranks. Waits for the device."""
-        sums = torch.cat([self._sums, self._teachers_T4.view(-1), torch.from_numpy(self._tokens).to(self._sums)])
-        loss, ce, kl, rows, bad, *rest = all_sum(sums).tolist()
+        counts = torch.from_numpy(self._tokens).to(self._sums)
+        sums = torch.cat([self._sums, self._aux, self._teachers_T4.view(-1), counts])
+        loss, ce, kl, rows, bad, aux_sum, num_aux, *rest = all_sum(sums).tolist()
         rows, told = math.nan if bad and not rows else max(rows, 1.0), self._teachers_T4.numel()
         tokens, *teacher_tokens = map(int, rest[told:])
         teachers = [_told(*rest[first : first + 4]) for first in range(0, told, 4)]
-        return Figures({"loss": loss / rows, "ce": ce / rows, "kl": kl / rows}, tokens, teacher_tokens, teachers)
+        means = {"loss": loss / rows, "ce": ce / rows, "kl": kl / rows}
+        return Figures(means, tokens, teacher_tokens, teachers, aux_sum / num_aux if num_aux else None)
 
 
 def _told(kl_sum: float, teacher_ce_sum: float, num_rows: float, ce_sum: float) -> dict[str, float]:

@@ -1,11 +1,4 @@
-"""The language models: presets of Table 6, any Hugging Face masked or causal LM, and how rows meet the head.
-
-A model is asked a question about the labelled rows of a batch. The question is put to the output projection,
-inside the model's own forward: rows are selected before any head (15% of them for mlm), no logits are formed
-that nobody wants, and ZeRO-3 has the projection's weight gathered exactly there.
-
-Shape suffixes: B sequences, L positions, N labelled rows in order, D hidden size, V padded vocabulary.
-"""
+"""The language models: presets of Table 6, and any Hugging Face masked or causal LM. `ki_ds.rows` asks them."""
 
 from __future__ import annotations
 
@@ -20,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,14 +24,30 @@ from transformers import (
     RobertaConfig,
 )
 
-from ki_ds.config import LossConfig, ModelConfig, Task
-from ki_ds.data.batches import IGNORE_INDEX, Batch
+from ki_ds.config import ModelConfig, Task
 from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
-from ki_ds.objective import loss_of
 from ki_ds.paper import PRESETS
-from ki_ds.profiling import part
-from ki_ds.signals import HiddenSignal, Signal
+from ki_ds.rows import InheritanceModel, RowLM, Rows, StudentOutput
+
+__all__ = [
+    "DTYPES",
+    "InheritanceModel",
+    "RowLM",
+    "Rows",
+    "StudentOutput",
+    "build_lm",
+    "check_vocabulary",
+    "count_parameters",
+    "lm_config",
+    "lm_of",
+    "load_lm",
+    "max_positions",
+    "model_folder",
+    "quieten",
+    "read_config",
+    "weights_sha256",
+]
 
 # RoBERTa counts positions past an id that pads. No id is this one: every token of a row counts, here and in plain
 # transformers, which warns of it and computes rightly.
@@ -282,160 +291,3 @@ def weights_sha256(folder: str) -> str:
             while block := file.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()
-
-
-# --- asking about rows ------------------------------------------------------------------------------------------
-
-# answer(hidden_ND, weight_VD, bias_V or None) -> whatever the question asks for
-Answer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
-class AskedHead(nn.Linear):
-    """A model's output projection: while `answer` is set, its forward gives that answer instead of logits."""
-
-    answer: Answer | None
-    rows_N: Tensor | None
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self.answer is None:
-            return super().forward(hidden)
-        hidden_ND = hidden.reshape(-1, hidden.shape[-1])
-        if self.rows_N is not None:  # an architecture whose body we could not hook
-            hidden_ND = hidden_ND[self.rows_N]
-        return self.answer(hidden_ND, self.weight, self.bias)
-
-
-class RowLM(nn.Module):
-    """A Hugging Face LM that answers questions about the labelled rows of a batch."""
-
-    def __init__(self, lm: PreTrainedModel):
-        super().__init__()
-        self.lm = lm
-        head = lm.get_output_embeddings()
-        if type(head) is not nn.Linear:
-            raise UserError(
-                f"{type(lm).__name__} has no linear output projection ({type(head).__name__}); take another"
-            )
-        head.__class__ = AskedHead  # in place: names, ties and hooks stay as they are
-        self._head.answer = self._head.rows_N = None
-        for body in {id(m): m for m in (lm.base_model, lm.get_decoder()) if m is not lm and m is not head}.values():
-            body.register_forward_hook(self._select_rows)
-
-    @property
-    def _head(self) -> AskedHead:
-        return self.lm.get_output_embeddings()
-
-    def _select_rows(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
-        rows_N = self._head.rows_N
-        if rows_N is not None:
-            hidden_BLD = output.last_hidden_state
-            output["last_hidden_state"] = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])[rows_N][None]
-            self._head.rows_N = None
-        return output
-
-    def ask(self, batch: Batch, answer: Answer) -> Tensor:
-        """answer(hidden_ND, weight_VD, bias_V) for the labelled rows of the batch, given from inside the head."""
-        head = self._head
-        head.answer, head.rows_N = answer, batch.rows_N
-        try:
-            given = {"attention_mask": batch.attention_mask_BL, "position_ids": batch.position_ids_BL}
-            given = {name: tensor for name, tensor in given.items() if tensor is not None}
-            return self.lm(input_ids=batch.input_ids_BL, **given).logits
-        finally:
-            head.answer = head.rows_N = None
-
-    def signal(self, batch: Batch) -> HiddenSignal:
-        """The hidden states of the labelled rows with the output projection, as a teacher gives them."""
-        hidden_ND = self.ask(batch, lambda hidden_ND, _weight, _bias: hidden_ND)
-        return HiddenSignal(hidden_ND.reshape(-1, hidden_ND.shape[-1]), self._head.weight, self._head.bias)
-
-    @torch.no_grad()
-    def check_packing(self) -> None:
-        """Return silently if several blocks of one row do not see each other; raise UserError if they do."""
-        embedding: Tensor = self._head.weight
-        ids = torch.arange(2, 12, device=embedding.device)[None] % embedding.shape[0]
-        changed = torch.cat([ids[:, :4].flip(1), ids[:, 4:]], dim=1)
-        positions = torch.cat([torch.arange(4), torch.arange(6)]).to(ids.device)[None]
-        training = self.training
-        self.eval()
-        try:
-            first, second = (self.lm(input_ids=i, position_ids=positions).logits[0, 4:].float() for i in (ids, changed))
-            alone = self.lm(input_ids=ids[:, 4:]).logits[0].float()
-        except TypeError:  # it knows no position ids
-            first, second, alone = torch.eye(3)
-        self.train(training)
-        largest = float(alone.abs().max())
-        apart = torch.allclose(first, second, rtol=1e-5, atol=1e-6 * largest)
-        if not apart or not torch.allclose(first, alone, rtol=1e-2, atol=1e-2 * largest):
-            raise UserError(
-                f"{type(self.lm).__name__} cannot keep several blocks of a row apart; take data.packing=false"
-            )
-
-    @torch.no_grad()
-    def check(self) -> None:
-        """Return silently if the head's answer really is what comes out; raise UserError if the model changes it.
-
-        Run once on a few tokens before anything is trained: soft-capped or scaled logits are found here.
-        """
-        embedding: Tensor = self._head.weight
-        ids = torch.arange(2, 10, device=embedding.device)[None] % embedding.shape[0]
-        rows = torch.tensor([1, 4, 6], device=ids.device)
-        batch = _probe(ids, rows)
-        training = self.training
-        self.eval()
-        expected = self.lm(input_ids=ids).logits[0, rows].float()
-        signal = self.signal(batch)
-        logits = nn.functional.linear(signal.hidden_ND, signal.weight_VD, signal.bias_V).float()
-        echo = self.ask(batch, lambda *_: torch.ones((), dtype=embedding.dtype))
-        self.train(training)
-        exact = torch.allclose(logits, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
-        if not exact or float(echo) != 1.0:
-            raise UserError(
-                f"{type(self.lm).__name__} changes its logits after the output projection; take another model"
-            )
-
-
-def _probe(input_ids_BL: Tensor, rows_N: Tensor) -> Batch:
-    """A batch of one sequence in which the given positions are labelled (with their own ids)."""
-    labels_BL = torch.full_like(input_ids_BL, IGNORE_INDEX)
-    labels_BL[0, rows_N] = input_ids_BL[0, rows_N]
-    zero = torch.zeros(1, dtype=torch.int64)
-    return Batch(input_ids_BL, labels_BL, rows_N, input_ids_BL[0, rows_N], None, zero, zero, input_ids_BL.numel())
-
-
-class InheritanceModel(RowLM):
-    """The student with its objective: what the DeepSpeed engine wraps."""
-
-    def __init__(self, lm: PreTrainedModel, *, num_classes: int, loss: LossConfig, tau: float):
-        super().__init__(lm)
-        self.num_classes, self.loss, self.tau = num_classes, loss, tau
-
-    def forward(self, batch: Batch, signal: Signal | None = None, alpha: float | Tensor = 0.0) -> tuple:
-        """(loss_sum, ce_sum, kl_sum, num_rows, teachers) over the labelled rows of the batch (equation 2).
-
-        Args:
-            batch: on the model's device.
-            signal: the teacher's; None is self-learning, whatever alpha is.
-            alpha: the inheritance rate, a number or a 0-d tensor.
-        """
-        sums: tuple = ()
-
-        def objective(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-            nonlocal sums
-            with part("loss"):
-                out = loss_of(signal, alpha)(
-                    hidden_ND,
-                    weight_VD,
-                    batch.row_labels_N,
-                    student_bias=bias_V,
-                    tau=self.tau,
-                    chunk_rows=self.loss.chunk_rows,
-                    num_classes=self.num_classes,
-                    label_smoothing=self.loss.label_smoothing if self.training else 0.0,
-                    backend=self.loss.backend,
-                )
-            sums = (out.ce_sum, out.kl_sum, out.num_rows, out.teachers)
-            return out.loss_sum
-
-        # the loss must leave through the model's own outputs: ZeRO-3 hooks its backward onto them
-        return self.ask(batch, objective), *sums

@@ -29,6 +29,7 @@ from ki_ds.metrics import Totals
 from ki_ds.models import (
     DTYPES,
     InheritanceModel,
+    Rows,
     build_lm,
     count_parameters,
     max_positions,
@@ -136,9 +137,10 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
     _check_positions(config, max_positions(lm))
     parameters = count_parameters(lm)
     model = InheritanceModel(lm, num_classes=data.vocabulary.size, loss=config.loss, tau=config.inherit.tau)
-    model.check()
-    if config.data.packing:
-        model.check_packing()
+    rows = Rows(config.task, config.data.seq_len, data.padded, config.data.packing, data.train.pad_id)
+    model.check(rows)
+    for note in model.check_training(rows):
+        say(note)
     exported = _exported(lm, config, data)
     teacher: Teacher | None = None
     facts: list[TeacherFacts] = []

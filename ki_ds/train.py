@@ -201,10 +201,10 @@ def train_step(
         with part("student forward"), pace.computing(alone=run.engine.zero_stage < 3):
             out = run.engine.loss(batch, signal, alpha)
         with part("backward"):
-            run.engine.backward(out.loss_sum, rows)
+            run.engine.backward(out.loss_sum, rows, out.aux_loss)
         with part("optimizer"):
             run.engine.step(lr)
-        window.add(out, batch.num_tokens, teacher_tokens=teacher_tokens(signal, batch))
+        window.add(out, batch.num_tokens, teacher_tokens=teacher_tokens(signal, batch), aux_loss=out.aux_loss)
         if run.handover is not None:
             run.handover.add(out.teachers)
     if run.handover is not None and t in run.taught:
@@ -246,6 +246,8 @@ def _report(
         | {name: float(rate) for name, rate in rates.items()}
         | {"tokens_per_second": found.tokens / max(totals.seconds - before, 1e-9)}
     )
+    if found.aux_loss is not None:
+        figures["aux_loss"] = found.aux_loss
     if run.teacher is not None:
         figures |= run.teacher.figures()
     if len(found.teachers) == 1 and found.teachers[0]["rows"] and "teacher_ce" in found.teachers[0]:

@@ -63,6 +63,8 @@ ORDER = [
     "loss",
     "signals",
     "objective",
+    "probe",
+    "rows",
     "models",
     "guard",
     "engine_state",

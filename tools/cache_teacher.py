@@ -182,6 +182,8 @@ def _teacher(
         num_classes=data.vocabulary.size,
         seq_len=config.data.seq_len,
         packing=config.data.packing,
+        padded=data.padded,
+        pad_id=data.train.pad_id,
         device=device,
     )
 

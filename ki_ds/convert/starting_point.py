@@ -11,7 +11,7 @@ from ki_ds.convert.card import sizes
 from ki_ds.convert.sources import TOKENIZER_FILES, task_of
 from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash
 from ki_ds.errors import UserError
-from ki_ds.models import RowLM, check_vocabulary, load_lm, model_folder, quieten, read_config
+from ki_ds.models import RowLM, Rows, check_vocabulary, load_lm, model_folder, quieten, read_config
 
 
 def describe(path: Path) -> list[str]:
@@ -37,7 +37,7 @@ def describe(path: Path) -> list[str]:
         lines.append("tokenizer: none, but fairseq's dict.txt")
     else:
         lines.append("tokenizer: none; of its vocabulary only the size will be checked")
-    RowLM(lm).check()
+    RowLM(lm).check(Rows(task, padded=False))  # what the rows of a run will be is not known yet
     start = {"task": task, "model": {"name": str(path), "init": "pretrained"}}
     lines += ["", "# as the student's starting point", *yaml.safe_dump(start, sort_keys=False).splitlines()]
     teach = {"task": task, "teacher": {"path": str(path)}}

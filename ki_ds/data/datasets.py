@@ -203,6 +203,11 @@ class Datasets:
     hashes: dict[str, str]
     notes: tuple[str, ...]
 
+    @property
+    def padded(self) -> bool:
+        """Whether a row can get padding, in training or validation."""
+        return any(mixture.padded for mixture in (self.train, *self.valid.values()))
+
 
 def open_datasets(data: DataConfig, task: Task, *, other_index_dir: Path) -> Datasets:
     """The run's samples. What takes a pass over a corpus is done once and kept in `data.index_dir`.

@@ -70,6 +70,11 @@ class Mixture:
         self.task, self.seq_len, self.pad_id = first.task, first.seq_len, first.pad_id
         self.vocab_size, self.special_ids = first.vocab_size, first.special_ids
 
+    @property
+    def padded(self) -> bool:
+        """Whether a row can get padding."""
+        return any(dataset.padded for dataset in self.datasets)
+
     def __len__(self) -> int:
         """Number of different samples."""
         return int(self._first_ids[-1])

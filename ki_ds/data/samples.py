@@ -119,6 +119,13 @@ class BlockDataset:
         pad = self.special_ids.pad
         return pad if pad is not None else self._eos_id
 
+    @cached_property
+    def padded(self) -> bool:
+        """Whether a row can get padding: whether some sample is shorter than `seq_len`, and they are not packed."""
+        bounds_S2, full = self.index.blocks.bounds_S2, self.seq_len - (self.task == "mlm")
+        parts = (bounds_S2[first : first + _ID_CHECK_TOKENS] for first in range(0, len(bounds_S2), _ID_CHECK_TOKENS))
+        return self.index.rows_S2 is None and any((np.diff(part) != full).any() for part in parts)
+
     @property
     def num_tokens(self) -> int:
         """Tokens of the view that are in some sample."""

@@ -19,7 +19,7 @@ from ki_ds.data.store import write_atomically
 from ki_ds.errors import UserError
 from ki_ds.evaluation.perplexity import Perplexity, validate
 from ki_ds.loss import LossOutput
-from ki_ds.models import DTYPES, InheritanceModel, check_vocabulary, load_lm, max_positions, model_folder, quieten
+from ki_ds.models import DTYPES, InheritanceModel, Rows, check_vocabulary, load_lm, max_positions, model_folder, quieten
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,10 @@ def measure(
     with Progress(disable=not show_progress, transient=True) as progress:
         for name in models:
             bar = progress.add_task(name, total=sum(map(len, batches.values())))
-            model, checked = _load(name, data, task, vocabulary, DTYPES[dtype], device)
+            padded = any(samples.padded for samples in valid.values())
+            pad_id = next(iter(valid.values())).pad_id
+            rows = Rows(task, data.seq_len, padded=padded, packing=data.packing, pad_id=pad_id)
+            model, checked = _load(name, task, rows, vocabulary, DTYPES[dtype], device)
 
             @torch.no_grad()
             def evaluate(batch: Batch, model: InheritanceModel = model, bar: object = bar) -> LossOutput:
@@ -88,19 +91,17 @@ def measure(
 
 
 def _load(
-    name: str, data: DataConfig, task: Task, vocabulary: Vocabulary, dtype: torch.dtype, device: torch.device
+    name: str, task: Task, rows: Rows, vocabulary: Vocabulary, dtype: torch.dtype, device: torch.device
 ) -> tuple[InheritanceModel, bool]:
     folder = model_folder(name)
     checked = check_tokenizer(folder, vocabulary.sha256, task, what="model")
     lm = load_lm(folder, task, dtype, what="model")
     check_vocabulary(lm, vocabulary.size, what=f"model {name}")
     limit = max_positions(lm)
-    if limit is not None and data.seq_len > limit:
-        raise UserError(f"data.seq_len={data.seq_len} exceeds the {limit} positions of {name}; lower it")
+    if limit is not None and rows.seq_len > limit:
+        raise UserError(f"data.seq_len={rows.seq_len} exceeds the {limit} positions of {name}; lower it")
     model = InheritanceModel(lm, num_classes=vocabulary.size, loss=LossConfig(), tau=1.0).to(device).eval()
-    model.check()
-    if data.packing:
-        model.check_packing()
+    model.check(rows)
     return model, checked
 
 

@@ -19,6 +19,7 @@ from ki_ds.errors import UserError
 from ki_ds.lineage import Lineage
 from ki_ds.models import (
     DTYPES,
+    Rows,
     check_vocabulary,
     count_parameters,
     load_lm,
@@ -73,6 +74,8 @@ def make_teachers(
             num_classes=data.vocabulary.size,
             seq_len=config.data.seq_len,
             packing=config.data.packing,
+            padded=data.padded,
+            pad_id=data.train.pad_id,
             device=device,
             questions=None if questions is None else questions.of_domains(assignment.of_teacher(number)),
             what="teacher.path" if config.teachers is None else f"teachers.{number}.path",
@@ -134,6 +137,8 @@ def make_teacher(
     seq_len: int,
     device: torch.device,
     packing: bool = False,
+    padded: bool = True,
+    pad_id: int | None = None,
     questions: Questions | None = None,
     what: str = "teacher.path",
 ) -> tuple[Teacher, TeacherFacts]:
@@ -144,6 +149,8 @@ def make_teacher(
         num_classes: its ids.
         seq_len: the longest row that it will be asked about, in tokens.
         packing: whether several blocks may share a row.
+        padded: whether rows may get padding, and
+        pad_id: what it is made of; None: as the teacher's own.
         questions: the masked samples that it will be asked about; a cache wants to know.
         what: the configuration's field that names its path, for error lines.
 
@@ -173,7 +180,7 @@ def make_teacher(
         valid_ppl=_valid_ppl(folder),
         lineage=lineage.read(Path(folder), digest),
     )
-    return OnlineTeacher(lm, device=device, packing=packing), facts
+    return OnlineTeacher(lm, device=device, rows=Rows(task, seq_len, padded, packing, pad_id)), facts
 
 
 def _cached(config: TeacherConfig, questions: Questions, device: torch.device) -> tuple[Teacher, TeacherFacts]:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from ki_ds.data.batches import Batch
 from ki_ds.memory import give_freed_memory_back
 from ki_ds.models import RowLM
+from ki_ds.probe import USUAL, Rows
 from ki_ds.signals import HiddenSignal, Teacher
 
 
@@ -17,11 +18,9 @@ class OnlineTeacher(Teacher):
     It is never a submodule of the student, so no optimizer, checkpoint or ZeRO stage ever sees it.
     """
 
-    def __init__(self, lm: PreTrainedModel, *, device: torch.device, packing: bool = False):
+    def __init__(self, lm: PreTrainedModel, *, device: torch.device, rows: Rows = USUAL):
         self._model: RowLM | None = RowLM(lm.eval().requires_grad_(False).to(device))
-        self._model.eval().check()
-        if packing:
-            self._model.check_packing()
+        self._model.eval().check(rows)
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> HiddenSignal:
