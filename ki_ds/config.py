@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import jsonargparse
 import yaml
 
+from ki_ds.conditions import Condition, check_meaning, only, walk, without_meaning
 from ki_ds.errors import UserError
 from ki_ds.operational import is_operational
 from ki_ds.ranges import check_ranges
@@ -22,6 +23,38 @@ from ki_ds.teacher_entries import TeacherEntry, check_entries
 
 Task = Literal["mlm", "causal"]
 Precision = Literal["fp32", "bf16", "fp16"]
+
+_MASKED = Condition(lambda c: c.task == "mlm", "for task={c.task}")
+_LINES_KEPT = Condition(
+    lambda c: c.data.break_mode not in ("none", "none_doc", "auto" if c.task == "causal" else ""),
+    "for task={c.task} with data.break_mode={c.data.break_mode}",
+)
+_SHORT_BLOCKS = Condition(
+    lambda c: c.task == "causal" and c.data.break_mode in ("complete_doc", "none_doc", "eos"),
+    "for task={c.task} with data.break_mode={c.data.break_mode}",
+)
+_OWN_VALID = Condition(lambda c: c.data.valid is None, "with data.valid")
+_PARTS = Condition(
+    lambda c: c.data.valid_fraction > 0 or any(s.half or s.fraction < 1 or s.max_tokens for s in c.data.all_sources),
+    "where no half, fraction, max_tokens or data.valid_fraction takes a part",
+)
+_TEACHER = Condition(
+    lambda c: c.teachers is not None or c.teacher.path is not None,
+    "without a teacher",
+    "give teacher.path, or leave it out",
+)
+_TOPK = Condition(
+    lambda c: c.teacher.topk is not None or c.teacher.placement == "cache",
+    "without teacher.topk or teacher.placement=cache",
+)
+_RANKS = Condition(lambda c: c.teacher.placement == "ranks", "with teacher.placement={c.teacher.placement}")
+_INHERITS = Condition(lambda c: c.inherit.schedule != "none", "with inherit.schedule={c.inherit.schedule}")
+_ENDS = Condition(lambda c: c.inherit.schedule in ("linear", "heaviside"), "with inherit.schedule={c.inherit.schedule}")
+_CONSTANT = Condition(lambda c: c.inherit.schedule == "constant", "with inherit.schedule={c.inherit.schedule}")
+_DECAY = Condition(lambda c: c.optim.weight_decay > 0, "with optim.weight_decay={c.optim.weight_decay}")
+_BEFORE_END = Condition(
+    lambda c: (c.train.stop_at_step or 0) <= c.train.num_steps, "after train.num_steps={c.train.num_steps}"
+)
 
 
 @dataclass(frozen=True)
@@ -90,20 +123,20 @@ class DataConfig:
     sources: list[SourceConfig] | None = None
     tokenizer: str | None = None
     valid: dict[str, str] | None = None
-    valid_fraction: float = 0.0
-    subset_seed: int = 0
+    valid_fraction: float = only(0.0, _OWN_VALID)
+    subset_seed: int = only(0, _PARTS)
     seq_len: int = 512
     break_mode: Literal["auto", "complete", "complete_doc", "eos", "none", "none_doc"] = "auto"
-    long_lines: Literal["split", "drop"] = "split"
-    packing: bool = False
-    mask_probability: float = 0.15
-    keep_probability: float = 0.1
-    random_probability: float = 0.1
-    whole_words: bool = False
-    mask_variants: int = 0
+    long_lines: Literal["split", "drop"] = only("split", _LINES_KEPT)
+    packing: bool = only(False, _SHORT_BLOCKS)
+    mask_probability: float = only(0.15, _MASKED)
+    keep_probability: float = only(0.1, _MASKED)
+    random_probability: float = only(0.1, _MASKED)
+    whole_words: bool = only(False, _MASKED)
+    mask_variants: int = only(0, _MASKED)
     num_workers: int = 1
     index_dir: str | None = None
-    valid_mask_variants: int = 1
+    valid_mask_variants: int = only(1, _MASKED)
     max_valid_samples: int | None = None
 
     @property
@@ -164,13 +197,13 @@ class TeacherConfig:
     """
 
     path: str | None = None
-    placement: Literal["online", "overlap", "cache", "ranks"] = "online"
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    topk: int | None = None
-    topk_semantics: Literal["renormalise", "tail"] = "renormalise"
-    num_ranks: int = 1
-    ahead: int = 2
-    patience: float = 300.0
+    placement: Literal["online", "overlap", "cache", "ranks"] = only("online", _TEACHER)
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = only("auto", _TEACHER)
+    topk: int | None = only(None, _TEACHER)
+    topk_semantics: Literal["renormalise", "tail"] = only("renormalise", _TOPK)
+    num_ranks: int = only(1, _RANKS)
+    ahead: int = only(2, _RANKS)
+    patience: float = only(300.0, _RANKS)
 
 
 @dataclass(frozen=True)
@@ -189,11 +222,11 @@ class InheritConfig:
     """
 
     schedule: Literal["linear", "heaviside", "constant", "auto", "none"] = "none"
-    steps: int | None = None
-    slope: float | None = None
-    start_step: int = 0
-    constant_alpha: float = 0.5
-    tau: float = 2.0
+    steps: int | None = only(None, _ENDS)
+    slope: float | None = only(None, _ENDS)
+    start_step: int = only(0, _INHERITS)
+    constant_alpha: float = only(0.5, _CONSTANT)
+    tau: float = only(2.0, _INHERITS)
 
 
 @dataclass(frozen=True)
@@ -231,7 +264,7 @@ class OptimConfig:
     beta2: float = 0.98
     eps: float = 1.0e-6
     weight_decay: float = 0.01
-    decay_norms_and_biases: bool = True
+    decay_norms_and_biases: bool = only(True, _DECAY)
     warmup_fraction: float = 0.1
     max_grad_norm: float = 0.0
 
@@ -296,7 +329,7 @@ class TrainConfig:
     save_in_background: bool = False
     keep_checkpoints: int = 2
     keep_every: int | None = None
-    stop_at_step: int | None = None
+    stop_at_step: int | None = only(None, _BEFORE_END)
     bad_step: Literal["stop", "skip"] = "stop"
     spike_sigmas: float = 0.0
     changed_config: Literal["refuse", "allow"] = "refuse"
@@ -386,7 +419,9 @@ def of_groups(groups: dict[str, Any]) -> RunConfig:
     return _validated(lambda parser: parser.parse_object(groups))
 
 
-def _validated(read: Callable[[jsonargparse.ArgumentParser], jsonargparse.Namespace]) -> RunConfig:
+def _validated(
+    read: Callable[[jsonargparse.ArgumentParser], jsonargparse.Namespace], *, saved: bool = False
+) -> RunConfig:
     parser = _parser()
     try:
         values = read(parser)
@@ -404,41 +439,42 @@ def _validated(read: Callable[[jsonargparse.ArgumentParser], jsonargparse.Namesp
         reason = " ".join(str(error).split())
         raise UserError(f"configuration: {reason}; --help lists every field with its meaning") from None
     config = RunConfig(**{f.name: groups[f.name] for f in dataclasses.fields(RunConfig)})
-    validate(config)
+    validate(config, saved=saved)
     return config
 
 
 def load(path: str | Path) -> RunConfig:
-    """The run that a saved configuration file describes. Raises UserError as `parse` does."""
-    return parse(["--config", str(path)])
+    """The run that a saved configuration file describes. Raises UserError as `parse` does.
+
+    A field without meaning in that run may have any value: files of earlier versions hold some.
+    """
+    return _validated(lambda parser: parser.parse_args(["--config", str(path)]), saved=True)
 
 
 def save(config: RunConfig, path: str | Path) -> None:
-    """Write the resolved configuration as YAML that `load` and `--config` read."""
-    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    """Write the resolved configuration as YAML that `load` and `--config` read, whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    temporary.replace(path)
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any) -> dict[str, Any]:
     """Every field by its dotted name, e.g. {"optim.lr": 5e-4, "data.sources.0.weight": 1.0, ...}."""
-    flat: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            flat.update(flatten(value, f"{prefix}{item.name}."))
-        elif isinstance(value, list) and all(map(dataclasses.is_dataclass, value)):
-            for number, entry in enumerate(value):
-                flat.update(flatten(entry, f"{prefix}{item.name}.{number}."))
-        else:
-            flat[prefix + item.name] = value
-    return flat
+    return {name: value for name, _, value in walk(config)}
 
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Fields that change what a run computes and differ: {name: (old value, new value)}."""
-    before, after = flatten(old), flatten(new)
-    names = [name for name in {**before, **after} if not is_operational(name)]
-    pairs = {name: (before.get(name), after.get(name)) for name in names}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    before, after = _computed(old), _computed(new)
+    pairs = {name: (before.get(name), after.get(name)) for name in {**before, **after}}
+    idle = without_meaning(old).keys() & without_meaning(new).keys()
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in idle}
+
+
+def _computed(config: RunConfig) -> dict[str, Any]:
+    """The fields that say what is computed; of corpora by domain the names, for what they hold is compared by hash."""
+    flat = {name: value for name, value in flatten(config).items() if not is_operational(name)}
+    return {name: sorted(value) if isinstance(value, dict) else value for name, value in flat.items()}
 
 
 def inherit_steps(config: RunConfig) -> int | None:
@@ -448,10 +484,16 @@ def inherit_steps(config: RunConfig) -> int | None:
     return config.inherit.steps
 
 
-def validate(config: RunConfig) -> None:
-    """Return silently, or raise UserError for the first rule that the values break."""
+def validate(config: RunConfig, *, saved: bool = False) -> None:
+    """Return silently, or raise UserError for the first rule that the values break.
+
+    Args:
+        saved: fields without meaning may have any value.
+    """
     _check_given(config)
     check_ranges(flatten(config))
+    if not saved:
+        check_meaning(config)
     _check_inheritance(config)
     if not config.run_dir:
         raise UserError("run_dir is empty; give the run a folder, e.g. --run_dir runs/base")
@@ -483,12 +525,6 @@ def _check_given(config: Any, prefix: str = "") -> None:
 
 
 def _check_inheritance(config: RunConfig) -> None:
-    for name in ("num_ranks", "ahead", "patience"):
-        value = getattr(config.teacher, name)
-        if config.teacher.placement != "ranks" and value != getattr(TeacherConfig, name):
-            raise UserError(
-                f"teacher.{name}={value} has no meaning with teacher.placement={config.teacher.placement}; leave it out"
-            )
     inherit, named = config.inherit, config.all_teachers
     if inherit.schedule != "none" and not named and config.teachers is None:
         raise UserError(
@@ -503,18 +539,15 @@ def _check_inheritance(config: RunConfig) -> None:
     if inherit.schedule in ("linear", "heaviside") and len(given) != 1:
         what = "neither inherit.steps nor inherit.slope" if not given else "both inherit.steps and inherit.slope"
         raise UserError(f"inherit.schedule={inherit.schedule} was given {what}; give exactly one of them")
-    if inherit.schedule in ("constant", "auto", "none") and given:
-        raise UserError(f"inherit.{given[0]} has no meaning with inherit.schedule={inherit.schedule}; leave it out")
-    if inherit.start_step and inherit.schedule == "none":
+    if inherit.schedule in ("linear", "heaviside") and inherit_steps(config) == 0:
         raise UserError(
-            f"inherit.start_step={inherit.start_step} has no meaning with inherit.schedule=none; leave it out"
+            f"inherit.slope={inherit.slope} leaves no step of train.num_steps={config.train.num_steps} to inherit "
+            "(T_inherit = T / slope); lower it, or take inherit.schedule none"
         )
-    if inherit.start_step >= config.train.num_steps:
+    if inherit.schedule != "none" and inherit.start_step >= config.train.num_steps:
         raise UserError(
             f"inherit.start_step={inherit.start_step} is not before train.num_steps={config.train.num_steps}; lower it"
         )
-    if inherit.schedule != "constant" and inherit.constant_alpha != InheritConfig.constant_alpha:
-        raise UserError(f"inherit.constant_alpha has no meaning with inherit.schedule={inherit.schedule}; leave it out")
 
 
 def _check_teachers(config: RunConfig) -> None:
@@ -525,19 +558,10 @@ def _check_teachers(config: RunConfig) -> None:
         check_entries(config.teachers, list(dict.fromkeys(source.name for source in config.data.all_sources)))
     if teacher.topk is not None:
         _check_topk(config)
-    elif teacher.placement != "cache" and teacher.topk_semantics != TeacherConfig.topk_semantics:
-        raise UserError(
-            f"teacher.topk_semantics={teacher.topk_semantics} has no meaning without teacher.topk or "
-            "teacher.placement=cache; leave it out"
-        )
-    if teacher.placement != "online" and not config.all_teachers:
-        raise UserError(f"teacher.placement={teacher.placement} needs a folder; give teacher.path")
 
 
 def _check_topk(config: RunConfig) -> None:
     given = f"teacher.topk={config.teacher.topk}"
-    if not config.all_teachers:
-        raise UserError(f"{given} needs a teacher; give teacher.path, or leave it out")
     if config.teacher.placement in ("cache", "ranks"):
         why = "cache, whose K is its own" if config.teacher.placement == "cache" else "ranks, which send hidden states"
         raise UserError(f"{given} has no meaning with teacher.placement={why}; leave it out")
@@ -563,10 +587,6 @@ def _check_data(data: DataConfig) -> None:
                 raise UserError(f"{name}.{field_name}={value} is not positive; change it")
         if not 0 < source.fraction <= 1:
             raise UserError(f"{name}.fraction={source.fraction} is outside (0, 1]; change it")
-    if data.long_lines == "drop" and data.break_mode in ("none", "none_doc"):
-        raise UserError(f"data.long_lines=drop has no meaning with data.break_mode={data.break_mode}; leave it out")
-    if data.valid is not None and data.valid_fraction:
-        raise UserError(f"data.valid_fraction={data.valid_fraction} has no meaning with data.valid; leave it out")
     if data.valid == {}:
         raise UserError("data.valid is empty; give {domain: corpus}, or null for the sources' own validation parts")
 
@@ -578,8 +598,3 @@ def _check_masking(config: RunConfig) -> None:
             f"data.keep_probability={data.keep_probability} and data.random_probability={data.random_probability} "
             "add up to more than 1; lower one of them"
         )
-    if config.task == "causal":
-        names = ("mask_probability", "keep_probability", "random_probability", "whole_words", "mask_variants")
-        for name in (*names, "valid_mask_variants"):
-            if getattr(data, name) != getattr(DataConfig, name):
-                raise UserError(f"data.{name}={getattr(data, name)} has no meaning for task=causal; leave it out")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import shutil
@@ -60,7 +59,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as _deepspeed_logger
 
-from ki_ds import engine_state
+from ki_ds import engine_monitors, engine_state
 
 ROOT = Path(__file__).resolve().parent.parent
 # Filled in from the run's configuration; a JSON may repeat them but not contradict them.
@@ -208,6 +207,7 @@ def complete_ds_config(settings: dict[str, Any], run: RunConfig, *, world: int) 
         UserError: the JSON contradicts the run, or asks for a setting in which DeepSpeed trains wrongly.
     """
     _refuse_foreign_settings(settings, run)
+    engine_monitors.check_packages(run.monitor)
     filled: dict[str, Any] = {
         "train_batch_size": run.train.global_batch_size,
         "train_micro_batch_size_per_gpu": run.train.micro_batch_size,
@@ -228,7 +228,6 @@ def complete_ds_config(settings: dict[str, Any], run: RunConfig, *, world: int) 
         **settings,
         **filled,
         **_FIXED,
-        **_monitor_sections(run.monitor, run.run_dir),
     }
 
 
@@ -268,6 +267,21 @@ def accumulation_steps(run: RunConfig, world: int) -> int:
     return steps
 
 
+def _without_effect(settings: dict[str, Any], precision: str) -> Iterator[tuple[str, Any, str]]:
+    """(name, value, why) of what a JSON sets for another precision or ZeRO stage than the run's; auto sets nothing."""
+    stage = zero_stage(settings)
+    idle = {half: lambda key: key != "enabled" for half in _HALVES if half != precision}
+    if stage == 0:
+        idle["zero_optimization"] = lambda key: key != "stage"
+    elif stage < 3:
+        idle["zero_optimization"] = lambda key: key.startswith("stage3_") or key == "offload_param"
+    for section, is_idle in idle.items():
+        why = f"with ZeRO stage {stage}" if section == "zero_optimization" else f"with engine.precision={precision}"
+        for key, value in settings.get(section, {}).items():
+            if is_idle(key) and value != "auto":
+                yield f"{section}.{key}", json.dumps(value)[:40], why
+
+
 def _refuse_foreign_settings(settings: dict[str, Any], run: RunConfig) -> None:
     path = run.engine.ds_config
     for key, field in _OWNED_BY.items():
@@ -286,6 +300,8 @@ def _refuse_foreign_settings(settings: dict[str, Any], run: RunConfig) -> None:
                 f"engine.ds_config={path} sets {half}.enabled={enabled}, engine.precision={run.engine.precision} "
                 "decides; leave it out of the JSON"
             )
+    for name, value, why in _without_effect(settings, run.engine.precision):
+        raise UserError(f"engine.ds_config={path} sets {name}={value}, which has no meaning {why}; leave it out of it")
     if settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("ratio", 1) != 1:
         raise UserError(  # a second optimizer, which could not leave a bad update out
             f"engine.ds_config={path} sets offload_optimizer.ratio, with which a bad update cannot be left out as a "
@@ -297,21 +313,6 @@ def _refuse_foreign_settings(settings: dict[str, Any], run: RunConfig) -> None:
             f"engine.precision={run.engine.precision} with ZeRO stage 0 trains wrongly in DeepSpeed; "
             "take ds_configs/zero1.json or a higher stage"
         )
-
-
-def _monitor_sections(monitor: MonitorConfig, run_dir: str) -> dict[str, Any]:
-    folder = str(Path(run_dir) / "monitor")
-    sections: dict[str, Any] = {}
-    for field, package in (("tensorboard", "tensorboard"), ("wandb_project", "wandb")):
-        if getattr(monitor, field) and importlib.util.find_spec(package) is None:
-            raise UserError(f"monitor.{field} needs the package {package}; pip install {package}, or leave it out")
-    if monitor.tensorboard:
-        sections["tensorboard"] = {"enabled": True, "output_path": folder, "job_name": "tensorboard"}
-    if monitor.csv:
-        sections["csv_monitor"] = {"enabled": True, "output_path": folder, "job_name": "csv"}
-    if monitor.wandb_project is not None:
-        sections["wandb"] = {"enabled": True, "project": monitor.wandb_project}
-    return sections
 
 
 # --- the engine -------------------------------------------------------------------------------------------------
@@ -488,6 +489,10 @@ class StudentEngine:
     def skipped_steps(self) -> int:
         """Updates left out because fp16 gradients overflowed."""
         return int(self._engine.skipped_steps)
+
+    def open_monitors(self, monitor: MonitorConfig, folder: Path, *, samples: int) -> None:
+        """Let TensorBoard, W&B and CSV files go on from so many samples, whichever are on. Called by rank 0."""
+        engine_monitors.open_monitors(self._engine.monitor, monitor, folder, samples=samples)
 
     def write_monitor(self, events: list[tuple[str, float, int]]) -> None:
         """Hand (name, value, step) events to TensorBoard, W&B or CSV, whichever are on."""

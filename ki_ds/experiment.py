@@ -248,6 +248,8 @@ def _configuration(
         _multiply(groups, factors, where=name)
     shrunk = _tokens(groups) / paper_tokens / (PAPER_ADAPT_SHARE if arm.adapts else 1)
     groups = _laid_over(groups, {"data": _data(arm, corpora, shrunk)})
+    if not arm.teachers:  # a scale's settings of teaching are not for it
+        groups = {group: values for group, values in groups.items() if group not in ("teacher", "inherit")}
     groups = _laid_over(groups, _teaching(recipe, name, scale, groups, folders))
     if arm.adapts:
         groups["model"] = {"name": str(folders[arm.adapts] / "best"), "init": "pretrained"}

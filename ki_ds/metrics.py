@@ -59,13 +59,20 @@ class Figures:
 
 
 class Window:
-    """Sums since the last line of metrics; nothing is read back from the device before `close`."""
+    """Sums since the last line of metrics; nothing is read back from the device before `settle`.
 
-    def __init__(self, device: torch.device, *, num_teachers: int = 0):
+    Args:
+        seconds: of training before it began (`Totals.seconds`).
+    """
+
+    def __init__(self, device: torch.device, *, num_teachers: int = 0, seconds: float = 0.0):
         self._sums = torch.zeros(5, dtype=torch.float64, device=device)
         self._aux = torch.zeros(2, dtype=torch.float64, device=device)  # the sum over micro-batches, and their number
         self._teachers_T4 = torch.zeros(num_teachers, 4, dtype=torch.float64, device=device)
         self._tokens = np.zeros(1 + num_teachers)
+        shapes = {"sums": 5, "aux": 2, "teachers": (num_teachers, 4), "tokens": 1 + num_teachers}
+        self._settled = {name: np.zeros(shape) for name, shape in shapes.items()}  # over all ranks
+        self.seconds = seconds
 
     def add(
         self,
@@ -89,16 +96,41 @@ class Window:
             self._teachers_T4 += torch.where(finite, out.teachers, 0)
         self._tokens[: 1 + len(teacher_tokens)] += [num_tokens, *teacher_tokens]
 
-    def close(self) -> Figures:
-        """The figures over all ranks. Waits for the device."""
-        counts = torch.from_numpy(self._tokens).to(self._sums)
-        sums = torch.cat([self._sums, self._aux, self._teachers_T4.view(-1), counts])
-        loss, ce, kl, rows, bad, aux_sum, num_aux, *rest = all_sum(sums).tolist()
-        rows, told = math.nan if bad and not rows else max(rows, 1.0), self._teachers_T4.numel()
-        tokens, *teacher_tokens = map(int, rest[told:])
-        teachers = [_told(*rest[first : first + 4]) for first in range(0, told, 4)]
+    def settle(self) -> tuple[int, list[int]]:
+        """Tokens over all ranks since it was settled last, and those of each teacher's forward. Waits for the device.
+
+        Called by all ranks.
+        """
+        local: Sequence[Any] = (self._sums, self._aux, self._teachers_T4, self._tokens)
+        flat = all_sum(torch.cat([torch.as_tensor(values).to(self._sums).view(-1) for values in local]))
+        parts = np.split(np.array(flat.tolist()), np.cumsum([values.size for values in self._settled.values()])[:-1])
+        for here, part, settled in zip(local, parts, self._settled.values(), strict=True):
+            settled += part.reshape(settled.shape)
+            here[:] = 0
+        tokens, *teacher_tokens = map(int, parts[-1])
+        return tokens, teacher_tokens
+
+    def figures(self) -> Figures:
+        """What has been settled comes to."""
+        loss, ce, kl, rows, bad = map(float, self._settled["sums"].flat)
+        rows = math.nan if bad and not rows else max(rows, 1.0)
+        tokens, *teacher_tokens = map(int, self._settled["tokens"])
+        teachers = [_told(*row) for row in self._settled["teachers"].tolist()]
         means = {"loss": loss / rows, "ce": ce / rows, "kl": kl / rows}
+        aux_sum, num_aux = self._settled["aux"].tolist()
         return Figures(means, tokens, teacher_tokens, teachers, aux_sum / num_aux if num_aux else None)
+
+    def state(self) -> dict[str, Any]:
+        """What has been settled, as JSON, for a checkpoint between two lines."""
+        return {name: values.tolist() for name, values in self._settled.items()} | {"seconds": self.seconds}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state; what it says of teachers is left out if those of now are not as many."""
+        self.seconds = state["seconds"]
+        self._settled["tokens"][0] = state["tokens"][0]
+        for name, values in self._settled.items():
+            if values.shape == np.shape(state[name]):
+                values[:] = state[name]
 
 
 def _told(kl_sum: float, teacher_ce_sum: float, num_rows: float, ce_sum: float) -> dict[str, float]:
@@ -137,11 +169,11 @@ class MetricsLog:
     """The file metrics.jsonl of a run; only rank 0 writes it."""
 
     def __init__(self, path: Path, *, resume_step: int):
-        """Open for appending. Records after `resume_step` come from a part that is done again, and are dropped."""
+        """Open for appending. Records of a part that is done again are dropped: after `resume_step`, all after 0."""
         self._path = path
         if is_main() and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= resume_step]
+            kept = [line for line in lines if resume_step and _step_of(line) <= resume_step]
             if kept != lines:
                 write_atomically(path, "".join(line + "\n" for line in kept))
 

@@ -39,7 +39,6 @@ OPERATIONAL_FIELDS = frozenset(
         "train.keep_every",
         "train.stop_at_step",
         "train.bad_step",
-        "train.spike_sigmas",
         "train.changed_config",
         "monitor.tensorboard",
         "monitor.csv",

@@ -13,7 +13,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "data.valid_fraction": (0, 1, False),
     "data.subset_seed": (0, 2**63 - 1, True),
     "data.mask_variants": (0, 2**31, True),
-    "data.mask_probability": (1e-6, 1, True),
+    "data.mask_probability": (1e-6, 1, False),
     "data.keep_probability": (0, 1, True),
     "data.random_probability": (0, 1, True),
     "data.num_workers": (0, 1024, True),

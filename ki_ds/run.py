@@ -25,7 +25,7 @@ from ki_ds.engine import StudentEngine
 from ki_ds.errors import UserError
 from ki_ds.handover import HandOver
 from ki_ds.loss import resolve_backend
-from ki_ds.metrics import Totals
+from ki_ds.metrics import Totals, Window
 from ki_ds.models import (
     DTYPES,
     InheritanceModel,
@@ -57,11 +57,13 @@ class Run:
     exported: StudentFolder | None  # what is written beside the weights; on rank 0
     handover: HandOver | None = None  # of the schedule auto
     best_ce: float = math.inf
+    window: Window = field(init=False)  # since the last line of metrics
     taught: range = field(init=False)  # completed updates at which alpha can be above 0
     valid: dict[str, ValidBatches] = field(init=False)
 
     def __post_init__(self) -> None:
         train, data = self.config.train, self.config.data
+        self.window = self.new_window()
         self.taught = schedules.taught_steps(self.config)
         self.valid = {
             domain: ValidBatches(
@@ -92,6 +94,23 @@ class Run:
             constant=inherit.constant_alpha,
             start_step=inherit.start_step,
         )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its last step is done."""
+        return self.totals.step >= self.config.train.num_steps
+
+    def record(self) -> None:
+        """Write config.yaml, and run.json with the status, which only this says; what is finished keeps what it has."""
+        path = self.run_dir / "run.json"
+        if not is_main() or (self.is_finished and path.exists() and checkpoint.read_json(path)["status"] == "finished"):
+            return
+        configuration.save(self.config, self.run_dir / "config.yaml")
+        checkpoint.write_json(path, {"status": "finished" if self.is_finished else "running", **self.manifest})
+
+    def new_window(self) -> Window:
+        """An empty window that begins now."""
+        return Window(self.device, num_teachers=len(self.facts), seconds=self.totals.seconds)
 
     def notice_hand_over(self) -> None:
         """Under `auto`: end `taught` where the student has been left to itself. Waits for the device."""
@@ -127,6 +146,7 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
     on_main(lambda: checkpoint.restore_folder(run_dir / "best"))
     resume_from = checkpoint.newest_intact(run_dir / "checkpoints")
     done = checkpoint.read_json(resume_from / "state.json") if resume_from else {"step": 0}
+    _check_steps(config, run_dir, done["step"])
     lm = build_lm(
         config.model,
         config.task,
@@ -166,10 +186,11 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
     if resume_from:
         state = checkpoint.load(resume_from, engine)
         run.totals, run.best_ce = Totals(**state["totals"]), state["best_ce"]
+        run.window = run.new_window()
+        if "window" in state:
+            run.window.restore(state["window"])
         say(f"going on from {resume_from}")
-    if is_main():
-        configuration.save(config, run_dir / "config.yaml")
-        checkpoint.write_json(run_dir / "run.json", manifest)
+    run.record()
     return run
 
 
@@ -218,12 +239,18 @@ def _check_positions(config: RunConfig, limit: int | None) -> None:
 
 
 def _check_folder(config: RunConfig, run_dir: Path) -> None:
-    """UserError when the folder holds a run that computes something else, or something that is not a run."""
+    """UserError when the folder holds a run that computes something else, or something that is not a run.
+
+    What a first start has left that was refused or killed before it saved anything is in nobody's way.
+    """
     saved = run_dir / "config.yaml"
     if not saved.exists():
-        strangers = [p.name for p in run_dir.iterdir() if p.name != ".lock"]
+        strangers = [p.name for p in run_dir.iterdir() if p.name not in _of_first_start(config, run_dir)]
         if strangers:
             raise UserError(f"run_dir={run_dir} holds {strangers[0]} but no run; give an empty or new folder")
+        return
+    if not _holds_work(run_dir):
+        (run_dir / "run.json").unlink(missing_ok=True)
         return
     changed = configuration.differences(configuration.load(saved), config)
     if changed and config.train.changed_config == "refuse":
@@ -231,6 +258,40 @@ def _check_folder(config: RunConfig, run_dir: Path) -> None:
         raise UserError(
             f"run_dir={run_dir} holds a run with {name}={old}, now it is {new}; give another run_dir, "
             "or --train.changed_config allow to go on with the new value"
+        )
+
+
+def _of_first_start(config: RunConfig, run_dir: Path) -> set[str]:
+    """Names that a start may leave in a run's folder before there is a config.yaml."""
+    ours = {".lock", "index", "monitor", "config.yaml.tmp"}
+    if config.data.index_dir is not None:
+        index_dir, folder = Path(config.data.index_dir).resolve(), run_dir.resolve()
+        if index_dir.is_relative_to(folder):
+            ours.update(index_dir.relative_to(folder).parts[:1])
+    return ours
+
+
+def _holds_work(run_dir: Path) -> bool:
+    """Whether there is something to go on from or to lose: checkpoints, or best weights of a later step than 0.
+
+    Raises:
+        UserError: it is finished, and its checkpoints were taken away.
+    """
+    if any((run_dir / "checkpoints").glob("step_*")):
+        return True
+    manifest, best = run_dir / "run.json", run_dir / "best" / "valid.json"
+    if manifest.exists() and checkpoint.read_json(manifest)["status"] == "finished":
+        raise UserError(
+            f"run_dir={run_dir} holds a finished run without its checkpoints, which would begin anew; restore one, or "
+            "give another run_dir"
+        )
+    return best.exists() and checkpoint.read_json(best)["step"] > 0
+
+
+def _check_steps(config: RunConfig, run_dir: Path, step: int) -> None:
+    if step > config.train.num_steps:
+        raise UserError(
+            f"run_dir={run_dir} is at step {step} already, past train.num_steps={config.train.num_steps}; raise it"
         )
 
 
@@ -328,7 +389,6 @@ def _manifest(
     return {
         "name": Path(config.run_dir).name,
         "task": config.task,
-        "status": "running",
         "version": ki_ds.__version__,
         "world_size": world_size(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",

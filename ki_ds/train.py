@@ -79,14 +79,26 @@ def _train(
     with checkpoint.naming_a_full_disk(run_dir), _claimed(run_dir):
         with common_to_all_ranks():
             run = prepare(config, device, bridge)
-        if run.totals.step >= config.train.num_steps:
-            say(f"{run_dir} is finished: step {run.totals.step}, best valid ppl {math.exp(run.best_ce):.2f}")
+        if (why := _nothing_to_do(run)) is not None:
+            say(why)
             return
         if started is not None:
             say(f"first step after {time.monotonic() - started:.1f} s")
         with preemption.handled():
             _loop(run, preemption, watchdog)
         run.engine.close()
+
+
+def _nothing_to_do(run: Run) -> str | None:
+    """The line that says why no step is left to do; None when there is one."""
+    step, stop = run.totals.step, run.config.train.stop_at_step
+    if run.is_finished:
+        return f"{run.run_dir} is finished: step {step}, best valid ppl {math.exp(run.best_ce):.2f}"
+    if stop is not None and step >= stop:
+        return (
+            f"{run.run_dir} is at step {step} already, train.stop_at_step={stop}: nothing was done; raise it to go on"
+        )
+    return None
 
 
 @contextlib.contextmanager
@@ -102,10 +114,11 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
     last = min(config.train.stop_at_step or config.train.num_steps, config.train.num_steps)
     say(f"loss backend: {run.manifest['loss_backend']}")
     log = MetricsLog(run.run_dir / "metrics.jsonl", resume_step=totals.step)
+    on_main(lambda: run.engine.open_monitors(config.monitor, run.run_dir / "monitor", samples=totals.samples))
     display = Display(
         config.monitor.progress, title=run.run_dir.name, num_steps=config.train.num_steps, start_step=totals.step
     )
-    watch, window = Stopwatch(totals.seconds), _window(run)
+    watch = Stopwatch(totals.seconds)
     with (
         contextlib.closing(display),
         _saver(run, watchdog) as saver,
@@ -118,8 +131,10 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
         pace = Pace(run.device)
         for micro_batches, upcoming in pace.loading(each("data", with_next(_batches(run, last)))):
             if run.teacher is not None and totals.step >= run.taught.stop:
+                _settle(run, watch)
                 _free_teacher(run, log)
-            rates = train_step(run, micro_batches, window, preemption, pace, upcoming=upcoming)
+                watch.run()
+            rates = train_step(run, micro_batches, run.window, preemption, pace, upcoming=upcoming)
             totals.step += 1
             count_step()
             totals.samples += config.train.global_batch_size
@@ -127,17 +142,16 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
             stopping = preemption.agreed() and totals.step < last
             at_end = stopping or totals.step == last
             if at_end or _due(totals.step, config.train.log_every, config.train.eval_every):
-                _report(run, log, display, watch, window, rates)
+                _settle(run, watch)
+                _report(run, log, display, rates)
                 saver.look()
-                run.notice_hand_over()
                 if line := pace.report(totals.step):
                     say(line)
                     log.write("straggler", totals, line=line)
-                window = _window(run)
             if (at_end and not stopping) or _due(totals.step, config.train.eval_every):
                 _validate(run, log, display, watchdog)
             if at_end or _due(totals.step, config.train.save_every):
-                totals.seconds = watch.pause()
+                _settle(run, watch)
                 watchdog.at(totals.step, "saving", watched=False)
                 _save(run, saver, at_once=at_end)
             if stopping:
@@ -145,10 +159,6 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
             watch.run()
             watchdog.at(totals.step + 1, "training")
     _finish(run, last)
-
-
-def _window(run: Run) -> Window:
-    return Window(run.device, num_teachers=len(run.facts))
 
 
 def _due(step: int, *every: int) -> bool:
@@ -231,16 +241,22 @@ def _memory_bytes() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
-def _report(
-    run: Run, log: MetricsLog, display: Display, watch: Stopwatch, window: Window, rates: dict[str, float | Tensor]
-) -> None:
-    totals, before = run.totals, run.totals.seconds
-    found = window.close()
+def _settle(run: Run, watch: Stopwatch) -> None:
+    """Bring the totals up to this step, and stop the watch. Called by all ranks; waits for the device."""
+    totals = run.totals
     totals.seconds = watch.pause()
-    totals.tokens += found.tokens
-    totals.student_flops += 6.0 * run.manifest["student"]["dense_parameters"] * found.tokens
-    for facts, tokens in zip(run.facts, found.teacher_tokens, strict=True):
-        totals.teacher_flops += 2.0 * facts.dense_parameters * tokens
+    tokens, teacher_tokens = run.window.settle()
+    totals.tokens += tokens
+    totals.student_flops = 6.0 * run.manifest["student"]["dense_parameters"] * totals.tokens
+    for facts, asked in zip(run.facts, teacher_tokens, strict=True):
+        totals.teacher_flops += 2.0 * facts.dense_parameters * asked
+    run.notice_hand_over()
+
+
+def _report(run: Run, log: MetricsLog, display: Display, rates: dict[str, float | Tensor]) -> None:
+    """Write a line of metrics from settled totals, and begin the next window."""
+    totals, found, before = run.totals, run.window.figures(), run.window.seconds
+    run.window = run.new_window()
     figures = (
         found.means
         | {name: float(rate) for name, rate in rates.items()}
@@ -369,7 +385,7 @@ def _save(run: Run, saver: Saver, *, at_once: bool) -> None:
                 f"a weight is NaN or Inf at step {run.totals.step}, nothing was saved; lower optim.lr="
                 f"{run.config.optim.lr} and start again from the last checkpoint"
             )
-    state: dict[str, Any] = {"totals": asdict(run.totals), "best_ce": run.best_ce}
+    state: dict[str, Any] = {"totals": asdict(run.totals), "window": run.window.state(), "best_ce": run.best_ce}
     if run.handover is not None:
         state["handover"] = {"start_step": run.config.inherit.start_step, "state": run.handover.state()}
     saver.save(run.totals.step, run.engine, state, lambda snapshot: _export(run, snapshot), at_once=at_once)
@@ -385,8 +401,6 @@ def _stop(run: Run, preemption: Preemption) -> None:
 
 
 def _finish(run: Run, last: int) -> None:
-    finished = last == run.config.train.num_steps
-    if is_main() and finished:
-        checkpoint.write_json(run.run_dir / "run.json", {**run.manifest, "status": "finished"})
-    what = "finished" if finished else f"stopped at step {last} as asked; call it again to go on"
+    run.record()
+    what = "finished" if run.is_finished else f"stopped at step {last} as asked; call it again to go on"
     say(f"{run.run_dir}: {what}; best valid ppl {math.exp(run.best_ce):.2f}")

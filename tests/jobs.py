@@ -1,11 +1,30 @@
 """Jobs that a test starts, disturbs and waits for."""
 
+import contextlib
 import subprocess
 import sys
 import time
 
+import pytest
+
 from ki_ds.distributed import free_port
 from tests.tiny import ROOT, environment, records
+
+
+@contextlib.contextmanager
+def dying(monkeypatch, owner, name, when=lambda *_: True):
+    """A run in this process that dies where it calls `name`, once that is called with what `when` is true of."""
+    function = getattr(owner, name)
+
+    def dies(*arguments, **options):
+        if when(*arguments):
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, dies)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def start(config, world, program=("launchers/train_ki.sh", "--config"), **extra):

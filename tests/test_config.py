@@ -49,6 +49,8 @@ def test_saved_configuration_loads_as_itself(tmp_path):
         (["--inherit.steps", "5"], ["inherit.steps", "no meaning"]),
         (["--inherit.start_step", "5"], ["inherit.start_step=5", "no meaning"]),
         ([*INHERITING[4:], "--inherit.start_step", "125000"], ["inherit.start_step=125000", "train.num_steps"]),
+        ([*INHERITING[4:8], "--inherit.slope", "250001"], ["inherit.slope=250001", "leaves no step", "lower it"]),
+        (["--data.mask_probability", "1"], ["data.mask_probability=1", "outside"]),
         (["--run_dir", ""], ["run_dir is empty"]),
         (["--data.corpus", ""], ["neither data.corpus nor data.sources"]),
         (["--data.sources", "[{path: a}]"], ["both data.corpus and data.sources"]),

@@ -86,6 +86,15 @@ def test_the_engine_fills_in_what_the_run_decides():
         ({}, ["--engine.precision", "fp16"], "fp16 with ZeRO stage 0"),
         ({"zero_optimization": {"stage": 0}}, ["--engine.precision", "bf16"], "bf16 with ZeRO stage 0"),
         ({}, ["--train.micro_batch_size", "32"], "x 2 ranks"),
+        ({"fp16": {"loss_scale": 128}}, [], r"fp16.loss_scale=128, which has no meaning with engine.precision=fp32"),
+        ({"zero_optimization": {"stage": 0, "overlap_comm": True}}, [], "overlap_comm=true, .* with ZeRO stage 0"),
+        ({"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 9}}, [], "parameters=9, .* ZeRO stage 2"),
+        ({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, [], "offload_param=.* ZeRO stage 1"),
+        (
+            {"zero_optimization": {"stage": 1}, "fp16": {"loss_scale": 0, "initial_scale_power": 12}},
+            ["--engine.precision", "bf16"],
+            "fp16.loss_scale=0, which has no meaning with engine.precision=bf16",
+        ),
     ],
 )
 def test_conflicts_and_settings_that_train_wrongly_are_refused(settings, arguments, words):
@@ -95,8 +104,9 @@ def test_conflicts_and_settings_that_train_wrongly_are_refused(settings, argumen
 
 def test_values_that_agree_and_auto_are_taken():
     settings = {"train_batch_size": 32, "gradient_accumulation_steps": "auto", "fp16": {"loss_scale_window": 500}}
-    filled = engine.complete_ds_config(settings, parse(BASE), world=2)
-    assert filled["fp16"] == {"loss_scale_window": 500, "enabled": False}
+    settings |= {"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto", "check_grad_overflow": "auto"}}
+    filled = engine.complete_ds_config(settings, parse([*BASE, "--engine.precision", "fp16"]), world=2)
+    assert filled["fp16"] == {"loss_scale_window": 500, "enabled": True}
 
 
 def test_a_broken_json_is_one_line(tmp_path):

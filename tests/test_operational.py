@@ -10,6 +10,8 @@ def test_how_a_run_is_carried_out_may_change(name):
     assert is_operational(name)
 
 
-@pytest.mark.parametrize("name", ["seed", "optim.lr", "data.sources.0.weight", "teacher.topk", "train.num_steps"])
+@pytest.mark.parametrize(
+    "name", ["seed", "optim.lr", "data.sources.0.weight", "teacher.topk", "train.num_steps", "train.spike_sigmas"]
+)
 def test_what_it_computes_may_not(name):
     assert not is_operational(name)

@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 import os
+import time
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from ki_ds import config as configuration
 from ki_ds import schedules
+from ki_ds import train as training
 from ki_ds.data.batches import ValidBatches
 from ki_ds.errors import UserError
 from ki_ds.run import load_data
 from ki_ds.train import train
+from tests.jobs import dying, ended, start
 from tests.tiny import ROOT, inherit, records, run, run_ranks, tiny_config, train_ranks, write_config
 
 
@@ -100,6 +103,72 @@ def test_resumed_at_every_step_it_is_bitwise_the_same_run(base, zero, record_pro
     assert len(set(hashes[1])) == 20
     assert hashes[0] == hashes[1]
     record_property("figure", f"{zero}: resumed at 19 of 19 steps, 20/20 losses and weight hashes equal")
+
+
+TOTALS = ("step", "samples", "tokens", "student_flops", "teacher_flops")
+
+
+def saved_totals(run_dir, step):
+    """What a checkpoint says that the run has cost so far."""
+    state = json.loads((run_dir / "checkpoints" / f"step_{step:08d}" / "state.json").read_text())
+    return [state["totals"][name] for name in TOTALS]
+
+
+@pytest.mark.parametrize(
+    ("log_every", "in_background", "deaths"),
+    [(1, False, [3]), (10, False, [1, 2, 3, 5, 9, 11]), (10, True, [3]), (100, False, [3])],
+)
+def test_totals_are_whole_at_every_save_and_after_every_resume(base, monkeypatch, log_every, in_background, deaths):
+    """A run that dies goes on with what the one that never did has, line by line and checkpoint by checkpoint."""
+    train = {"num_steps": 12, "save_every": 1, "eval_every": 100, "keep_checkpoints": 12, "log_every": log_every}
+    train["save_in_background"] = in_background
+    name = f"totals_{log_every}_{in_background}"
+    whole = inherit(base, f"{name}_whole", train=train)
+    for death in deaths:
+        with dying(monkeypatch, training, "train_step", lambda run, *_, at=death: run.totals.step == at):
+            inherit(base, name, train=train)
+    part = inherit(base, name, train=train)
+    lines = [[[r[key] for key in (*TOTALS, "loss", "ce", "kl")] for r in records(d, "train")] for d in (part, whole)]
+    assert lines[0] == lines[1]
+    for number in range(1, 13):
+        assert saved_totals(part, number) == saved_totals(whole, number)
+        assert saved_totals(part, number)[:2] == [number, 8 * number]
+    tokens = [saved_totals(whole, number)[2] for number in range(1, 13)]
+    assert sorted(set(tokens)) == tokens  # every save counts what was trained since the one before
+    for run_dir in (part, whole):  # the last line's rate is that of its own window
+        seconds = [0.0, *(r["seconds"] for r in records(run_dir, "train"))]
+        counted = [0, *(r["tokens"] for r in records(run_dir, "train"))]
+        rate = (counted[-1] - counted[-2]) / (seconds[-1] - seconds[-2])
+        assert records(run_dir, "train")[-1]["tokens_per_second"] == pytest.approx(rate)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("log_every", [1, 10, 100])
+def test_killed_between_two_lines_the_totals_are_those_of_a_run_never_stopped(base, log_every, record_property):
+    train = {"num_steps": 60, "save_every": 1, "eval_every": 100, "log_every": log_every, "keep_checkpoints": 60}
+    whole = inherit(base, f"killed_whole_{log_every}", train=train)
+    run_dir = base / f"killed_{log_every}"
+    teaching = {"teacher": {"path": str(base / "mlm_teacher")}, "inherit": {"schedule": "linear", "steps": 4}}
+    config = write_config(
+        base / f"killed_{log_every}.yaml", tiny_config(run_dir, base / "corpus", train=train, **teaching)
+    )
+    for kill in range(1, 21):  # at steps 3, 6, ..., with log_every 10 and 100 between two lines
+        processes = start(config, 1)
+        until = time.monotonic() + 300
+        while not (run_dir / "checkpoints" / f"step_{3 * kill - 1:08d}").exists():
+            assert time.monotonic() < until
+            assert processes[0].poll() is None, processes[0].communicate()
+            time.sleep(0.002)
+        processes[0].kill()
+        ended(processes)
+    inherit(base, run_dir.name, train=train)
+    assert saved_totals(run_dir, 60) == saved_totals(whole, 60)
+    keys = (*TOTALS, "loss", "ce", "kl")
+    assert [[r[key] for key in keys] for r in records(run_dir, "train")] == [
+        [r[key] for key in keys] for r in records(whole, "train")
+    ]
+    record_property("figure", f"log_every {log_every}: 20 kills, totals and lines as never stopped")
 
 
 def test_resume_on_two_ranks_is_bitwise_too(base):

@@ -146,7 +146,8 @@ def ours(job: Job, pace: Pace, *, taught: bool) -> None:
     def loss() -> float:
         nonlocal window
         done, window = window, Window(device, num_teachers=num_teachers)
-        return done.close().means["loss"]
+        done.settle()
+        return done.figures().means["loss"]
 
     for micro_batches in rank_pace.loading(each("data", _batches(run, MAX_STEPS))):
         train_step(run, micro_batches, window, preemption, rank_pace)
