@@ -223,8 +223,9 @@ def _first(config: PreTrainedConfig) -> int | None:
 
 
 def run_facts(run_dir: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """What run.json and config.yaml say; the latter as plain YAML, since it may be of an older version."""
-    facts: dict[str, Any] = {"run": manifest["name"], "status": manifest["status"], "written by": manifest["version"]}
+    """What run.json (its status, if it has one) and config.yaml say; the latter as plain YAML, as it may be older."""
+    facts: dict[str, Any] = {"run": manifest["name"], "status": manifest.get("status")}
+    facts["written by"] = manifest["version"]
     if (run_dir / "config.yaml").exists():
         config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
         data, train, inherit = (config.get(name, {}) for name in ("data", "train", "inherit"))
