@@ -60,7 +60,7 @@ def repair_environment(env: MutableMapping[str, str]) -> None:
     else:
         return
     assert place.world_size is not None
-    env |= {"RANK": place.rank, "WORLD_SIZE": place.world_size}
+    env.update(RANK=place.rank, WORLD_SIZE=place.world_size)
     for name, value in (("LOCAL_RANK", place.local_rank), ("LOCAL_WORLD_SIZE", place.local_world_size)):
         if value is not None:
             env[name] = value
@@ -224,7 +224,7 @@ def interface_to(host: str) -> str | None:
     return None
 
 
-def _by_each_host(env: MutableMapping[str, str], line: str) -> UserError:
+def _by_each_host(env: Mapping[str, str], line: str) -> UserError:
     """An error that the first rank of every host says: rank 0 may know nothing of it."""
     error = UserError(line)
     error.said_by_main = env.get("LOCAL_RANK", "0") != "0"
@@ -259,7 +259,8 @@ def meet(env: MutableMapping[str, str], *, seconds: float) -> dist.Store:
             f"two processes call themselves rank {rank} of the job at {where}; give each host its own --node_rank, and "
             "each job its own port"
         )
-    present.append(_machine(), f"{sorted(os.sched_getaffinity(0))};")
+    cores = f"{sorted(os.sched_getaffinity(0))};"
+    present.append(_machine(), cores)  # type: ignore[attr-defined]  # torch's stubs leave it out
     present.add("all", 1)
     try:
         while present.add("all", 0) < world:

@@ -157,6 +157,8 @@ def _ask_mpi() -> None:
 
 def _own_device() -> torch.device:
     if torch.cuda.is_available():
+        if torch.cuda.device_count() == 1:  # a rank that sees its own GPU only (srun --gpus-per-task=1)
+            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed takes the GPU of this number
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
     keep_freed_memory()

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -185,3 +186,15 @@ def test_compiled_are_the_layers_and_a_model_without_any_is_refused(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="needs no-such-compiler on a CPU"):
         engine._compile_layers(model)
+
+
+@pytest.mark.parametrize(("seen", "local_rank", "expected"), [(1, "3", "0"), (4, "3", "3"), (1, "0", "0")])
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_that_it_sees(seen, local_rank, expected, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: taken[-1])
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert engine._own_device() == torch.device("cuda", int(expected))
+    assert os.environ["LOCAL_RANK"] == expected
