@@ -66,7 +66,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def keep_others_out() -> None:
-    """Let nobody but the user and the group write what this process makes from now on: checkpoints hold pickles."""
+    """Let nobody but the user and the group write what this process makes from now on."""
     os.umask(os.umask(0o022) | stat.S_IWOTH)
 
 
