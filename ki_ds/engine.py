@@ -528,17 +528,19 @@ class StudentEngine:
             self._load(folder, tag)  # stage 0 has no shards; 1 and 2 have the same
             return
         universal = folder.with_name(f".{folder.name}.resharded") / tag
-        if is_main() and saved_stage:
-            from deepspeed.checkpoint import ds_to_universal
+        try:
+            if is_main() and saved_stage:
+                from deepspeed.checkpoint import ds_to_universal
 
-            engine_state.reshard(folder / tag, universal, ds_to_universal.main)
-        barrier()
-        source = universal if saved_stage else folder / tag
-        whole = engine_state.read(source, list(self._parameters), self._group_sizes, stage=saved_stage)
-        engine_state.write(whole, self._engine, self._parameters)
-        barrier()
-        if is_main():
-            shutil.rmtree(universal.parent, ignore_errors=True)
+                engine_state.reshard(folder / tag, universal, ds_to_universal.main)
+            barrier()
+            source = universal if saved_stage else folder / tag
+            whole = engine_state.read(source, list(self._parameters), self._group_sizes, stage=saved_stage)
+            engine_state.write(whole, self._engine, self._parameters)
+            barrier()
+        finally:  # of a killed start it goes with the next save
+            if is_main():
+                shutil.rmtree(universal.parent, ignore_errors=True)
 
     def _load(self, folder: Path, tag: str) -> None:
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
