@@ -216,8 +216,9 @@ def test_folders_that_others_put_there_are_none_of_its_checkpoints_and_stay(tmp_
 
 def test_steps_of_nine_digits_come_after_those_of_eight(tmp_path):
     for step in (99_999_999, 100_000_000):
-        save(tmp_path, step, keep=1)
-    assert names(tmp_path) == ["step_100000000"]
+        save(tmp_path, step, keep=2)
+    assert checkpoint.steps(tmp_path) == [99_999_999, 100_000_000]
+    assert checkpoint.newest_intact(tmp_path) == tmp_path / "step_100000000"
 
 
 class Disk:
