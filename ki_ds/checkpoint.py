@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -28,11 +29,12 @@ from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
-from ki_ds.data.store import sync_folder, write_atomically
+from ki_ds.data.store import is_plain_name, sync_folder, sync_tree, write_atomically
 from ki_ds.distributed import barrier, from_main, is_main, say
 from ki_ds.errors import UserError
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_STEP = re.compile(r"step_\d{8,}")
 _WRITER_WORDS = ("PytorchStreamWriter", "inline_container", "unexpected pos", "No space left", "File too large")
 
 
@@ -60,12 +62,17 @@ class EngineState(Protocol):
     def load(self, folder: Path, tag: str, *, saved_world: int, saved_stage: int) -> None: ...
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError when it is missing or broken."""
+def read_json(path: Path, *needed: str, fix: str = "restore it, or start in another run_dir") -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError, ending in `fix`, when it is missing, broken or lacks a name."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); restore it, or start in another run_dir") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        if missing := [name for name in needed if name not in content]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {fix}") from None
+    return content
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -77,7 +84,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def keep_others_out() -> None:
-    """Let nobody but the user and the group write what this process makes from now on: checkpoints hold pickles."""
+    """Let nobody but the user and the group write what this process makes from now on."""
     os.umask(os.umask(0o022) | stat.S_IWOTH)
 
 
@@ -148,9 +155,10 @@ def begin(root: Path, step: int) -> Path:
     """
     temporary = root / f".step_{step:08d}.tmp"
     if is_main():
-        for left in root.glob(".step_*.tmp"):
+        for left in root.glob(".step_*"):
             shutil.rmtree(left)
         temporary.mkdir(parents=True)
+        sync_folder(root.parent)
     barrier()
     return temporary
 
@@ -183,15 +191,16 @@ def commit(temporary: Path, state: dict[str, Any], hashes: Hashes, *, keep: int,
     others = (path for path in temporary.rglob("*") if str(path.relative_to(temporary)) not in hashes)
     hashes = hashes | _sync_and_hash(temporary, others)
     write_json(temporary / "manifest.json", {"files": dict(sorted(hashes.items()))})
-    sync_folder(temporary)
+    for folder in (temporary, *filter(Path.is_dir, temporary.rglob("*"))):
+        sync_folder(folder)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(temporary, final)
     sync_folder(root)
     write_atomically(root / "latest", name + "\n")
-    for redone in [other for other in _names(root) if other > name]:
+    for redone in [other for other in _names(root) if _step(other) > _step(name)]:
         shutil.rmtree(root / redone)  # of a part of the run that was damaged and is done again
     for old in _names(root)[:-keep]:
-        if not keep_every or int(old.removeprefix("step_")) % keep_every:
+        if not keep_every or _step(old) % keep_every:
             shutil.rmtree(root / old)
     return final
 
@@ -212,30 +221,40 @@ def _sha256(path: Path) -> str:
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Replace a folder by what `write` puts into a new one, so that it is never half-written. All ranks call this."""
-    temporary, old = folder.with_name(f".{folder.name}.tmp"), _old(folder)
+    temporary, old = _beside(folder)
     if is_main():
-        restore_folder(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
+        clear_folder(folder)
     barrier()
     write(temporary)
     barrier()
     if is_main():
-        shutil.rmtree(old, ignore_errors=True)
+        sync_tree(temporary)
         if folder.exists():
             os.rename(folder, old)
         os.rename(temporary, folder)
+        sync_folder(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     barrier()
 
 
 def restore_folder(folder: Path) -> None:
     """Put back what a job that died between the two renames of `replace_folder` had moved aside."""
-    if _old(folder).exists() and not folder.exists():
-        os.rename(_old(folder), folder)
+    _, old = _beside(folder)
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+        sync_folder(folder.parent)
 
 
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
+def clear_folder(folder: Path) -> None:
+    """As `restore_folder`, and remove what else such a job has left. Only for whoever holds the run's folder."""
+    restore_folder(folder)
+    for left in _beside(folder):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """The names of the new folder, before it takes the old one's place, and of the old one after that."""
+    return folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
 
 
 # --- loading ----------------------------------------------------------------------------------------------------
@@ -243,16 +262,29 @@ def _old(folder: Path) -> Path:
 
 def _names(root: Path) -> list[str]:
     """Checkpoints by step, oldest first; unfinished ones have another name and are not among them."""
-    return sorted(p.name for p in root.glob("step_*") if p.is_dir()) if root.exists() else []
+    names = [path.name for path in root.glob("step_*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(names, key=_step)
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step_"))
+
+
+def steps(root: Path) -> list[int]:
+    """The steps of a run's checkpoints, ascending."""
+    return list(map(_step, _names(root)))
 
 
 def damage(folder: Path) -> str | None:
     """None for an intact checkpoint, else what is wrong with it. Reads every byte, unpickles none."""
     try:
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        files = read_json(folder / "manifest.json", "files")["files"]
+        listed = [(name, size, digest) for name, (size, digest) in files.items()]
+    except (ValueError, TypeError, AttributeError):
         return "no readable manifest"
-    for name, (size, digest) in files.items():
+    for name, size, digest in listed:
+        if not all(map(is_plain_name, name.split("/"))):
+            return f"its manifest names {name!r}, which is no file in it"
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

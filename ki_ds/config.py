@@ -452,10 +452,13 @@ def load(path: str | Path) -> RunConfig:
 
 
 def save(config: RunConfig, path: str | Path) -> None:
-    """Write the resolved configuration as YAML that `load` and `--config` read, whole or not at all."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
-    temporary.replace(path)
+    """Write the resolved configuration as YAML that `load` and `--config` read."""
+    Path(path).write_text(to_yaml(config), encoding="utf-8")
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ki_ds.bridge import Bridge, split_world
 from ki_ds.checkpoint import File, Snapshot
 from ki_ds.config import EngineConfig, MonitorConfig, OptimConfig, RunConfig
+from ki_ds.convert import safe_pickle
 from ki_ds.data.batches import Batch
 from ki_ds.distributed import (
     all_sum,
@@ -34,6 +35,7 @@ from ki_ds.distributed import (
     is_main,
     join_world,
     meet,
+    on_main,
     pick_interface,
     repair_environment,
     say,
@@ -55,9 +57,12 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from deepspeed.utils import logger as _deepspeed_logger
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from ki_ds import engine_monitors, engine_state
 
@@ -92,6 +97,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "bf16": DeepSpeedBF16Config,
 }
 _HALVES = ("fp16", "bf16")
+_PICKLED = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)  # beside tensors and plain values
 _GUARD = "guard.json"
 
 
@@ -351,6 +357,20 @@ def _compile_layers(model: InheritanceModel) -> None:
         layer.compile()
 
 
+@torch.no_grad()
+def _own_shard(parameter: Any) -> Tensor:
+    """This rank's part of a parameter, whichever memory has it; one that waits on NVMe is read."""
+    shard = getattr(parameter, "ds_tensor", parameter)
+    status = getattr(shard, "status", PartitionedParamStatus.AVAILABLE)
+    if status == PartitionedParamStatus.INFLIGHT:
+        parameter.nvme_swapper.synchronize_reads()
+    if status != PartitionedParamStatus.NOT_AVAILABLE:
+        return shard
+    read = torch.empty(shard.ds_numel, dtype=shard.dtype)
+    parameter.nvme_swapper.swap_into_buffer(parameter, read)
+    return read
+
+
 class _LaterWriter(TorchCheckpointEngine):
     """Takes the files that DeepSpeed wants written, to write them as DeepSpeed does once its collectives are over."""
 
@@ -454,22 +474,25 @@ class StudentEngine:
         self._loss = torch.zeros_like(self._loss)
 
     def _judge(self) -> None:
-        """Called before the first part of an update is made: let the optimizer leave the whole of it out if it is bad.
+        """Called before each part of an update is made: let the optimizer leave the whole of it out if it is bad.
 
         DeepSpeed never comes here with a gradient whose overflow it has found itself.
         """
-        if self._judged:
-            return
-        owner = self._engine if self.zero_stage == 0 else self._engine.optimizer
-        norm = torch.as_tensor(owner._global_grad_norm, dtype=torch.float32, device=self.device)
-        verdict = self.guard.judge(self._engine.global_steps + 1, self._loss, norm)
-        self._optimizer.found_inf = verdict  # type: ignore[attr-defined] # as torch's GradScaler hands it over
-        self._judged = True
+        if not self._judged:
+            owner = self._engine if self.zero_stage == 0 else self._engine.optimizer
+            norm = torch.as_tensor(owner._global_grad_norm, dtype=torch.float32, device=self.device)
+            self._verdict = self.guard.judge(self._engine.global_steps + 1, self._loss, norm)
+            self._judged = True
+        part = next(parameter for group in self._optimizer.param_groups for parameter in group["params"])
+        # As torch's GradScaler hands it over. Of another device torch would copy it without waiting: not an offloaded
+        # part's kernel, which reads it at once.
+        self._optimizer.found_inf = self._verdict.to(part.device)  # type: ignore[attr-defined]
 
     def weights_are_finite(self) -> bool:
         """Whether no weight is NaN or Inf on any rank, which agree. Waits for the device."""
-        shards = [getattr(p, "ds_tensor", p) for p in self.model.parameters()]
-        bad = torch.stack([(~shard.isfinite()).any() for shard in shards]).sum().float()
+        bad = torch.zeros((), device=self.device)  # where NCCL can take it, wherever weights are kept
+        for parameter in self.model.parameters():
+            bad += (~_own_shard(parameter).isfinite()).any().to(self.device)
         return not all_sum(bad).item()
 
     @torch.no_grad()
@@ -529,22 +552,29 @@ class StudentEngine:
         """
         if (folder / tag / _GUARD).exists():
             self.guard.load(json.loads((folder / tag / _GUARD).read_text(encoding="utf-8")))
+        on_main(lambda: safe_pickle.check_names(sorted((folder / tag).rglob("*.pt")), _PICKLED))
+        with safe_pickle.weights_and(_PICKLED, what=folder):
+            self._load_any(folder, tag, saved_world=saved_world, saved_stage=saved_stage)
+
+    def _load_any(self, folder: Path, tag: str, *, saved_world: int, saved_stage: int) -> None:
         like = {saved_stage, self.zero_stage}
         if like == {0} or (saved_world == world_size() and (len(like) == 1 or like == {1, 2})):
             self._load(folder, tag)  # stage 0 has no shards; 1 and 2 have the same
             return
         universal = folder.with_name(f".{folder.name}.resharded") / tag
-        if is_main() and saved_stage:
-            from deepspeed.checkpoint import ds_to_universal
+        try:
+            if is_main() and saved_stage:
+                from deepspeed.checkpoint import ds_to_universal
 
-            engine_state.reshard(folder / tag, universal, ds_to_universal.main)
-        barrier()
-        source = universal if saved_stage else folder / tag
-        whole = engine_state.read(source, list(self._parameters), self._group_sizes, stage=saved_stage)
-        engine_state.write(whole, self._engine, self._parameters)
-        barrier()
-        if is_main():
-            shutil.rmtree(universal.parent, ignore_errors=True)
+                engine_state.reshard(folder / tag, universal, ds_to_universal.main)
+            barrier()
+            source = universal if saved_stage else folder / tag
+            whole = engine_state.read(source, list(self._parameters), self._group_sizes, stage=saved_stage)
+            engine_state.write(whole, self._engine, self._parameters)
+            barrier()
+        finally:  # of a killed start it goes with the next save
+            if is_main():
+                shutil.rmtree(universal.parent, ignore_errors=True)
 
     def _load(self, folder: Path, tag: str) -> None:
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag)

@@ -93,7 +93,7 @@ def read(folder: Path, names: Sequence[str], group_sizes: Sequence[int], *, stag
 
 
 def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=False)  # its hash has been verified
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _load_part(folder: Path, key: str) -> Tensor:

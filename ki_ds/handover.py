@@ -6,6 +6,8 @@ docs/auto_handover.md has the formula, and what it was measured against.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,39 @@ class HandOver:
     G is the student's cross-entropy less the teacher's over the rows that were taught (nats a row), a moving average
     over steps weighted by rows. alpha = 1 - exp(-4 G) = 1 - (teacher's perplexity / student's)^4, held within [0.01, 1]
     and never rising; it is 0 for good once G has been below 0 for 20 steps in a row.
+
+    Args:
+        first_step: completed updates before the first that it counts.
+        period: JSON that tells this period of teaching from others.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, *, first_step: int = 0, period: dict[str, Any] | None = None):
+        self.first_step, self._period = first_step, period or {}
         self._pending = torch.zeros(2, dtype=torch.float64, device=device)
         # moving sums of gaps and rows, alpha, steps in a row ahead of the teacher, steps that were taught
         self._state = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64, device=device)
+
+    @classmethod
+    def resumed(
+        cls, saved: dict[str, Any] | None, device: torch.device, *, step: int, start_step: int, teachers: list[Any]
+    ) -> HandOver:
+        """The state that a checkpoint keeps if it is of the same start_step and teachers; else that of a new period.
+
+        Args:
+            saved: as `saved` has given it; None where the checkpoint has none.
+            step: completed updates.
+            teachers: what tells the teachers from others, as JSON; a checkpoint of older versions has none.
+        """
+        period = {"start_step": start_step, "teachers": teachers}
+        if saved is None or any(saved.get(name, period[name]) != period[name] for name in period):
+            return cls(device, first_step=max(start_step, step), period=period)
+        handover = cls(device, first_step=saved.get("first_step", start_step), period=period)
+        handover.restore(saved["state"])
+        return handover
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON, between two steps."""
+        return {**self._period, "first_step": self.first_step, "state": self.state()}
 
     @property
     def alpha(self) -> Tensor:
@@ -60,9 +89,9 @@ class HandOver:
         return int(self._state[4]) if float(self._state[2]) == 0 else None
 
     def state(self) -> list[float]:
-        """What a checkpoint keeps, between two steps."""
+        """The numbers that decide, between two steps."""
         return self._state.tolist()
 
     def restore(self, state: list[float]) -> None:
-        """Go on from a checkpoint's state."""
+        """Go on from what `state` gave."""
         self._state = torch.tensor(state, dtype=torch.float64, device=self._state.device)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ def teachers_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     if "teachers" in manifest:
         return manifest["teachers"]
     return [manifest["teacher"]] if manifest.get("teacher") else []  # written when a run had one teacher at most
+
+
+def identities(teachers: Sequence[dict[str, Any]]) -> list[Any]:
+    """What tells teachers, by their facts, from others: weights (or a hub's name), domains and share of each."""
+    return [[known["weights_sha256"] or known["path"], known["domains"], known["share"]] for known in teachers]
 
 
 def describe(

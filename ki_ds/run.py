@@ -20,7 +20,8 @@ from ki_ds.config import RunConfig
 from ki_ds.convert.student import StudentFolder
 from ki_ds.data.batches import VALID_SEED, ValidBatches
 from ki_ds.data.datasets import Datasets, open_datasets
-from ki_ds.distributed import is_main, on_main, rank, say, world_size
+from ki_ds.data.store import write_atomically
+from ki_ds.distributed import from_main, is_main, on_main, rank, say, world_size
 from ki_ds.engine import StudentEngine
 from ki_ds.errors import UserError
 from ki_ds.handover import HandOver
@@ -37,9 +38,9 @@ from ki_ds.models import (
     weights_sha256,
 )
 from ki_ds.signals import Teacher
-from ki_ds.teachers.factory import TeacherFacts, make_teachers
+from ki_ds.teachers.factory import TeacherFacts, identify_teachers, make_teachers
 from ki_ds.teachers.questions import Questions
-from ki_ds.teachers.ranks import connect_teachers
+from ki_ds.teachers.ranks import connect_teachers, meet_teachers
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Run:
     def __post_init__(self) -> None:
         train, data = self.config.train, self.config.data
         self.window = self.new_window()
-        self.taught = schedules.taught_steps(self.config)
+        self.taught = _taught(self.config, self.handover)
         self.valid = {
             domain: ValidBatches(
                 dataset,
@@ -103,9 +104,11 @@ class Run:
     def record(self) -> None:
         """Write config.yaml, and run.json with the status, which only this says; what is finished keeps what it has."""
         path = self.run_dir / "run.json"
-        if not is_main() or (self.is_finished and path.exists() and checkpoint.read_json(path)["status"] == "finished"):
+        if not is_main() or (
+            self.is_finished and path.exists() and checkpoint.read_json(path, "status")["status"] == "finished"
+        ):
             return
-        configuration.save(self.config, self.run_dir / "config.yaml")
+        write_atomically(self.run_dir / "config.yaml", configuration.to_yaml(self.config))
         checkpoint.write_json(path, {"status": "finished" if self.is_finished else "running", **self.manifest})
 
     def new_window(self) -> Window:
@@ -115,7 +118,7 @@ class Run:
     def notice_hand_over(self) -> None:
         """Under `auto`: end `taught` where the student has been left to itself. Waits for the device."""
         if self.handover is not None and (count := self.handover.taught_steps()) is not None:
-            self.taught = range(self.taught.start, self.taught.start + count)
+            self.taught = _taught(self.config, self.handover)
             self.manifest["inherit"]["steps"] = self.manifest["inheriting_steps"] = count
 
 
@@ -143,7 +146,7 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
     data = load_data(config)
     for note in data.notes:
         say(note)
-    on_main(lambda: checkpoint.restore_folder(run_dir / "best"))
+    on_main(lambda: checkpoint.clear_folder(run_dir / "best"))
     resume_from = checkpoint.newest_intact(run_dir / "checkpoints")
     done = checkpoint.read_json(resume_from / "state.json") if resume_from else {"step": 0}
     _check_steps(config, run_dir, done["step"])
@@ -164,22 +167,28 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
     exported = _exported(lm, config, data)
     teacher: Teacher | None = None
     facts: list[TeacherFacts] = []
-    taught = schedules.taught_steps(config)
-    handover = _handover(config, done, device)
-    if handover is not None and handover.taught_steps() is not None:
-        taught = range(0)
     if bridge is not None:
-        step = done["step"] if taught else config.train.num_steps
-        teacher, facts = connect_teachers(config, data.domains, bridge, device, step=step)
-    elif done["step"] < taught.stop:
+        facts = meet_teachers(config, bridge)
+    named = _named_teachers(config, facts, done["step"])
+    handover = _handover(config, done, named, device)
+    taught = _taught(config, handover)
+    over = done["step"] >= taught.stop
+    if bridge is not None:
+        step = config.train.num_steps if over else done["step"]
+        teacher = connect_teachers(config, data.domains, bridge, device, step=step)
+    elif not over:
         questions = Questions.of_run(config, data, steps=range(max(done["step"], taught.start), taught.stop))
         teacher, facts = make_teachers(config, data, device=device, questions=questions)
+        named = [asdict(found) for found in facts]
     _check_handover(config, facts)
     for note in _teacher_notes(config, data, facts):
         say(note)
+    if over and done["step"] < config.train.num_steps:
+        for entry in config.all_teachers:
+            say(f"the teacher {entry.path} is not asked: alpha is 0 from step {done['step'] + 1} on")
     started_from = _started_from(config, parameters) if not resume_from else None  # then the manifest knows it
     manifest = _manifest(config, data, parameters, facts, started_from, device)
-    on_main(lambda: _check_lineage(run_dir, manifest))
+    on_main(lambda: _check_lineage(run_dir, manifest, named, over=over))
     engine = StudentEngine(model, config, device=device)
     run = Run(config, device, engine, data, teacher, facts, manifest, Totals(), exported, handover)
     run.notice_hand_over()
@@ -211,14 +220,41 @@ def _teacher_notes(config: RunConfig, data: Datasets, facts: Sequence[TeacherFac
         yield f"rows of {', '.join(alone)} have no teacher: they learn from their labels alone"
 
 
-def _handover(config: RunConfig, done: dict[str, Any], device: torch.device) -> HandOver | None:
-    """The state of the schedule auto; of a checkpoint's only what belongs to the same period of teaching."""
+def _named_teachers(config: RunConfig, facts: Sequence[TeacherFacts], step: int) -> list[dict[str, Any]]:
+    """What tells the named teachers from others, the same on every rank; nothing where those that are loaded will tell.
+
+    Their weights decide whether the state of `auto` is theirs, and those that nobody asks any more stay the run's own.
+    """
+    if facts:  # of teacher ranks
+        return [asdict(found) for found in facts]
+    found: list[dict[str, Any]] = []
+    if config.inherit.schedule == "auto" or step >= schedules.taught_steps(config).stop:
+        on_main(lambda: found.extend(identify_teachers(config)))
+    return from_main(found)
+
+
+def _handover(
+    config: RunConfig, done: dict[str, Any], named: Sequence[dict[str, Any]], device: torch.device
+) -> HandOver | None:
+    """The state of the schedule auto; of a checkpoint's only what belongs to the same period and teachers."""
     if config.inherit.schedule != "auto":
         return None
-    handover, saved = HandOver(device), done.get("handover")
-    if saved is not None and saved["start_step"] == config.inherit.start_step:
-        handover.restore(saved["state"])
-    return handover
+    return HandOver.resumed(
+        done.get("handover"),
+        device,
+        step=done["step"],
+        start_step=config.inherit.start_step,
+        teachers=lineage.identities(named),
+    )
+
+
+def _taught(config: RunConfig, handover: HandOver | None) -> range:
+    """The completed updates at which alpha can be above 0. Under `auto` waits for the device."""
+    steps = schedules.taught_steps(config)
+    if handover is None:
+        return steps
+    count = handover.taught_steps()
+    return range(handover.first_step, steps.stop if count is None else handover.first_step + count)
 
 
 def _check_handover(config: RunConfig, facts: Sequence[TeacherFacts]) -> None:
@@ -280,12 +316,12 @@ def _holds_work(run_dir: Path) -> bool:
     if any((run_dir / "checkpoints").glob("step_*")):
         return True
     manifest, best = run_dir / "run.json", run_dir / "best" / "valid.json"
-    if manifest.exists() and checkpoint.read_json(manifest)["status"] == "finished":
+    if manifest.exists() and checkpoint.read_json(manifest, "status")["status"] == "finished":
         raise UserError(
             f"run_dir={run_dir} holds a finished run without its checkpoints, which would begin anew; restore one, or "
             "give another run_dir"
         )
-    return best.exists() and checkpoint.read_json(best)["step"] > 0
+    return best.exists() and checkpoint.read_json(best, "step")["step"] > 0
 
 
 def _check_steps(config: RunConfig, run_dir: Path, step: int) -> None:
@@ -295,12 +331,19 @@ def _check_steps(config: RunConfig, run_dir: Path, step: int) -> None:
         )
 
 
-def _check_lineage(run_dir: Path, manifest: dict[str, Any]) -> None:
-    """UserError when data, tokenizer or teacher changed under a run."""
+def _check_lineage(run_dir: Path, manifest: dict[str, Any], named: Sequence[dict[str, Any]], *, over: bool) -> None:
+    """UserError when data, tokenizer or teacher changed under a run.
+
+    Args:
+        named: the teachers of the configuration, asked or not.
+        over: none of them is asked, for alpha is 0 by now.
+    """
+    if over:
+        manifest["teachers"] = []
     path = run_dir / "run.json"
     if not path.exists():
         return
-    before = checkpoint.read_json(path)
+    before = checkpoint.read_json(path, "data")
     for name, digest in manifest["data"].items():
         if before["data"][name] != digest:
             raise UserError(
@@ -310,11 +353,11 @@ def _check_lineage(run_dir: Path, manifest: dict[str, Any]) -> None:
     old, new = lineage.teachers_of(before), manifest["teachers"]
     manifest["former_teachers"] = before.get("former_teachers", [])
     manifest["started_from"] = before.get("started_from")
+    if old and named and manifest["changed_config"] != "allow":
+        _check_teachers(run_dir, old, named)
     if not new:
-        manifest["teachers"] = old  # alpha is 0 by now: the lineage stays
+        manifest["teachers"] = old  # the lineage stays
         return
-    if old and manifest["changed_config"] != "allow":
-        _check_teachers(run_dir, old, new)
     still = {teacher["weights_sha256"] for teacher in new}
     gone = [teacher for teacher in old if teacher["weights_sha256"] not in still]
     manifest["former_teachers"] = [*manifest["former_teachers"], *gone]
@@ -328,7 +371,8 @@ def _check_teachers(run_dir: Path, old: Sequence[dict[str, Any]], new: Sequence[
             "--train.changed_config allow"
         )
     for number, (before, now) in enumerate(zip(old, new, strict=True)):
-        if before["weights_sha256"] != now["weights_sha256"]:
+        hub_names = {known["path"] for known in (before, now) if known["weights_sha256"] is None}
+        if before["weights_sha256"] != now["weights_sha256"] or len(hub_names) > 1:
             field_name = "teacher.path" if now["name"] is None else f"teachers.{number}.path"
             raise UserError(
                 f"run_dir={run_dir} inherited from {before['path']}, {field_name}={now['path']} has other weights; "

@@ -387,7 +387,7 @@ def _save(run: Run, saver: Saver, *, at_once: bool) -> None:
             )
     state: dict[str, Any] = {"totals": asdict(run.totals), "window": run.window.state(), "best_ce": run.best_ce}
     if run.handover is not None:
-        state["handover"] = {"start_step": run.config.inherit.start_step, "state": run.handover.state()}
+        state["handover"] = run.handover.saved()
     saver.save(run.totals.step, run.engine, state, lambda snapshot: _export(run, snapshot), at_once=at_once)
 
 

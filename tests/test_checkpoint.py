@@ -204,11 +204,71 @@ def test_damaged_newer_ones_do_not_push_out_the_one_just_written(tmp_path):
     assert checkpoint.newest_intact(tmp_path) == tmp_path / "step_00000005"
 
 
+def test_folders_that_others_put_there_are_none_of_its_checkpoints_and_stay(tmp_path):
+    save(tmp_path, 4)
+    for name in ("step_00000004_copy", "step_old", "step_9"):
+        shutil.copytree(tmp_path / "step_00000004", tmp_path / name)
+    save(tmp_path, 2, keep=1, keep_every=2)
+    assert names(tmp_path) == ["step_00000002", "step_00000004_copy", "step_9", "step_old"]
+    assert checkpoint.newest_intact(tmp_path) == tmp_path / "step_00000002"
+    assert checkpoint.steps(tmp_path) == [2]
+
+
+def test_steps_of_nine_digits_come_after_those_of_eight(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step, keep=2)
+    assert checkpoint.steps(tmp_path) == [99_999_999, 100_000_000]
+    assert checkpoint.newest_intact(tmp_path) == tmp_path / "step_100000000"
+
+
+class Disk:
+    """Records what is made durable, and how everything was at each rename."""
+
+    def __init__(self, monkeypatch):
+        self.synced, self.renames = set(), []
+        fsync, rename, replace = os.fsync, os.rename, os.replace
+
+        def recorded_fsync(handle):
+            self.synced.add(os.readlink(f"/proc/self/fd/{handle}"))
+            fsync(handle)
+
+        def recorded_rename(source, target):
+            inside = {str(path) for path in Path(source).rglob("*")} | {str(source)}
+            self.renames.append((Path(target).name, inside - self.synced))
+            self.synced.discard(str(Path(target).parent))
+            rename(source, target)
+
+        def recorded_replace(source, target):
+            self.synced |= {str(target)} if str(source) in self.synced else set()
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", recorded_replace)
+        monkeypatch.setattr(os, "fsync", recorded_fsync)
+        monkeypatch.setattr(os, "rename", recorded_rename)
+
+
+def test_a_folder_is_durable_before_it_is_renamed_and_its_name_after_that(tmp_path, monkeypatch):
+    def nested(folder: Path) -> None:
+        write_files("text")(folder)
+        (folder / "more").mkdir()
+        (folder / "more" / "file").write_text("text")
+
+    disk = Disk(monkeypatch)
+    root = tmp_path / "checkpoints"
+    save(root, 2)
+    assert disk.renames == [("step_00000002", set())]
+    assert {str(root), str(tmp_path)} <= disk.synced
+    for _ in range(2):
+        checkpoint.replace_folder(tmp_path / "best", nested)
+        assert str(tmp_path) in disk.synced
+    assert [left for name, left in disk.renames if name == "best"] == [set(), set()]
+
+
 # --- killed while saving ---
 
 
-def test_what_a_killed_save_of_any_step_has_left_goes_with_the_next(tmp_path):
-    for name in (".step_00000003.tmp", ".step_00000009.tmp"):
+def test_what_a_killed_save_or_start_of_any_step_has_left_goes_with_the_next(tmp_path):
+    for name in (".step_00000003.tmp", ".step_00000009.tmp", ".step_00000002.resharded"):
         (tmp_path / name / "engine").mkdir(parents=True)
     save(tmp_path, 4)
     assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
@@ -347,6 +407,21 @@ def test_nothing_is_unpickled_to_find_damage(tmp_path, monkeypatch):
     assert checkpoint.newest_intact(tmp_path) == folder
 
 
+@pytest.mark.parametrize("name", ["../step_00000002/state.json", "/etc/hostname", "engine//number", ".", "a\nb", ""])
+def test_a_manifest_that_names_a_file_outside_is_damaged(tmp_path, name):
+    folder = save(tmp_path, 2)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    checkpoint.write_json(folder / "manifest.json", {"files": files | {name: [1, "0" * 64]}})
+    assert checkpoint.damage(folder) == f"its manifest names {name!r}, which is no file in it"
+
+
+def test_a_manifest_of_another_shape_is_damaged(tmp_path):
+    folder = save(tmp_path, 2)
+    for content in ([], {"files": []}, {"files": {"a": 1}}, {"files": {"a": [1]}}, {}):
+        (folder / "manifest.json").write_text(json.dumps(content))
+        assert checkpoint.damage(folder) == "no readable manifest"
+
+
 # --- a folder replaced as a whole ---
 
 
@@ -395,11 +470,25 @@ def test_killed_anywhere_a_replaced_folder_is_never_half_written(tmp_path):
     assert ["new"] * 3 in seen
 
 
+@pytest.mark.parametrize("left", [".best.tmp", ".best.old"])
+def test_what_a_killed_replacement_has_left_goes_with_the_next_start(tmp_path, left):
+    checkpoint.replace_folder(tmp_path / "best", write_files("new"))
+    write_files("left")(tmp_path / left)
+    checkpoint.restore_folder(tmp_path / "best")  # of a reader, who may not hold the run
+    assert (tmp_path / left).exists()
+    checkpoint.clear_folder(tmp_path / "best")
+    assert names(tmp_path) == ["best"]
+    assert not (tmp_path / left).exists()
+    assert content(tmp_path / "best") == ["new"] * 3
+
+
 def test_json_files(tmp_path):
     path = tmp_path / "run.json"
     checkpoint.write_json(path, {"status": "running"})
     assert checkpoint.read_json(path) == {"status": "running"}
-    for broken in ("{", "\xff"):
+    with pytest.raises(UserError, match=r"run\.json cannot be read \(it lacks data, task\); remove it"):
+        checkpoint.read_json(path, "status", "data", "task", fix="remove it")
+    for broken in ("{", "\xff", "[]", "3", "", "[" * 100_000):
         path.write_text(broken, encoding="latin-1")
         with pytest.raises(UserError, match=r"run\.json cannot be read"):
             checkpoint.read_json(path)

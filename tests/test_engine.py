@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 
-from ki_ds import engine
+from ki_ds import checkpoint, engine
 from ki_ds.config import parse
 from ki_ds.data.batches import TrainBatches
 from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
 from ki_ds.models import build_lm
 from ki_ds.run import load_data
-from tests.tiny import ROOT, environment, run_ranks, tiny_config, tiny_corpus, write_config
+from tests.tiny import ROOT, environment, run, run_ranks, tiny_config, tiny_corpus, write_config
 from tests.workers.split_gradients import run_config
 
 BASE = ["--run_dir", "r", "--data.corpus", "c", "--train.global_batch_size", "32", "--train.micro_batch_size", "4"]
@@ -198,3 +198,78 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_that_it_sees(seen, l
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert engine._own_device() == torch.device("cuda", int(expected))
     assert os.environ["LOCAL_RANK"] == expected
+
+
+class OnNvme:
+    """A parameter whose part DeepSpeed has put on NVMe: what stands in memory is one element of a shared buffer."""
+
+    def __init__(self, values):
+        self.ds_tensor = torch.zeros(1)
+        self.ds_tensor.ds_numel, self.ds_tensor.status = len(values), engine.PartitionedParamStatus.NOT_AVAILABLE
+        self.nvme_swapper, self._values = self, values
+
+    def swap_into_buffer(self, parameter, buffer):
+        assert parameter is self
+        buffer.copy_(self._values)
+
+
+def student_with(parameters, device="cpu"):
+    student = engine.StudentEngine.__new__(engine.StudentEngine)
+    student.device = torch.device(device)
+    student.model = torch.nn.Module()
+    student.model.parameters = lambda: iter(parameters)
+    return student
+
+
+def test_weights_are_judged_wherever_they_are_kept():
+    offloaded = torch.nn.Parameter(torch.zeros(0))
+    offloaded.ds_tensor = torch.ones(3)
+    good = [torch.nn.Parameter(torch.ones(2)), offloaded, OnNvme(torch.ones(5))]
+    assert student_with(good).weights_are_finite()
+    bad = torch.nn.Parameter(torch.zeros(0))
+    bad.ds_tensor = torch.tensor([1.0, float("inf")])
+    for parameter in (torch.nn.Parameter(torch.tensor([float("nan")])), bad, OnNvme(torch.tensor([1.0, float("nan")]))):
+        assert not student_with([*good, parameter]).weights_are_finite()
+
+
+def test_what_the_ranks_add_up_is_on_the_device_though_the_weights_are_not(monkeypatch):
+    """NCCL refuses a tensor of the host; a device without a host's memory stands for a GPU."""
+
+    def nccl(tensor):
+        if tensor.device.type == "cpu":
+            raise RuntimeError("No backend type associated with device type cpu")
+        return torch.zeros(tensor.shape)
+
+    monkeypatch.setattr(engine, "all_sum", nccl)
+    offloaded = torch.nn.Parameter(torch.zeros(0))
+    offloaded.ds_tensor = torch.ones(3)
+    assert student_with([offloaded], device="meta").weights_are_finite()
+
+
+class Makes:
+    """Pickled as a call that makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_that_names_what_no_training_saves_is_refused_and_not_run(corpus, tmp_path):
+    """Its manifest is made anew, as whoever may write the folder can."""
+    train = {"num_steps": 2, "stop_at_step": 1}
+    folder = run(tmp_path / "run", corpus, train=train)
+    (saved,) = (folder / "checkpoints").glob("step_*")
+    files = sorted((saved / "engine").glob("*.pt"))
+    assert len(files) == 2
+    for file in files:
+        whole, content = file.read_bytes(), torch.load(file, weights_only=False)
+        content["ds_version"] = Makes(tmp_path / "made")
+        torch.save(content, file)
+        listed = [path for path in saved.rglob("*") if path.name != "manifest.json"]
+        checkpoint.write_json(saved / "manifest.json", {"files": checkpoint._sync_and_hash(saved, listed)})
+        with pytest.raises(UserError, match=rf"{file.name} pickles posix\.mkdir, which no training of ours has saved"):
+            run(tmp_path / "run", corpus, train=train)
+        file.write_bytes(whole)
+    assert not (tmp_path / "made").exists()

@@ -109,6 +109,25 @@ def test_a_restored_state_goes_on_bit_for_bit():
     assert second.taught_steps() == whole.taught_steps() is not None
 
 
+def resumed(saved, *, step=30, start_step=0, teachers=("a",)):
+    return HandOver.resumed(saved, CPU, step=step, start_step=start_step, teachers=list(teachers))
+
+
+def test_a_checkpoints_state_is_of_one_period_and_its_teachers():
+    taught = resumed(None, step=0)
+    after(taught, [0.5] * 3)
+    saved = json.loads(json.dumps(taught.saved()))
+    assert resumed(saved).state() == taught.state()
+    for other in (resumed(saved, teachers=("b",)), resumed(saved, teachers=("a", "b")), resumed(saved, start_step=30)):
+        assert float(other.alpha) == 1.0
+        assert other.taught_steps() is None
+        assert other.first_step == 30
+    assert resumed(saved).first_step == 0
+    older = {"start_step": 0, "state": saved["state"]}
+    assert resumed(older).state() == taught.state()
+    assert resumed(resumed(saved, teachers=("b",)).saved(), step=40, teachers=("b",)).first_step == 30
+
+
 # ---------------------------------------------------------------------------------- in a run
 
 AUTO = {"schedule": "auto", "steps": None}
@@ -161,6 +180,37 @@ def test_a_resume_before_or_after_is_bitwise_the_same_run(base, whole, stop):
     kept = ("step", "alpha", "loss", "ce", "kl")
     found, expected = ([[r[k] for k in kept] for r in records(f, "train")] for f in (base / name, whole))
     assert found == expected
+
+
+@pytest.fixture(scope="module")
+def other_teacher(base):
+    """As good as the first, with other weights."""
+    return run(base / "auto_other_teacher", base / "corpus", model={"hidden_size": 16}, train={"num_steps": 8}, seed=2)
+
+
+@pytest.mark.parametrize("stop", [10, 50], ids=["before", "after"])
+def test_another_teacher_is_refused_or_begins_anew_before_the_hand_over_and_after(base, other_teacher, stop, capsys):
+    name, other = f"auto_changed_{stop}", {"path": str(other_teacher)}
+    auto(base, name, train={"stop_at_step": stop})
+    with pytest.raises(
+        UserError, match=rf"inherited from .*mlm_teacher, teacher.path={other_teacher} has other weights"
+    ):
+        auto(base, name, teacher=other)
+    with pytest.raises(UserError, match=r"teacher.path=.*nobody cannot be read as a model"):
+        auto(base, name, teacher={"path": str(base / "nobody")})
+    capsys.readouterr()
+    last = {"stop_at_step": stop + 1}
+    auto(base, name, train=last)
+    assert ("is not asked: alpha is 0 from step 51 on" in capsys.readouterr().out) == (stop == 50)
+    auto(base, name, teacher=other, train={"changed_config": "allow", "stop_at_step": stop + 2})
+    lines = records(base / name, "train")
+    assert lines[-2]["alpha"] < 0.5
+    assert lines[-1]["alpha"] == 1.0
+    auto(base, name, teacher=other, train={"changed_config": "allow", "stop_at_step": stop + 4})
+    assert records(base / name, "train")[-1]["alpha"] < 1.0
+    manifest = checkpoint.read_json(base / name / "run.json")
+    assert [teacher["path"] for teacher in manifest["teachers"]] == [str(other_teacher)]
+    assert [teacher["path"] for teacher in manifest["former_teachers"]] == [str(base / "mlm_teacher")]
 
 
 def test_how_often_metrics_are_written_changes_no_weight(base, whole):

@@ -3,12 +3,16 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 
-from ki_ds import checkpoint, engine
+from ki_ds import checkpoint, engine, lineage
+from ki_ds import config as configuration
 from ki_ds.errors import UserError
+from ki_ds.run import _check_teachers
+from ki_ds.teachers import factory
 from tests.jobs import dying
 from tests.tiny import inherit, records, run, tiny_config, tiny_corpus, train_ranks, write_config
 
@@ -41,6 +45,61 @@ def test_a_causal_teacher_for_a_masked_student(base):
 def test_missing_teacher_and_corpus(base):
     refused(base, "orphan", "teacher.path=.*cannot be read", teacher={"path": str(base / "nobody")})
     refused(base, "no_data", "is no prepared corpus", data={"corpus": str(base / "nothing")})
+
+
+def test_a_teacher_that_nobody_asks_is_said_and_has_to_be_there_and_the_same(base, capsys):
+    none = {"schedule": "constant", "constant_alpha": 0.0, "steps": None}
+    refused(base, "silent", "teacher.path=.*cannot be read", teacher={"path": str(base / "nobody")}, inherit=none)
+    inherit(base, "silent", inherit=none, train={"num_steps": 1})
+    teacher = base / "mlm_teacher"
+    assert capsys.readouterr().out.count(f"the teacher {teacher} is not asked: alpha is 0 from step 1 on") == 1
+    assert checkpoint.read_json(base / "silent" / "run.json")["teachers"] == []
+
+    inherit(base, "over", train={"stop_at_step": 5})  # taught for 4 steps
+    refused(base, "over", "teacher.path=.*cannot be read", teacher={"path": str(base / "nobody")})
+    other = run(base / "over_other", base / "corpus", model={"hidden_size": 16}, train={"num_steps": 1}, seed=2)
+    refused(base, "over", "teacher.path=.*has other weights", teacher={"path": str(other)})
+    capsys.readouterr()
+    inherit(base, "over", teacher={"path": str(other)}, train={"changed_config": "allow"})
+    assert f"the teacher {other} is not asked: alpha is 0 from step 6 on" in capsys.readouterr().out
+    assert checkpoint.read_json(base / "over" / "run.json")["teachers"][0]["path"] == str(teacher)
+
+
+def test_two_names_of_a_hub_are_two_teachers(base):
+    """Their weights are in no folder, so that nothing else tells them apart."""
+    one, other = ({"path": name, "weights_sha256": None, "name": None, "cache": None} for name in ("a/b", "c/d"))
+    _check_teachers(base, [one], [one])
+    with pytest.raises(UserError, match=r"inherited from a/b, teacher\.path=c/d has other weights"):
+        _check_teachers(base, [one], [other])
+
+
+READERS = {
+    "run.json": lambda path: checkpoint.read_json(path, "data"),
+    "best/valid.json": lambda path: factory._valid_ppl(str(path.parent)),
+    "best/lineage.json": lambda path: lineage.read(path.parent, None),
+    "checkpoints/step_00000008/state.json": lambda path: checkpoint.read_json(path),
+    "config.yaml": lambda path: configuration.load(path),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_a_run_keeps_as_text_cut_at_any_byte_is_one_line(base, tmp_path, name):
+    whole = (base / "mlm_teacher" / name).read_bytes()
+    path = tmp_path / Path(name).name
+    path.write_bytes(whole)
+    READERS[name](path)
+    yaml = path.suffix == ".yaml"  # of which a part can be whole: each value is compared with the run's
+    taken, said = 0, []
+    for cut in range(0, len(whole) - 1, 40 if yaml else 1):
+        path.write_bytes(whole[:cut])
+        try:
+            READERS[name](path)
+            taken += 1
+        except UserError as error:
+            said.append(str(error))
+    assert not [line for line in said if "\n" in line]
+    assert said
+    assert yaml or not taken
 
 
 def test_rows_longer_than_the_student_or_teacher(base):

@@ -1,14 +1,17 @@
 """Files of torch.save, read without running anything that they name.
 
 torch's own restricted reader does the work. What it does not know, but fairseq and DeepSpeed pickle beside the
-weights, becomes an `Inert` that keeps its data and does nothing; any other name is refused.
+weights, becomes an `Inert` that keeps its data and does nothing; any other name is refused. Code of others that calls
+torch.load itself is held to the same reader.
 """
 
 import contextlib
+import os
+import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,6 +80,44 @@ def read_checkpoint(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # of a damaged file: anything, from IndexError to UnicodeDecodeError
             raise UserError(f"{path} cannot be read ({_reason(error)}); nothing of it was run: get it again") from None
+
+
+def check_names(paths: Iterable[Path], classes: Collection[type]) -> None:
+    """Return silently, or raise UserError for the first file that names more than weights and these classes."""
+    known = {*_get_allowed_globals(), *(f"{made.__module__}.{made.__qualname__}" for made in classes)}
+    for path in paths:
+        if foreign := sorted(_named(path) - known):
+            raise UserError(
+                f"{path} pickles {foreign[0]}, which no training of ours has saved; nothing of it was run: resume from "
+                "a checkpoint that you trust"
+            )
+
+
+@contextlib.contextmanager
+def weights_and(classes: Collection[type], *, what: Path) -> Iterator[None]:
+    """While it lasts, every torch.load of this process makes tensors, plain values and these classes, and no others.
+
+    Also one that asks for more, as DeepSpeed's do. Its look at a file is the only one: nothing can change in between.
+
+    Args:
+        what: the folder that is read, for the error line.
+
+    Raises:
+        UserError: a file names something else.
+    """
+    forced, loosened = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name) for name in (forced, loosened) if name in os.environ}
+    os.environ[forced] = "1"
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            yield
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{what} cannot be read ({_reason(error)}); nothing of it was run: resume from another"
+        ) from None
+    finally:
+        del os.environ[forced]
+        os.environ.update(before)
 
 
 def _reason(error: Exception) -> str:

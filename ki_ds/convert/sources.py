@@ -173,18 +173,19 @@ _PLAIN_LOSSES = ("masked_lm", "cross_entropy")
 
 
 def _of_run(run_dir: Path) -> Source:
-    checkpoint.restore_folder(run_dir / "best")
+    if not checkpoint.in_use(run_dir):
+        checkpoint.restore_folder(run_dir / "best")
     folder = Path(model_folder(str(run_dir)))
     facts: dict[str, Any] = {"weights": "best validation cross-entropy"}
     if (folder / "valid.json").exists():
-        valid = checkpoint.read_json(folder / "valid.json")
+        valid = checkpoint.read_json(folder / "valid.json", "step", "ppl", fix="restore it, or remove it")
         facts |= {"step": valid["step"], "validation perplexity": f"{valid['ppl']:.2f}"}
     return _of_hf(folder, run_dir, f"the best weights of run {run_dir.resolve().name}", facts)
 
 
 def _of_checkpoint(folder: Path) -> Source:
     if not folder.is_dir():
-        found = ", ".join(str(int(p.name[5:])) for p in sorted(folder.parent.glob("step_*"))) or "none"
+        found = ", ".join(map(str, checkpoint.steps(folder.parent))) or "none"
         raise UserError(f"{folder} does not exist; checkpoints of this run are at steps {found}")
     if (what := checkpoint.damage(folder)) is not None:
         raise UserError(f"{folder} is damaged: {what}; take another checkpoint")
@@ -199,7 +200,7 @@ def _of_hf(folder: Path, run_dir: Path, what: str, facts: dict[str, Any]) -> Sou
     task = task_of(hf_config)
     files = tuple(sorted(folder.glob("*.safetensors")))
     if (run_dir / "run.json").exists():
-        manifest = checkpoint.read_json(run_dir / "run.json")
+        manifest = checkpoint.read_json(run_dir / "run.json", "task", "name", "status", "version", "data")
         task = manifest["task"]
         facts |= run_facts(run_dir, manifest)
     weights = {name: tensor for file in files for name, tensor in load_file(file).items()}

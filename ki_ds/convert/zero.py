@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ki_ds.convert.safe_pickle import Inert, plain, read_checkpoint
-from ki_ds.data.store import check_space
+from ki_ds.data.store import check_space, is_plain_name
 from ki_ds.errors import UserError
 
 _MOMENTS = ("optimizer", "base_optimizer_state", "param_slice_mappings")  # large, and of no use here
@@ -45,10 +45,10 @@ def find_checkpoint(folder: Path) -> Path | None:
     if not (folder / "latest").is_file():
         return None
     tag = (folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
-    found = folder / tag
-    if not tag or found.parent != folder or not any(found.glob("*_model_states.pt")):
-        raise UserError(f"{folder / 'latest'} names {tag!r}, which has no model states; name the global_step folder")
-    return found
+    if not is_plain_name(tag) or not any((folder / tag).glob("*_model_states.pt")):
+        shown = repr(tag[:100])
+        raise UserError(f"{folder / 'latest'} names {shown}, which has no model states; name the global_step folder")
+    return folder / tag
 
 
 def consolidate(folder: Path) -> Consolidated:

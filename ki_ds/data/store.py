@@ -366,6 +366,20 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def sync_tree(folder: Path) -> None:
+    """Make all that lies in a folder durable, before it is renamed."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with Path(path, name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(path))
+
+
+def is_plain_name(text: object) -> bool:
+    """Whether a text that a file holds names an entry of a folder: nothing above, below or beside it, on one line."""
+    return isinstance(text, str) and text not in ("", ".", "..") and "/" not in text and text.isprintable()
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Put `content` under `path`, text as UTF-8: whole or not at all, and durable."""
     temporary = path.with_name(path.name + ".tmp")

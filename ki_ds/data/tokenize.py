@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from ki_ds.data.corpora import Document
-from ki_ds.data.store import SpecialIds, write_atomically, write_errors_are_one_line
+from ki_ds.data.store import SpecialIds, sync_folder, sync_tree, write_atomically, write_errors_are_one_line
 from ki_ds.errors import UserError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which worker processes need not pay
@@ -119,7 +119,9 @@ def save_tokenizer(
             tokenizer.save_pretrained(temporary)
             for name, content in files.items():
                 (temporary / name).write_bytes(content)
+            sync_tree(temporary)
         temporary.replace(folder)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

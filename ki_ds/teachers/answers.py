@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ki_ds.data.batches import Batch
-from ki_ds.data.store import token_dtype, write_errors_are_one_line
+from ki_ds.data.store import sync_folder, token_dtype, write_errors_are_one_line
 from ki_ds.errors import UserError
 from ki_ds.teachers.cache_build import Recording, missing_places, topk_key
 from ki_ds.teachers.cache_files import CacheFiles, Columns
@@ -65,6 +65,7 @@ def export_requests(path: Path, questions: Questions, tokenizer: PreTrainedToken
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
     return len(questions_asked)

@@ -37,7 +37,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-from ki_ds.data.store import token_dtype, write_atomically
+from ki_ds.data.store import is_plain_name, token_dtype, write_atomically
 from ki_ds.errors import UserError
 
 FORMAT = 1
@@ -123,6 +123,11 @@ class Manifest:
             raise UserError(f"{path} has format {version}, this program reads {FORMAT}; make the cache again")
         if digest != sha256_of(content):
             raise UserError(f"{path} is damaged (not its SHA-256); restore it, or make the cache again")
+        for name in content["chunks"]:
+            if not is_plain_name(name):
+                raise UserError(
+                    f"{path} names the chunk {name[:100]!r}, which is no file beside it; make the cache again"
+                )
         return cls(**{name: content[name] for name in ("key", "teacher", "head_sha256", "chunks")})
 
     def check(self, expected: dict[str, Any], *, folder: Path, fix: str) -> None:

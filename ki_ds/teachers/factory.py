@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ki_ds import lineage
+from ki_ds.checkpoint import read_json
 from ki_ds.config import RunConfig, Task, TeacherConfig
 from ki_ds.data.datasets import Datasets, check_tokenizer
 from ki_ds.errors import UserError
@@ -93,6 +93,29 @@ def make_teachers(
         for found, name, entry in zip(facts, names, entries, strict=True)
     ]
     return _placed(ManyTeachers(teachers, assignment), config.teacher, device), facts
+
+
+def identify_teachers(config: RunConfig) -> list[dict[str, Any]]:
+    """path, weights_sha256, cache, name, domains and share of all teachers of a run, of which none is loaded.
+
+    Raises:
+        UserError: there is no model, or no cache, at a path.
+    """
+    found = []
+    for number, entry in enumerate(config.all_teachers):
+        known: dict[str, Any] = {"path": entry.path, "cache": None}
+        if config.teacher.placement == "cache":
+            manifest = Manifest.read(Path(entry.path))
+            known |= {"path": manifest.teacher["path"], "weights_sha256": manifest.teacher["weights_sha256"]}
+            known["cache"] = _facts_of_cache(entry.path, manifest)
+        else:
+            what = "teacher.path" if config.teachers is None else f"teachers.{number}.path"
+            folder = model_folder(entry.path)
+            read_config(folder, what=what)
+            known["weights_sha256"] = weights_sha256(folder) if Path(folder).is_dir() else None
+        name = None if config.teachers is None else str(number)
+        found.append(known | {"name": name, "domains": entry.domains, "share": entry.share})
+    return found
 
 
 def _cut(teacher: Teacher, config: RunConfig, num_classes: int) -> Teacher:
@@ -200,19 +223,23 @@ def _cached(config: TeacherConfig, questions: Questions, device: torch.device) -
     semantics = fitting_semantics(config, manifest.key)
     files = CacheFiles.open(folder, manifest)
     check_coverage(files, questions, folder=folder)
-    cache = {
-        "path": config.path,
+    teacher = CachedTeacher(files, manifest, folder=folder, semantics=semantics, device=device)
+    return teacher, replace(TeacherFacts(**manifest.teacher), cache=_facts_of_cache(config.path, manifest))
+
+
+def _facts_of_cache(path: str, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "path": path,
         "key_sha256": manifest.key_sha256,
         "kind": manifest.key["kind"],
         "forward_flops": manifest.forward_flops,
     }
-    teacher = CachedTeacher(files, manifest, folder=folder, semantics=semantics, device=device)
-    return teacher, replace(TeacherFacts(**manifest.teacher), cache=cache)
 
 
 def _valid_ppl(folder: str) -> float | None:
     path = Path(folder) / "valid.json"
-    return json.loads(path.read_text(encoding="utf-8"))["ppl"] if path.exists() else None
+    fix = "restore it, or remove it: it says how good the teacher is, and nothing more"
+    return read_json(path, "ppl", fix=fix)["ppl"] if path.exists() else None
 
 
 def _check_shape(lm: PreTrainedModel, what: str, *, num_classes: int, seq_len: int) -> None:

@@ -119,19 +119,12 @@ def _steps(config: RunConfig, start: int) -> range:
 # --- the student's side -------------------------------------------------------------------------------------------
 
 
-def connect_teachers(
-    config: RunConfig, domains: Sequence[str], bridge: Bridge, device: torch.device, *, step: int
-) -> tuple[RanksTeacher, list[TeacherFacts]]:
-    """The teachers behind the bridge, told to begin at `step`, and their facts. Called by every student rank.
-
-    Args:
-        domains: the names behind the batches' domain ids.
+def meet_teachers(config: RunConfig, bridge: Bridge) -> list[TeacherFacts]:
+    """The facts of the teachers behind the bridge, once they are there. Called by every student rank.
 
     Raises:
-        UserError: what its ranks could not use, or that one of them did not come up within teacher.patience.
+        UserError: what their ranks could not use, or that one of them did not come up within teacher.patience.
     """
-    if bridge.rank == 0:
-        bridge.put("start", step)
     try:
         note = bridge.get(f"facts_{bridge.teacher}", seconds=config.teacher.patience or math.inf)
     except TimeoutError:
@@ -141,9 +134,22 @@ def connect_teachers(
         ) from None
     if "error" in note:
         raise UserError(note["error"])
+    return [TeacherFacts(**facts) for facts in note["facts"]]
+
+
+def connect_teachers(
+    config: RunConfig, domains: Sequence[str], bridge: Bridge, device: torch.device, *, step: int
+) -> RanksTeacher:
+    """The teachers behind the bridge, told to begin at `step`. Called by every student rank after `meet_teachers`.
+
+    Args:
+        domains: the names behind the batches' domain ids.
+    """
+    if bridge.rank == 0:
+        bridge.put("start", step)
     accumulation = config.train.global_batch_size // (config.train.micro_batch_size * bridge.num_students)
     num_batches = len(_steps(config, step)) * accumulation
-    teacher = RanksTeacher(
+    return RanksTeacher(
         bridge,
         Assignment.of(config.all_teachers, domains),
         device,
@@ -151,7 +157,6 @@ def connect_teachers(
         ahead=config.teacher.ahead,
         patience=config.teacher.patience,
     )
-    return teacher, [TeacherFacts(**facts) for facts in note["facts"]]
 
 
 class RanksTeacher(Teacher):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from ki_ds.convert import safe_pickle
 from ki_ds.convert.fairseq import read_fairseq
 from ki_ds.convert.safe_pickle import Inert, plain, read_checkpoint
 from ki_ds.errors import UserError
@@ -80,6 +81,42 @@ def test_hostile_pickles_are_refused_and_never_run(tmp_path, payload, target, le
         with pytest.raises(UserError, match=r"pickles .*, which weights do not need; nothing of it was run") as caught:
             reader(path)
         assert "\n" not in str(caught.value)
+    assert not target.exists()
+
+
+class Known:
+    """A class that a saved training holds."""
+
+    def __init__(self, number=0):
+        self.number = number
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_torch_load_of_others_makes_nothing_but_tensors_and_known_classes(
+    tmp_path, payload, target, legacy, monkeypatch
+):
+    evil, good = tmp_path / "evil.pt", tmp_path / "good.pt"
+    for path, extra in ((evil, payload), (good, 1)):
+        content = {"w": torch.ones(2), "scaler": Known(3), "extra": extra}
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    for loader in (torch.load, lambda path: torch.load(path, weights_only=False)):
+        with safe_pickle.weights_and([Known], what=tmp_path):
+            assert loader(good)["scaler"].number == 3
+        with (
+            pytest.raises(UserError, match="nothing of it was run") as caught,
+            safe_pickle.weights_and([Known], what=tmp_path),
+        ):
+            loader(evil)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(UserError), safe_pickle.weights_and([], what=tmp_path):
+            loader(good)
+    assert not target.exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    safe_pickle.check_names([good], [Known])
+    with pytest.raises(UserError, match=r"evil\.pt pickles .*, which no training of ours has saved"):
+        safe_pickle.check_names([good, evil], [Known])
     assert not target.exists()
 
 

@@ -153,10 +153,21 @@ def test_which_folder(engine, tmp_path):
     shutil.copytree(engine[0], tmp_path / "global_step8")
     (tmp_path / "latest").write_text("global_step8\n")
     assert find_checkpoint(tmp_path) == tmp_path / "global_step8"
-    for tag in ("global_step9", "../x", ""):
-        (tmp_path / "latest").write_text(tag)
-        with pytest.raises(UserError, match="latest names"):
-            find_checkpoint(tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    for tag in ("global_step9", "../global_step8", "", ".", str(engine[0]), "global_step8/../../global_step8", "a\nb"):
+        (run / "latest").write_text(tag)
+        with pytest.raises(UserError, match="latest names") as caught:
+            find_checkpoint(run)
+        assert "\n" not in str(caught.value)
+    shutil.copytree(engine[0], tmp_path / "shards" / "inner")
+    for file in engine[0].iterdir():
+        shutil.copy(file, tmp_path / "shards")
+    (tmp_path / "shards" / "inner" / "latest").write_text("..")
+    for file in (tmp_path / "shards" / "inner").glob("*.pt"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"latest names '\.\.'"):
+        find_checkpoint(tmp_path / "shards" / "inner")
 
 
 @pytest.mark.parametrize("name", ["layer_00-model_states.pt", "mp_rank_01_model_states.pt"])

@@ -314,3 +314,11 @@ def test_two_keys_are_compared_by_field(cache):
         manifest.check(changed, folder=cache[0], fix="do it")
     with pytest.raises(UserError, match=r"was made with data\.new=nothing, the run has data.new=1"):
         manifest.check({"data.new": 1}, folder=cache[0], fix="")
+
+
+@pytest.mark.parametrize("name", ["../chunk_0.safetensors", "/etc/hostname", "a/b", "..", "", "a\nb"])
+def test_a_manifest_that_names_a_chunk_elsewhere_is_refused(tmp_path, name):
+    Manifest(key={}, teacher=TEACHER, head_sha256=None, chunks={name: [1, 1, 1, 1]}).write(tmp_path)
+    with pytest.raises(UserError, match=r"names the chunk .*, which is no file beside it") as caught:
+        Manifest.read(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -6,14 +6,17 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from ki_ds import lineage
 from ki_ds.config import TeacherConfig
 from ki_ds.data.batches import Sample, collate
 from ki_ds.data.corpora import Document
 from ki_ds.data.tokenize import tokenizer_hash, train_tokenizer
 from ki_ds.errors import UserError
 from ki_ds.models import count_parameters
-from ki_ds.teachers.factory import make_teacher
+from ki_ds.teacher_entries import TeacherEntry
+from ki_ds.teachers.factory import identify_teachers, make_teacher, make_teachers
 from ki_ds.teachers.online import OnlineTeacher
+from tests.teachers.cache_cases import cache_of, config_of, data_of
 
 CPU = torch.device("cpu")
 NUM_CLASSES = 261
@@ -157,3 +160,35 @@ def test_a_folder_that_cannot_be_read_is_one_line_that_names_it(folder, make, tm
         make(broken)
     assert "\n" not in str(caught.value)
     assert "teacher.path" in str(caught.value)
+
+
+def test_a_teacher_is_known_without_being_loaded_wherever_it_runs(base, tmp_path, monkeypatch):
+    """What a run compares when it goes on is the same for each placement, loaded or not."""
+    online = config_of(base)
+    _, facts = make_teachers(online, data_of(online), device=CPU)
+    expected = [dataclasses.asdict(found) for found in facts]
+    cache_of(online, tmp_path / "cache", kind="hidden")
+    monkeypatch.setattr("ki_ds.teachers.factory.load_lm", None)
+    places = [{"placement": place} for place in ("online", "overlap", "ranks")]
+    for teacher in (*places, {"placement": "cache", "path": str(tmp_path / "cache")}):
+        found = identify_teachers(config_of(base, teacher=teacher))
+        assert lineage.identities(found) == lineage.identities(expected)
+        assert [(known["path"], known["name"]) for known in found] == [(expected[0]["path"], None)]
+        assert (found[0]["cache"] is not None) == (teacher["placement"] == "cache")
+
+
+def test_of_several_teachers_each_is_known_with_its_share(base):
+    entries = [{"path": str(base / "mlm_teacher"), "share": share} for share in (1.0, 3.0)]
+    several = config_of(base)
+    several = dataclasses.replace(
+        several,
+        teacher=dataclasses.replace(several.teacher, path=None),
+        teachers=[TeacherEntry(**entry) for entry in entries],
+    )
+    _, facts = make_teachers(several, data_of(several), device=CPU)
+    found = identify_teachers(several)
+    assert lineage.identities(found) == lineage.identities([dataclasses.asdict(each) for each in facts])
+    assert [known["share"] for known in found] == [1.0, 3.0]
+    missing = dataclasses.replace(several, teachers=[several.teachers[0], TeacherEntry(str(base / "nobody"))])
+    with pytest.raises(UserError, match=r"teachers\.1\.path=.*nobody cannot be read"):
+        identify_teachers(missing)
