@@ -411,7 +411,7 @@ class StudentEngine:
         settings = read_ds_config(run.engine.ds_config)
         self.zero_stage = zero_stage(settings)
         self.device = device
-        self.model = model
+        self.model = model.train()  # one that was loaded is in evaluation mode, without dropout
         if run.engine.activation_checkpointing:
             model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if run.engine.compile:
