@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -273,3 +274,22 @@ def test_a_checkpoint_that_names_what_no_training_saves_is_refused_and_not_run(c
             run(tmp_path / "run", corpus, train=train)
         file.write_bytes(whole)
     assert not (tmp_path / "made").exists()
+
+
+def test_an_architectures_own_loss_counts_as_its_average_over_micro_batches_and_ranks(monkeypatch):
+    """Two ranks of two micro-batches with unlike rows: sum(loss) / rows + mean(aux), in gradients and for the guard."""
+    monkeypatch.setattr(engine, "world_size", lambda: 2)
+    weight = torch.ones((), requires_grad=True)
+    seen = torch.zeros(())
+    for _ in range(2):  # a rank
+        fake = object.__new__(engine.StudentEngine)
+        fake._loss = torch.zeros(())
+        fake._engine = SimpleNamespace(
+            gradient_accumulation_steps=lambda: 2, backward=lambda loss, scale_wrt_gas: loss.backward()
+        )
+        for loss_sum, aux_loss in ((3.0, 1.0), (9.0, 5.0)):
+            fake.backward(weight * loss_sum, torch.tensor(8.0), weight * aux_loss)
+        seen += fake._loss
+    expected = 2 * (3.0 + 9.0) / 8.0 + (1.0 + 5.0) / 2
+    assert float(weight.grad) / 2 == pytest.approx(expected)  # DeepSpeed averages over the two ranks
+    assert float(seen) == pytest.approx(expected)

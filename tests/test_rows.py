@@ -7,7 +7,7 @@ import transformers as hf
 from ki_ds.config import LossConfig, ModelConfig
 from ki_ds.errors import UserError
 from ki_ds.loss import topk_inheritance_loss
-from ki_ds.models import InheritanceModel, RowLM, build_lm
+from ki_ds.models import InheritanceModel, RowLM, Rows, build_lm
 from ki_ds.probe import of_one
 from ki_ds.signals import TopKSignal
 from tests.lms import ARCHITECTURES, SPECIAL, auto, make_batch, spread_out, tiny_preset
@@ -118,3 +118,39 @@ def test_a_top_k_signal_gives_the_top_k_loss(semantics):
         torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
     assert num_rows == 4
     assert kl > 0
+
+
+def esm(hidden, seed):
+    config = hf.EsmConfig(
+        **{"vocab_size": 100, "hidden_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"intermediate_size": 64, "pad_token_id": SPECIAL.pad, "mask_token_id": SPECIAL.mask, "token_dropout": True},
+        position_embedding_type="rotary",
+    )
+    torch.manual_seed(seed)
+    return hf.EsmForMaskedLM(config)
+
+
+def test_a_protein_model_learns_from_a_smaller_one():
+    """ESM rescales embeddings by the share of masks in each row, and adds a bias behind its projection."""
+    batch = make_batch(padded=True)
+    batch.input_ids_BL.view(-1)[batch.rows_N[::2]] = SPECIAL.mask
+    teacher, student = RowLM(spread_out(esm(16, 1))), spread_out(esm(32, 2))
+    model = InheritanceModel(student, num_classes=100, loss=LossConfig(), tau=2.0)
+    teacher.check(Rows("mlm"))
+    model.check(Rows("mlm"))
+    assert model.check_training(Rows("mlm")) == []
+    with torch.no_grad():
+        signal = teacher.signal(batch)
+        logits = teacher.lm(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits
+    found = torch.nn.functional.linear(signal.hidden_ND, signal.weight_VD, signal.bias_V)
+    torch.testing.assert_close(found, logits.flatten(0, 1)[batch.rows_N], rtol=1e-5, atol=1e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss_sum, _, kl_sum, *_ = model.train()(batch, signal, 1.0)
+        optimizer.zero_grad()
+        loss_sum.backward()
+        optimizer.step()
+        losses.append(float(kl_sum))
+    assert losses[-1] < 0.5 * losses[0]
+    assert model.lm.lm_head.bias.grad.any()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, FNetConfig, MixtralConfig
 
 from ki_ds import config as configuration
 from ki_ds import schedules
@@ -16,6 +16,7 @@ from ki_ds.errors import UserError
 from ki_ds.run import load_data
 from ki_ds.train import train
 from tests.jobs import dying, ended, start
+from tests.lms import GQA, TINY
 from tests.tiny import ROOT, inherit, records, run, run_ranks, tiny_config, train_ranks, write_config
 
 
@@ -252,3 +253,28 @@ def test_nobody_else_can_write_what_a_run_makes(base, capsys):
     finally:
         os.umask(before)
     assert f"run_dir={folder} can be written by every user" in capsys.readouterr().out
+
+
+def test_an_architectures_own_loss_is_trained_and_a_figure_of_its_own(base):
+    config = MixtralConfig(
+        **GQA | {"vocab_size": 384, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1},
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+    )
+    config.save_pretrained(base / "experts")
+    given = tiny_config(base / "routed", base / "corpus", task="causal", monitor={"csv": True}, train={"num_steps": 3})
+    given["model"] = {"name": str(base / "experts"), "init": "random"}
+    train(configuration.load(write_config(base / "routed.yaml", given)))
+    for record in records(base / "routed", "train"):
+        assert 0.45 < record["aux_loss"] < 1.0  # half of a balance that is 1 at best
+        assert record["loss"] == record["ce"]
+    assert all("aux_loss" not in record for record in records(base / "routed", "valid"))
+    assert list((base / "routed").rglob("*aux_loss*.csv"))
+
+
+def test_a_student_that_sees_padding_is_refused_before_anything_is_trained(base):
+    FNetConfig(vocab_size=384, pad_token_id=1, **TINY).save_pretrained(base / "fnet")
+    given = tiny_config(base / "padded", base / "corpus")
+    given["model"] = {"name": str(base / "fnet"), "init": "random"}
+    with pytest.raises(UserError, match="FNetForMaskedLM sees padding"):
+        train(configuration.load(write_config(base / "padded.yaml", given)))

@@ -35,6 +35,16 @@ def causal(store):
     return BlockDataset(store, task="causal", seq_len=64)
 
 
+def test_rows_are_padded_unless_all_of_them_are_full(store):
+    assert BlockDataset(store, task="mlm", seq_len=64).padded  # blocks of whole lines
+    whole = BlockDataset(store, task="causal", seq_len=64, break_mode="none")
+    sizes = [whole.size(i) for i in range(len(whole))]
+    assert whole.padded == (set(sizes) != {64})
+    full = next(n for n in range(8, 4096) if sum(sizes) % n == 0)
+    assert not BlockDataset(store, task="causal", seq_len=full, break_mode="none").padded
+    assert not BlockDataset(store, task="causal", seq_len=64, break_mode="none_doc", packing=True).padded
+
+
 class TestDataset:
     def test_mlm_labels_are_the_text_and_only_chosen_places_change(self, mlm, store):
         seen = []
