@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args, get_type_hints
 import jsonargparse
 import yaml
 
-from ki_ds.conditions import Condition, check_meaning, only, walk, without_meaning
+from ki_ds import conditions
+from ki_ds.conditions import check_meaning, only, walk, without_meaning
 from ki_ds.errors import UserError
 from ki_ds.operational import is_operational
 from ki_ds.ranges import check_ranges
@@ -23,38 +24,6 @@ from ki_ds.teacher_entries import TeacherEntry, check_entries
 
 Task = Literal["mlm", "causal"]
 Precision = Literal["fp32", "bf16", "fp16"]
-
-_MASKED = Condition(lambda c: c.task == "mlm", "for task={c.task}")
-_LINES_KEPT = Condition(
-    lambda c: c.data.break_mode not in ("none", "none_doc", "auto" if c.task == "causal" else ""),
-    "for task={c.task} with data.break_mode={c.data.break_mode}",
-)
-_SHORT_BLOCKS = Condition(
-    lambda c: c.task == "causal" and c.data.break_mode in ("complete_doc", "none_doc", "eos"),
-    "for task={c.task} with data.break_mode={c.data.break_mode}",
-)
-_OWN_VALID = Condition(lambda c: c.data.valid is None, "with data.valid")
-_PARTS = Condition(
-    lambda c: c.data.valid_fraction > 0 or any(s.half or s.fraction < 1 or s.max_tokens for s in c.data.all_sources),
-    "where no half, fraction, max_tokens or data.valid_fraction takes a part",
-)
-_TEACHER = Condition(
-    lambda c: c.teachers is not None or c.teacher.path is not None,
-    "without a teacher",
-    "give teacher.path, or leave it out",
-)
-_TOPK = Condition(
-    lambda c: c.teacher.topk is not None or c.teacher.placement == "cache",
-    "without teacher.topk or teacher.placement=cache",
-)
-_RANKS = Condition(lambda c: c.teacher.placement == "ranks", "with teacher.placement={c.teacher.placement}")
-_INHERITS = Condition(lambda c: c.inherit.schedule != "none", "with inherit.schedule={c.inherit.schedule}")
-_ENDS = Condition(lambda c: c.inherit.schedule in ("linear", "heaviside"), "with inherit.schedule={c.inherit.schedule}")
-_CONSTANT = Condition(lambda c: c.inherit.schedule == "constant", "with inherit.schedule={c.inherit.schedule}")
-_DECAY = Condition(lambda c: c.optim.weight_decay > 0, "with optim.weight_decay={c.optim.weight_decay}")
-_BEFORE_END = Condition(
-    lambda c: (c.train.stop_at_step or 0) <= c.train.num_steps, "after train.num_steps={c.train.num_steps}"
-)
 
 
 @dataclass(frozen=True)
@@ -123,20 +92,20 @@ class DataConfig:
     sources: list[SourceConfig] | None = None
     tokenizer: str | None = None
     valid: dict[str, str] | None = None
-    valid_fraction: float = only(0.0, _OWN_VALID)
-    subset_seed: int = only(0, _PARTS)
+    valid_fraction: float = only(0.0, conditions.OWN_VALID)
+    subset_seed: int = only(0, conditions.PARTS)
     seq_len: int = 512
     break_mode: Literal["auto", "complete", "complete_doc", "eos", "none", "none_doc"] = "auto"
-    long_lines: Literal["split", "drop"] = only("split", _LINES_KEPT)
-    packing: bool = only(False, _SHORT_BLOCKS)
-    mask_probability: float = only(0.15, _MASKED)
-    keep_probability: float = only(0.1, _MASKED)
-    random_probability: float = only(0.1, _MASKED)
-    whole_words: bool = only(False, _MASKED)
-    mask_variants: int = only(0, _MASKED)
+    long_lines: Literal["split", "drop"] = only("split", conditions.LINES_KEPT)
+    packing: bool = only(False, conditions.SHORT_BLOCKS)
+    mask_probability: float = only(0.15, conditions.MASKED)
+    keep_probability: float = only(0.1, conditions.MASKED)
+    random_probability: float = only(0.1, conditions.MASKED)
+    whole_words: bool = only(False, conditions.MASKED)
+    mask_variants: int = only(0, conditions.MASKED)
     num_workers: int = 1
     index_dir: str | None = None
-    valid_mask_variants: int = only(1, _MASKED)
+    valid_mask_variants: int = only(1, conditions.MASKED)
     max_valid_samples: int | None = None
 
     @property
@@ -197,13 +166,13 @@ class TeacherConfig:
     """
 
     path: str | None = None
-    placement: Literal["online", "overlap", "cache", "ranks"] = only("online", _TEACHER)
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = only("auto", _TEACHER)
-    topk: int | None = only(None, _TEACHER)
-    topk_semantics: Literal["renormalise", "tail"] = only("renormalise", _TOPK)
-    num_ranks: int = only(1, _RANKS)
-    ahead: int = only(2, _RANKS)
-    patience: float = only(300.0, _RANKS)
+    placement: Literal["online", "overlap", "cache", "ranks"] = only("online", conditions.PLACED)
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = only("auto", conditions.TEACHER)
+    topk: int | None = only(None, conditions.TEACHER)
+    topk_semantics: Literal["renormalise", "tail"] = only("renormalise", conditions.TOPK)
+    num_ranks: int = only(1, conditions.RANKS)
+    ahead: int = only(2, conditions.RANKS)
+    patience: float = only(300.0, conditions.RANKS)
 
 
 @dataclass(frozen=True)
@@ -222,11 +191,11 @@ class InheritConfig:
     """
 
     schedule: Literal["linear", "heaviside", "constant", "auto", "none"] = "none"
-    steps: int | None = only(None, _ENDS)
-    slope: float | None = only(None, _ENDS)
-    start_step: int = only(0, _INHERITS)
-    constant_alpha: float = only(0.5, _CONSTANT)
-    tau: float = only(2.0, _INHERITS)
+    steps: int | None = only(None, conditions.ENDS)
+    slope: float | None = only(None, conditions.ENDS)
+    start_step: int = only(0, conditions.INHERITS)
+    constant_alpha: float = only(0.5, conditions.CONSTANT)
+    tau: float = only(2.0, conditions.INHERITS)
 
 
 @dataclass(frozen=True)
@@ -264,7 +233,7 @@ class OptimConfig:
     beta2: float = 0.98
     eps: float = 1.0e-6
     weight_decay: float = 0.01
-    decay_norms_and_biases: bool = only(True, _DECAY)
+    decay_norms_and_biases: bool = only(True, conditions.DECAY)
     warmup_fraction: float = 0.1
     max_grad_norm: float = 0.0
 
@@ -329,7 +298,7 @@ class TrainConfig:
     save_in_background: bool = False
     keep_checkpoints: int = 2
     keep_every: int | None = None
-    stop_at_step: int | None = only(None, _BEFORE_END)
+    stop_at_step: int | None = only(None, conditions.BEFORE_END)
     bad_step: Literal["stop", "skip"] = "stop"
     spike_sigmas: float = 0.0
     changed_config: Literal["refuse", "allow"] = "refuse"
@@ -443,12 +412,13 @@ def _validated(
     return config
 
 
-def load(path: str | Path) -> RunConfig:
-    """The run that a saved configuration file describes. Raises UserError as `parse` does.
+def load(path: str | Path, *, saved: bool = False) -> RunConfig:
+    """The run that a configuration file describes. Raises UserError as `parse` does.
 
-    A field without meaning in that run may have any value: files of earlier versions hold some.
+    Args:
+        saved: by a run, maybe of an earlier version, whose fields without meaning may have any value.
     """
-    return _validated(lambda parser: parser.parse_args(["--config", str(path)]), saved=True)
+    return _validated(lambda parser: parser.parse_args(["--config", str(path)]), saved=saved)
 
 
 def save(config: RunConfig, path: str | Path) -> None:
@@ -495,9 +465,9 @@ def validate(config: RunConfig, *, saved: bool = False) -> None:
     """
     _check_given(config)
     check_ranges(flatten(config))
+    _check_inheritance(config)
     if not saved:
         check_meaning(config)
-    _check_inheritance(config)
     if not config.run_dir:
         raise UserError("run_dir is empty; give the run a folder, e.g. --run_dir runs/base")
     _check_data(config.data)

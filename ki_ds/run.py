@@ -288,7 +288,7 @@ def _check_folder(config: RunConfig, run_dir: Path) -> None:
     if not _holds_work(run_dir):
         (run_dir / "run.json").unlink(missing_ok=True)
         return
-    changed = configuration.differences(configuration.load(saved), config)
+    changed = configuration.differences(configuration.load(saved, saved=True), config)
     if changed and config.train.changed_config == "refuse":
         name, (old, new) = next(iter(changed.items()))
         raise UserError(

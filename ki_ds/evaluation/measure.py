@@ -110,7 +110,7 @@ def data_of_run(name: str) -> tuple[DataConfig, Task]:
     path = Path(name) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{name} is no run of ours, whose data would be known; give --data and --task")
-    config = configuration.load(path)
+    config = configuration.load(path, saved=True)
     return config.data, config.task
 
 
