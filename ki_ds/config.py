@@ -126,7 +126,7 @@ class ModelConfig:
         num_heads: overrides the preset's number of attention heads.
         ffn_size: overrides the preset's feed-forward size.
         num_positions: position embeddings of a preset, in tokens (512, Table 6).
-        vocab_multiple: the embedding is padded to a multiple of this; padding takes no probability.
+        vocab_multiple: the embedding is padded to a multiple of this; padding takes no probability and is not exported.
         dropout: dropout of a preset (0.1).
         attention_dropout: attention dropout of a preset (0.1).
         init_std: standard deviation of a preset's initial weights (0.02).

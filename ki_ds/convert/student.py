@@ -16,6 +16,7 @@ from ki_ds.config import Task
 from ki_ds.convert.card import model_card
 from ki_ds.convert.sources import Source, run_facts
 from ki_ds.convert.unpadded import begin_with, cut, readable_alike, unpadded
+from ki_ds.convert.vocabulary import tokenizer_lines
 from ki_ds.data.datasets import Vocabulary
 from ki_ds.data.tokenizer_files import Files
 from ki_ds.models import count_parameters, max_positions, weights_sha256
@@ -54,11 +55,11 @@ class StudentFolder:
             eos = vocabulary.special_ids.eos
             begin_with(made, eos, eos=eos, pad=vocabulary.special_ids.pad)
         files = vocabulary.files(task, limit=max_positions(lm), config=made.config.to_json_string())
-        tokenizer = None if vocabulary.tokenizer is None else len(vocabulary.tokenizer)
         notes = [f"dict.txt: fairseq's dictionary of {vocabulary.size:,} ids"] if vocabulary.dictionary else []
-        notes += (
-            ["no tokenizer: ids mean what dict.txt says"] if tokenizer is None else [f"tokenizer of {tokenizer:,} ids"]
-        )
+        if vocabulary.tokenizer is None:
+            notes.append("no tokenizer: ids mean what dict.txt says")
+        else:
+            notes += tokenizer_lines(vocabulary.tokenizer, vocabulary.size)
         return cls(task, made, files, notes)
 
     @property

@@ -53,7 +53,7 @@ def beside_model(source: Source, model: PreTrainedModel, *, tokenizer: Path | No
         lines.append(f"no tokenizer: ids mean what {'dict.txt' if lines else 'the training data'} says")
     else:
         num_ids, pad = len(made) if source.dictionary is None else num_ids, made.pad_token_id
-        lines += _lines(made, num_ids)
+        lines += tokenizer_lines(made, num_ids)
         first = _first(source, made)
         config = model.config.to_json_string()
         origin = tokenizer or source.tokenizer_dir
@@ -89,7 +89,8 @@ def _first(source: Source, tokenizer: PreTrainedTokenizerBase) -> int | None:
     return source.first
 
 
-def _lines(made: PreTrainedTokenizerBase, num_ids: int) -> list[str]:
+def tokenizer_lines(made: PreTrainedTokenizerBase, num_ids: int) -> list[str]:
+    """What is to be said of a tokenizer beside a model of `num_ids` ids."""
     lines = [f"tokenizer of {len(made):,} ids"]
     if (beyond := made.backend_tokenizer.get_vocab_size() - len(made)) > 0:
         lines.append(
