@@ -245,12 +245,12 @@ def _check_padded_embeddings(model: RowLM, batch: Batch) -> None:
         raise _sees_padding(model)
 
 
-def _changing_padding(batch: Batch) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+def _changing_padding(batch: Batch) -> Callable[[nn.Module, Any, Any], Any]:
     """A hook that puts other embeddings in the place of padding's."""
     mask_BL = batch.attention_mask_BL
 
-    def change(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
-        if mask_BL is None or out.shape[:2] != mask_BL.shape:
+    def change(_module: nn.Module, _inputs: Any, out: Any) -> Any:
+        if mask_BL is None or not isinstance(out, Tensor) or out.shape[:2] != mask_BL.shape:
             return out
         return torch.where(mask_BL[..., None] == 1, out, out + out.abs().amax())
 
