@@ -214,20 +214,11 @@ def _from_vocab_and_merges(folder: Path) -> Any:
     return kind.from_pretrained(str(folder))
 
 
-def begin_with_eos(folder: Path) -> bool:
-    """Have the tokenizer in a folder put `</s>` before a text and nothing behind it; True where that was a change.
-
-    Causal models are trained on lines that follow `</s>` and end with it. A tokenizer of RoBERTa's kind would begin a
-    prompt with `<s>`, which they have never seen, and end it, so that they go on with another text. One that puts
-    nothing around a text and knows no other beginning than eos (GPT-2's) stays as it is.
-    """
-    eos = load_tokenizer(folder).eos_token_id
-    return eos is not None and begin_with(folder, eos)
-
-
 def begin_with(folder: Path, first: int) -> bool:
     """Have the tokenizer in a folder put the token `first` before a text; True where that was a change.
 
+    Causal models are trained on lines that follow `</s>` and end with it. A tokenizer of RoBERTa's kind would begin a
+    prompt with `<s>`, which they have never seen, and end it, so that they go on with another text.
     No ids change. It is bos from then on, for programs that begin with that by themselves, and what was bos is cls.
     """
     tokenizer = load_tokenizer(folder)

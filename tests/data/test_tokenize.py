@@ -17,7 +17,7 @@ import sentencepiece
 from ki_ds.data.corpora import Document
 from ki_ds.data.store import SpecialIds, open_store
 from ki_ds.data.tokenize import (
-    begin_with_eos,
+    begin_with,
     former_tokenizer_hash,
     load_tokenizer,
     read_fairseq_dict,
@@ -192,17 +192,17 @@ class TestLoading:
         assert special_ids(tokenizer) == SpecialIds(bos=2, pad=0, eos=3, unk=1, mask=4)
 
 
-class TestBeginWithEos:
+class TestBeginWith:
     def test_causal_models_have_their_texts_behind_eos(self, trained, tmp_path):
         folder, tokenizer = trained
         copy = shutil.copytree(folder, tmp_path / "copy")
-        assert begin_with_eos(copy)
+        assert begin_with(copy, 2)
         again = load_tokenizer(copy)
         inner = tokenizer("the cat", add_special_tokens=False).input_ids
         assert again("the cat").input_ids == [2, *inner]
         assert again("the cat", "the cat").input_ids == [2, *inner, 2, *inner]
         assert tokenizer_hash(again) == tokenizer_hash(tokenizer)
-        assert not begin_with_eos(copy)
+        assert not begin_with(copy, 2)
 
     def test_a_class_that_puts_its_own_tokens(self, tmp_path):
         from transformers import AutoTokenizer, RobertaTokenizer
@@ -210,7 +210,7 @@ class TestBeginWithEos:
         words = ["<s>", "<pad>", "</s>", "<unk>", "a", "b", "<mask>"]
         RobertaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(tmp_path)
         assert AutoTokenizer.from_pretrained(tmp_path)("ab").input_ids == [0, 4, 5, 2]
-        assert begin_with_eos(tmp_path)
+        assert begin_with(tmp_path, 2)
         assert AutoTokenizer.from_pretrained(tmp_path)("ab").input_ids == [2, 4, 5]
 
     def test_others_stay_as_they_are(self, tmp_path):
@@ -219,7 +219,7 @@ class TestBeginWithEos:
         tokenizer = GPT2Tokenizer(vocab={"a": 0, "b": 1, "<|endoftext|>": 2}, merges=[])
         tokenizer.save_pretrained(tmp_path)
         before = (tmp_path / "tokenizer.json").read_bytes()
-        assert not begin_with_eos(tmp_path)
+        assert not begin_with(tmp_path, 2)
         assert (tmp_path / "tokenizer.json").read_bytes() == before
 
     def test_a_models_folder_without_a_tokenizer(self, tmp_path):
