@@ -13,7 +13,7 @@ from ki_ds.data.tokenize import load_tokenizer
 from ki_ds.errors import UserError
 from ki_ds.models import build_lm
 from ki_ds.teachers.factory import make_teacher
-from tests.test_models import ARCHITECTURES, auto
+from tests.lms import ARCHITECTURES, auto
 
 SPECIAL = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=4)
 
