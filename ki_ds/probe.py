@@ -10,7 +10,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,9 +21,10 @@ from ki_ds.config import Task
 from ki_ds.data.batches import IGNORE_INDEX, Batch, Sample, collate
 from ki_ds.errors import UserError
 from ki_ds.loss import LogitForm
+from ki_ds.signals import HiddenSignal
 
-if TYPE_CHECKING:
-    from ki_ds.rows import RowLM
+# answer(hidden_ND, weight_VD, bias_V or None) -> whatever the question asks for
+Answer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 _SHORT = 6  # tokens of the shorter row, fewer than a convolution reaches over
 _LONG = 24
@@ -43,7 +44,37 @@ class Rows:
 USUAL = Rows()
 
 
-def check(model: RowLM, rows: Rows) -> None:
+@dataclass
+class Question:
+    """What is asked of a projection during one forward, and what came of it."""
+
+    answer: Answer
+    rows_N: Tensor | None  # that the projection has to select itself; None once they are selected
+    stand_in: Tensor  # the logits that the rest of the forward goes on with
+    leaves: bool = True  # whether the answer takes the place of the model's logits in the end
+    answered: Tensor | None = None
+
+
+class Asked(Protocol):
+    """What is probed: a `ki_ds.rows.RowLM`."""
+
+    lm: PreTrainedModel
+    form: LogitForm
+    num_logits: int
+    selects_early: bool
+    _bias_name: str | None
+
+    def forwarded(self, batch: Batch, question: Question | None = None, **arguments: Any) -> Any:
+        """The model's own output for a batch."""
+
+    def ask(self, batch: Batch, answer: Answer) -> Tensor:
+        """The answer about the labelled rows."""
+
+    def signal(self, batch: Batch) -> HiddenSignal:
+        """The hidden states of the labelled rows."""
+
+
+def check(model: Asked, rows: Rows) -> None:
     """As `RowLM.check`."""
     with _looked_at(model.lm), torch.no_grad():
         model.lm.eval()
@@ -67,7 +98,7 @@ def check(model: RowLM, rows: Rows) -> None:
             check_packing(model)
 
 
-def _batch(model: RowLM, rows: Rows) -> Batch:
+def _batch(model: Asked, rows: Rows) -> Batch:
     """A batch as a run's: a long row and a short one, with a few labelled positions each."""
     draw = torch.Generator().manual_seed(1)
     config = model.lm.config.get_text_config()
@@ -82,7 +113,7 @@ def _batch(model: RowLM, rows: Rows) -> Batch:
     return collate(samples, pad_id=pad if isinstance(pad, int) else 0, seq_len=rows.seq_len).to(model.lm.device)
 
 
-def _logits(model: RowLM, batch: Batch) -> Tensor:
+def _logits(model: Asked, batch: Batch) -> Tensor:
     """The model's own logits, [B * L, V] in float32 or better."""
     logits_BLV = model.forwarded(batch).logits
     if logits_BLV.shape[:2] != batch.input_ids_BL.shape:
@@ -90,7 +121,7 @@ def _logits(model: RowLM, batch: Batch) -> Tensor:
     return logits_BLV.flatten(0, 1).float()
 
 
-def _alone(model: RowLM, ids_L: Tensor) -> Tensor:
+def _alone(model: Asked, ids_L: Tensor) -> Tensor:
     """The model's own logits of one row without padding, [L, V]."""
     rows = torch.arange(len(ids_L), device=ids_L.device)
     return _logits(model, of_one(ids_L[None], rows))
@@ -107,7 +138,7 @@ def of_one(input_ids_BL: Tensor, rows_N: Tensor) -> Batch:
 # --- the form of the logits -----------------------------------------------------------------------------------------
 
 
-def _find_form(model: RowLM, batch: Batch) -> tuple[LogitForm, str | None]:
+def _find_form(model: Asked, batch: Batch) -> tuple[LogitForm, str | None]:
     """What the model makes of the logits z of its projection, and the name of the tensor that it adds to them.
 
     The model is given logits of our own in the place of its projection's. What comes out shows the scale, the cap and
@@ -133,7 +164,7 @@ def shaped(products_NV: Tensor, bias_V: Tensor | float | None, form: LogitForm) 
     return logits_NV if form.cap is None else form.cap * torch.tanh(logits_NV / form.cap)
 
 
-def _probing_logits(model: RowLM) -> Tensor:
+def _probing_logits(model: Asked) -> Tensor:
     """Logits [R, V] of every size up to where a cap cannot be passed, in the model's dtype."""
     draw = torch.Generator().manual_seed(2)
     random_RV = torch.randn(6, model.num_logits, generator=draw) * torch.tensor([1.0, 1, 10, 10, 100, 1000])[:, None]
@@ -147,10 +178,8 @@ def _uncapped(f_RV: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     return cap * torch.atanh(ratio_RV.clamp(-0.99, 0.99)), (ratio_RV.abs() < 0.8).double()
 
 
-def _made_of(model: RowLM, batch: Batch, z_RV: Tensor) -> tuple[Tensor, str | None, Tensor]:
+def _made_of(model: Asked, batch: Batch, z_RV: Tensor) -> tuple[Tensor, str | None, Tensor]:
     """(what the model makes of the logits, name and values of the bias that it adds)."""
-    from ki_ds.rows import Question
-
     buffers = {name: buffer for name, buffer in model.lm.named_buffers() if buffer.numel() == model.num_logits}
     named = dict(model.lm.named_parameters()) | buffers
     tensors = {name: tensor for name, tensor in named.items() if tensor.is_floating_point() and tensor.is_leaf}
@@ -178,7 +207,7 @@ def _made_of(model: RowLM, batch: Batch, z_RV: Tensor) -> tuple[Tensor, str | No
     return f_RV, used[0], tensors[used[0]].detach().reshape(-1).double()
 
 
-def _try(model: RowLM, batch: Batch, expected_NV: Tensor, *, early: bool) -> bool:
+def _try(model: Asked, batch: Batch, expected_NV: Tensor, *, early: bool) -> bool:
     """Whether rows asked about, selected behind the body or only in the head, have the model's own logits."""
     model.selects_early = early
     try:
@@ -198,7 +227,7 @@ def _is_exact(lm: PreTrainedModel) -> bool:
     return lm.dtype in (torch.float32, torch.float64)
 
 
-def _differ(model: RowLM, found_NV: Tensor, expected_NV: Tensor, *, rounding: float) -> bool:
+def _differ(model: Asked, found_NV: Tensor, expected_NV: Tensor, *, rounding: float) -> bool:
     """Whether logits differ by more than `rounding` of the largest one, or are no numbers.
 
     In 16 bits rounding may send a token to another expert: then most rows have to differ, by more than 3%.
@@ -211,7 +240,7 @@ def _differ(model: RowLM, found_NV: Tensor, expected_NV: Tensor, *, rounding: fl
 # --- what a row depends on ------------------------------------------------------------------------------------------
 
 
-def _check_later_tokens(model: RowLM, batch: Batch) -> None:
+def _check_later_tokens(model: Asked, batch: Batch) -> None:
     """UserError where a token's logits depend on those behind it."""
     ids_L = batch.input_ids_BL[0, : int(batch.lengths[0])]
     changed_L = torch.cat([ids_L[: len(ids_L) // 2], ids_L[len(ids_L) // 2 :].flip(0)])
@@ -223,7 +252,7 @@ def _check_later_tokens(model: RowLM, batch: Batch) -> None:
         )
 
 
-def _check_padding(model: RowLM, batch: Batch) -> None:
+def _check_padding(model: Asked, batch: Batch) -> None:
     """UserError where a row's logits depend on the row beside it, through the padding that it gets there."""
     length, width = int(batch.lengths[1]), batch.input_ids_BL.shape[1]
     alone_LV = _alone(model, batch.input_ids_BL[1, :length])
@@ -232,7 +261,7 @@ def _check_padding(model: RowLM, batch: Batch) -> None:
         raise _sees_padding(model)
 
 
-def _check_padded_embeddings(model: RowLM, batch: Batch) -> None:
+def _check_padded_embeddings(model: Asked, batch: Batch) -> None:
     """UserError where logits depend on the embedding of padding: one that is 0 today need not be after a step."""
     length, width = int(batch.lengths[1]), batch.input_ids_BL.shape[1]
     before_LV = _logits(model, batch)[width : width + length]
@@ -257,14 +286,14 @@ def _changing_padding(batch: Batch) -> Callable[[nn.Module, Any, Any], Any]:
     return change
 
 
-def _sees_padding(model: RowLM) -> UserError:
+def _sees_padding(model: Asked) -> UserError:
     return UserError(
         f"{type(model.lm).__name__} sees padding: what it says of a row depends on the rows beside it; take another "
         "model, or data whose rows all have data.seq_len tokens"
     )
 
 
-def check_packing(model: RowLM) -> None:
+def check_packing(model: Asked) -> None:
     """As `RowLM.check_packing`."""
     ids = torch.arange(2, 12, device=model.lm.device)[None] % model.num_logits
     changed = torch.cat([ids[:, :4].flip(1), ids[:, 4:]], dim=1)

@@ -10,8 +10,6 @@ Shape suffixes: B sequences, L positions, N labelled rows in order, D hidden siz
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,25 +23,11 @@ from ki_ds.data.batches import Batch
 from ki_ds.errors import UserError
 from ki_ds.loss import LogitForm
 from ki_ds.objective import loss_of
-from ki_ds.probe import USUAL, Rows
+from ki_ds.probe import USUAL, Answer, Question, Rows
 from ki_ds.profiling import part
 from ki_ds.signals import HiddenSignal, Signal
 
-# answer(hidden_ND, weight_VD, bias_V or None) -> whatever the question asks for
-Answer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
 _CERTAIN = 1e4  # a logit, beside its negative, of a class that any scale or cap leaves certain
-
-
-@dataclass
-class Question:
-    """What is asked of a projection during one forward, and what came of it."""
-
-    answer: Answer
-    rows_N: Tensor | None  # that the projection has to select itself; None once they are selected
-    stand_in: Tensor  # the logits that the rest of the forward goes on with
-    leaves: bool = True  # whether the answer takes the place of the model's logits in the end
-    answered: Tensor | None = None
 
 
 class _Asked:
