@@ -109,10 +109,10 @@ def inject(monkeypatch):
             def backward(ctx, gradient):
                 return gradient * value
 
-        def injected(self, loss_sum, rows):
+        def injected(self, loss_sum, rows, *aux):
             if self._engine.global_steps + 1 in steps:
                 loss_sum = Bad.apply(loss_sum) if gradient_only else loss_sum * value
-            backward(self, loss_sum, rows)
+            backward(self, loss_sum, rows, *aux)
 
         monkeypatch.setattr(StudentEngine, "backward", injected)
 

@@ -72,6 +72,8 @@ def test_bash_launches_unless_a_launcher_has_started_this_rank(said, expected, s
 
 @pytest.mark.parametrize(("said", "launcher_"), [(RANKS, "a launcher"), (MPIRUN, "mpirun"), (SRUN, "srun")])
 def test_options_for_deepspeed_are_refused_where_another_launcher_has_started_the_ranks(said, launcher_, monkeypatch):
+    for name in RANKS:  # of a run in this process
+        monkeypatch.delenv(name, raising=False)
     for name, value in {**said, "KI_DS_ARGS": "--num_gpus 2"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"KI_DS_ARGS=--num_gpus 2 is for the deepspeed .* but {launcher_} has started"):

@@ -55,12 +55,12 @@ def test_a_window_averages_an_architectures_own_loss_over_micro_batches():
     window.add(output(36.0, 24.0, 6.0, 10), 10, aux_loss=torch.tensor(1.0, requires_grad=True))
     window.add(output(2.0, 2.0, 0.0, 2), 10, aux_loss=torch.tensor(4.0))
     window.add(output(math.nan, 2.0, 0.0, 2), 10, aux_loss=torch.tensor(9.0))
-    found = window.close()
+    found = closed(window)
     assert found.aux_loss == 2.5
     assert found.means["loss"] == 38 / 12  # equation 2 alone
     window = Window(CPU)
     window.add(output(2.0, 2.0, 0.0, 2), 10)
-    assert window.close().aux_loss is None
+    assert closed(window).aux_loss is None
 
 
 def test_a_window_tells_teachers_apart_by_their_own_rows_and_tokens():

@@ -253,7 +253,6 @@ OTHER_RUNS = {
     "data.seq_len=32, the run has data.seq_len=24": {"data": {"seq_len": 24}},
     "data.break_mode=complete, the run has data.break_mode=eos": {"data": {"break_mode": "eos"}},
     "data.long_lines=split, the run has data.long_lines=drop": {"data": {"long_lines": "drop"}},
-    "data.subset_seed=0, the run has data.subset_seed=4": {"data": {"subset_seed": 4}},
     "data.mask_probability=0.15, the run has data.mask_probability=0.2": {"data": {"mask_probability": 0.2}},
     "data.keep_probability=0.1, the run has data.keep_probability=0.0": {"data": {"keep_probability": 0.0}},
     "data.random_probability=0.1, the run has data.random_probability=0.3": {"data": {"random_probability": 0.3}},
@@ -276,6 +275,9 @@ def test_a_cache_of_another_held_out_part_is_refused(base, tmp_path):
     cache_of(config_of(base, data={**tokens, "valid_fraction": 0.2}), tmp_path / "cache", topk=10)
     words = "was made with data.valid_fraction=0.2, the run has data.valid_fraction=0.1; give the run"
     refused(config_of(base, data={**tokens, "valid_fraction": 0.1}), tmp_path / "cache", words)
+    words = "was made with data.subset_seed=0, the run has data.subset_seed=4; give the run"
+    other = {**tokens, "valid_fraction": 0.2, "subset_seed": 4}
+    refused(config_of(base, data=other), tmp_path / "cache", words)
 
 
 def test_a_cache_of_other_data_is_refused(base, caches):

@@ -76,7 +76,10 @@ def test_more_entries_than_ids_are_refused(base):
     ("groups", "message"),
     [
         ({"teacher": {"topk": 0, "path": "t"}}, "teacher.topk=0 is outside"),
-        ({"teacher": {"topk": 10}, "inherit": {"schedule": "none"}}, "teacher.topk=10 needs a teacher"),
+        (
+            {"teacher": {"topk": 10}, "inherit": {"schedule": "none"}},
+            "teacher.topk=10 has no meaning without a teacher",
+        ),
         ({"teacher": {"topk": 10, "path": "t", "placement": "cache"}}, "whose K is its own; leave it out"),
         ({"teacher": {"topk": 10, "path": "t", "placement": "ranks"}}, "which send hidden states; leave it out"),
         ({"teacher": {"topk": 10, "path": "t"}, "inherit": {"schedule": "auto"}}, "hides the whole teacher"),

@@ -19,10 +19,10 @@ def main(files: list[str]) -> None:
     unchanged: list[int] = []
     backward, step = StudentEngine.backward, StudentEngine.step
 
-    def bad(self, loss_sum, rows):
+    def bad(self, loss_sum, rows, *aux):
         last_rank = rank() == torch.distributed.get_world_size() - 1
         value = math.nan if last_rank and self._engine.global_steps + 1 in (3, 6) else 1.0
-        backward(self, loss_sum * value, rows)
+        backward(self, loss_sum * value, rows, *aux)
 
     def watched(self, lr):
         before = [getattr(p, "ds_tensor", p).detach().clone() for p in self.model.parameters()]
