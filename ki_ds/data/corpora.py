@@ -144,7 +144,9 @@ class Corpus:
             self._open_file = None
             self._bytes_before += source.num_bytes
         if not found:
-            raise UserError(f"{_place(self.sources[0])} and its like hold no document; bring files with text")
+            pages = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out_pages.items())
+            left = f" (pages of dumps left out: {pages})" if pages else ""
+            raise UserError(f"{_place(self.sources[0])} and its like hold no document{left}; bring files with text")
 
     def unicode(self, text: str) -> str:
         """The text with U+FFFD for each half of a surrogate pair, which is counted."""
@@ -379,6 +381,8 @@ def _read_wiki(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocum
     try:
         for article in mediawiki.articles(file, corpus.left_out_pages):
             yield RawDocument(article.text, article.id, article.title, corpus.domain, wiki=article.language)
+    except mediawiki.NotADumpError as error:
+        raise UserError(f"{path} is no whole MediaWiki dump: {error}") from None
     except (ParseError, ValueError) as error:
         raise UserError(
             f"{path} is no whole MediaWiki dump ({error}); it is cut, not UTF-8 or something else: fetch it again"

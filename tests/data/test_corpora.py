@@ -474,6 +474,14 @@ class TestBadCorpora:
         (tmp_path / "a.xml.bz2").write_bytes(data[:-20])
         self.refused(tmp_path / "a.xml.bz2", "cut or damaged")
 
+    def test_a_dump_without_articles_says_what_it_has(self, tmp_path):
+        log = "<mediawiki><logitem><id>1</id></logitem></mediawiki>"
+        (tmp_path / "a.xml").write_text(log)
+        self.refused(tmp_path / "a.xml", "no whole MediaWiki dump: it is a dump of logs, without pages$")
+        page = "<page><title>A</title><redirect/><revision><text>x</text></revision></page>"
+        (tmp_path / "a.xml").write_text(f"<mediawiki>{page}{page}</mediawiki>")
+        self.refused(tmp_path / "a.xml", r"hold no document \(pages of dumps left out: 2 redirects\); bring")
+
     @pytest.mark.parametrize("content", [b"<html><a>x</a></html>", b"plain"])
     def test_another_kind_of_xml(self, tmp_path, content):
         (tmp_path / "a.xml").write_bytes(content)

@@ -117,6 +117,7 @@ def test_other_slots_are_not_the_text():
         ("<html><a>x</a></html>", "<html> is another kind"),
         (dump("<logitem><id>1</id></logitem>"), "dump of logs"),
         (dump(page("A", revision("", attributes='id="3" bytes="1200"'))), "stubs"),
+        (dump(page("A", revision("", attributes='id="3"', version="0.3"), version="0.3"), version="0.3"), "stubs"),
     ],
 )
 def test_dumps_without_pages_or_texts(content, message):

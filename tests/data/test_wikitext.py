@@ -37,6 +37,13 @@ def test_markup(wikitext, plain):
         ("a [[Unbekannt:Turm.JPG|miniatur|Der [[Turm]]]] b [[Beispiel:Turm|c]] [[c:File:x.png|d]]", "a b c d"),
         ("[[\u200eFile:a.png|thumb]]x [[ image : a b ]]y", "x y"),
         ("see [[User:A|her]], [[Portal:Tea]], [[:File:a.png]]", "see her, Portal:Tea, File:a.png"),
+        ("''Ilias'', soit l'''Iliade''. '''Homère''' est l'auteur.", "Ilias, soit l'Iliade. Homère est l'auteur."),
+        ("dell'''Aida'' di '''Verdi'''\nun '''opera'' nuova", "dell'Aida di Verdi\nun 'opera nuova"),
+        ("''''''both''''' and ''''quoted'''", "'both and 'quoted"),
+        ("l<nowiki>'</nowiki>''Iliade'', l{{'}}''Aida'' &#39;''x''", "l'Iliade, l'Aida 'x"),
+        ("See [[voy:Paris|the guide]] and [[doi:10.1|it]].[[en:Tea]][[be-x-old:Чай]]", "See the guide and it."),
+        ("call __index__ in Python __INDEX__ now", "call __index__ in Python now"),
+        ("北京（{{lang|en|Beijing}}，旧称燕京）（{{IPA|x}}）在", "北京（旧称燕京）在"),
         ("shown <noinclude>here</noinclude><includeonly>elsewhere</includeonly>", "shown here"),
     ],
 )
