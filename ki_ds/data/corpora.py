@@ -33,6 +33,7 @@ _TEXT_BUFFER_BYTES = 1 << 18
 # replaces all that is no Unicode: such bytes, and the halves of pairs that JSON can name.
 _SURROGATE = "\ud800"
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_REFERENCES = re.compile(r"&#(?:x([\da-f]{4,8})|(\d{5,8}));", re.IGNORECASE)
 codecs.register_error("surrogate", lambda error: (_SURROGATE, error.end))  # type: ignore[attr-defined]
 
 # A source of which more than this many characters, and this share, are no Unicode is in another encoding.
@@ -380,13 +381,20 @@ def _read_wiki(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocum
     """The latest revision of each article that is wikitext, no redirect and not blank."""
     try:
         for article in mediawiki.articles(file, corpus.left_out_pages):
-            yield RawDocument(article.text, article.id, article.title, corpus.domain, wiki=article.language)
+            text = _REFERENCES.sub(_without_surrogate, article.text) if "&#" in article.text else article.text
+            yield RawDocument(text, article.id, article.title, corpus.domain, wiki=article.language)
     except mediawiki.NotADumpError as error:
         raise UserError(f"{path} is no whole MediaWiki dump: {error}") from None
     except (ParseError, ValueError) as error:
         raise UserError(
             f"{path} is no whole MediaWiki dump ({error}); it is cut, not UTF-8 or something else: fetch it again"
         ) from None
+
+
+def _without_surrogate(reference: re.Match[str]) -> str:
+    """A reference to a character by its number as it stands, or `_SURROGATE` if that is half a pair."""
+    code = int(reference[1], 16) if reference[1] else int(reference[2])
+    return _SURROGATE if 0xD800 <= code <= 0xDFFF else reference[0]
 
 
 _READERS: dict[str, Callable[[Corpus, Path, Any], Iterator[RawDocument]]] = {

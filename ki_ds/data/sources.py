@@ -78,6 +78,7 @@ _ABOUT_DATA = re.compile(
     r"|dataset_(infos?|dict)\.json|state\.json|index\.json|.*-rss\.xml|.*-all-titles(-in-ns\d+)?|.*-dumpruninfo\.txt"
     r"|(tokenizer|vocab)\.json|(merges|vocab|dict)\.txt"
 )
+_CACHED = re.compile(r"cache-[\da-f]{8,64}(_\d+_of_\d+)?\.arrow")
 _INDEX_LINE = re.compile(rb"\d+:\d+:.+")
 # The form that every line has of a text that is none.
 _LISTS = {
@@ -352,6 +353,8 @@ def _refuse_what_leads_to_nothing(sources: list[str], files: Iterable[list[_Entr
 def _entries(source: str, left_out: list[LeftOut]) -> list[_Entry]:
     """The files that a source leads to, in the order of names; what is no file goes to `left_out`."""
     path = Path(source)
+    if not source:
+        raise UserError("a source is empty text; name a file, a folder, a glob or hf:NAME")
     if path.is_dir():
         return [_Entry(file, source, named=False) for file in _files_below(path, left_out)]
     if path.exists():
@@ -483,6 +486,8 @@ def _classified(path: Path, *, named: bool, text_key: str) -> FileSource | str:
         return "empty"
     if not named and _ABOUT_DATA.fullmatch(_without_packing(name)):
         return "about data (a card, licence, list or checksums)"
+    if not named and _CACHED.fullmatch(name):
+        return "a cache of the package datasets beside its data"
     packing = packing_of(first) or BY_SUFFIX.get(Path(name).suffix)
     for magic, columnar in _COLUMNAR.items():
         if first.startswith(magic) and packing is None:

@@ -137,8 +137,10 @@ def _link_text(link: Wikilink, hidden: frozenset[str]) -> str:
 
 def _entity(node: HTMLEntity) -> str:
     try:
-        return _LONE_APOSTROPHE.sub(_APOSTROPHE, str(node.normalize()))
-    except (ValueError, KeyError, OverflowError):  # &#0; and the like name no character
+        character = str(node.normalize())
+        character.encode()
+        return _LONE_APOSTROPHE.sub(_APOSTROPHE, character)
+    except (ValueError, KeyError, OverflowError):  # &#0;, &#xD800; and the like name no character
         return ""
 
 

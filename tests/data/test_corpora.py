@@ -201,6 +201,13 @@ class TestUnicode:
         self.check(tmp_path / f"a.{kind}", text="\ufffd \U0001f600 \ufffd", count=3)
         assert next(iter(Corpus([tmp_path]))).title == "\ufffd"
 
+    def test_halves_of_surrogate_pairs_that_a_page_names_by_number(self, tmp_path):
+        text = "&amp;#xD83D;&amp;#xde00; is &amp;#55357; wet &amp;#x1F600;&amp;#65;."
+        (tmp_path / "a.xml").write_text(DUMP.replace("Water is wet.", text))
+        corpus = Corpus([tmp_path / "a.xml"])
+        assert [raw.cleaned().lines for raw in corpus][1] == ("\ufffd\ufffd is \ufffd wet \U0001f600A.",)
+        assert corpus.replaced == {"a.xml": 3}
+
     def column(self, kind):
         """A column whose bytes were never compared with UTF-8."""
         binary = pyarrow.array([self.BYTES])

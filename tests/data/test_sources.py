@@ -128,6 +128,7 @@ class TestKinds:
             ("SHA1.txt.gz", gzip.compress(b"SHA1 (a.txt) = " + b"0a" * 20 + b"\n\nSHA1 (b.txt) = " + b"1b" * 20)),
             ("urls.txt", b"https://example.org/a.jsonl\ns3://bucket/b.jsonl\n"),
             ("xxwiki-20260101-dumpruninfo.txt", TEXT),
+            ("cache-0a1b2c3d4e5f6071_00000_of_00002.arrow", b"\xff\xff\xff\xff\0\0"),
             ("rss.xml", b"<rss><channel></channel></rss>"),
             (".hidden.txt", TEXT),
         ],
@@ -247,6 +248,13 @@ class TestFolders:
         self.write(tmp_path, "a.txt", "out/corpus.json", "out/train.idx", "out/tokenizer/tokenizer.json")
         assert list(kinds(tmp_path)) == ["a.txt"]
         assert left_out(tmp_path) == {"out": "a prepared corpus"}
+
+    def test_empty_text_is_no_source(self, tmp_path, monkeypatch):
+        self.write(tmp_path, "a.txt")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match="a source is empty text"):
+            find([""])
+        assert list(kinds(".")) == ["a.txt"]
 
     def test_one_source_that_leads_to_nothing_is_an_error_among_others(self, tmp_path):
         self.write(tmp_path, "a/a.txt", "b/a.pdf")
