@@ -93,6 +93,7 @@ def test_the_latest_revision_in_any_order(order):
     [
         ({"text": ""}, "blank"),
         ({"text": " \n "}, "blank"),
+        ({"text": "", "attributes": 'bytes="0" id="3"'}, "blank"),
         ({"text": "", "attributes": 'deleted="deleted"'}, "whose text is deleted"),
         ({"text": "[1]", "model": "json"}, "of the content model json"),
         ({"text": "return 1", "model": "Scribunto"}, "of the content model Scribunto"),
