@@ -3,6 +3,8 @@
 import functools
 import re
 from collections.abc import Sequence
+from itertools import pairwise
+from operator import add
 from typing import Any
 
 import mwparserfromhell
@@ -31,8 +33,10 @@ _LANGUAGE = re.compile(r"(?!(?:doi|hdl|irc|mw|rfc|voy)$)[a-z]{2,3}(-[a-z]+)*|sim
 _QUOTES = re.compile("(''+)")
 _EMPTY_BRACKETS = re.compile(r"\s?[(（]\s*[;,:；，：、؛،]?\s*[)）]")
 _OPENING_MARK = re.compile(r"([(（\[])\s*[;,:；，：、؛،]\s*")
-# An apostrophe that is text, beside marks of italics: as half a surrogate pair, which no text holds.
-_APOSTROPHE = "\ud827"
+# What tells marks of italics apart until they are counted: an apostrophe that is text, a place where something stood
+# between two marks, and a break within a line of them. All are halves of surrogate pairs, which no text holds.
+_APOSTROPHE, _GAP, _BREAK = "\ud827", "\ud800", "\ud80a"
+_MEANT = str.maketrans({_APOSTROPHE: "'", _GAP: "", _BREAK: "\n"})
 _LONE_APOSTROPHE = re.compile("(?<!')'(?!')")
 _BLANKS = re.compile(r"[^\S\n]+")
 _LIST_MARKS = re.compile(r"[*#:;\s]+")
@@ -49,8 +53,9 @@ def plain_wikitext(text: str, language: Language = ENGLISH) -> str:
     plain = _switches().sub("", _plain(code.nodes, language.hidden))
     if language.has_variants:
         plain = _first_variants(plain)
+    plain = "\n".join(map(_without_quotes, plain.split("\n"))).translate(_MEANT)
     lines = []
-    for line in map(_without_quotes, plain.split("\n")):
+    for line in plain.split("\n"):
         line = _LIST_MARKS.sub("", line, count=1) if line[:1] in "*#:;" else line
         line = _OPENING_MARK.sub(r"\1", _EMPTY_BRACKETS.sub("", _BLANKS.sub(" ", line))).strip()
         # "|", "!" and "{|" begin the rows of tables that the parser could not close
@@ -73,7 +78,7 @@ def _without_quotes(line: str) -> str:
     first apostrophe of one of three, best behind a word of a single letter: l'''Iliade'' is l'Iliade.
     """
     if "''" not in line:
-        return line.replace(_APOSTROPHE, "'")
+        return line
     parts = _QUOTES.split(line)  # text at even places, marks at odd ones
     for i in range(1, len(parts), 2):
         length = len(parts[i])
@@ -85,7 +90,7 @@ def _without_quotes(line: str) -> str:
     before = [2 * i for i, length in enumerate(lengths) if length == 3]
     if before and bold % 2 and italics % 2:
         parts[min(before, key=lambda i: 2 if parts[i].endswith(" ") else parts[i][-2:-1] != " ")] += "'"
-    return "".join(parts[::2]).replace(_APOSTROPHE, "'")
+    return "".join(parts[::2])
 
 
 def _first_variants(text: str) -> str:
@@ -120,7 +125,9 @@ def _plain(nodes: Sequence[Any], hidden: frozenset[str]) -> str:
                 parts.append(_APOSTROPHE)
             case Tag():
                 parts.append(_tag_text(node, hidden))
-    return "".join(parts)
+    shown = [part for part in parts if part]
+    gaps = [_GAP if one.endswith("'") and other.startswith("'") else "" for one, other in pairwise(shown)]
+    return "".join(map(add, shown, [*gaps, ""]))
 
 
 def _link_text(link: Wikilink, hidden: frozenset[str]) -> str:
@@ -149,7 +156,7 @@ def _tag_text(node: Tag, hidden: frozenset[str]) -> str:
     if name in _DROPPED_TAGS:
         return ""
     if name == "br":
-        return "\n"
+        return _BREAK
     if node.wiki_markup in ("*", "#", ":", ";", "----"):
         return "" if node.wiki_markup != "----" else "\n"
     text = _plain(node.contents.nodes, hidden) if node.contents is not None else ""

@@ -42,6 +42,8 @@ def test_markup(wikitext, plain):
         ("''''''both''''' and ''''quoted'''", "'both and 'quoted"),
         ("l<nowiki>'</nowiki>''Iliade'', l{{'}}''Aida'' &#39;''x''", "l'Iliade, l'Aida 'x"),
         ("a&#xD83D;b &#x41;&eacute;&#55357;", "ab Aé"),
+        ("'''Iliad ''a<br/>b''''' c\n'''one\ntwo''", "Iliad a\nb c\none\ntwo"),
+        ("the ''{{lang|fr|x}}'' of l'{{x}}''Aida'' [[A|'''a''']]'''b'''", "the of l'Aida ab"),
         ("See [[voy:Paris|the guide]] and [[doi:10.1|it]].[[en:Tea]][[be-x-old:Чай]]", "See the guide and it."),
         ("call __index__ in Python __INDEX__ now", "call __index__ in Python now"),
         ("北京（{{lang|en|Beijing}}，旧称燕京）（{{IPA|x}}）在", "北京（旧称燕京）在"),
