@@ -21,7 +21,7 @@ from ki_ds.data.json_records import json_records
 from ki_ds.data.mediawiki import Language
 from ki_ds.data.packings import UNPACK_ERRORS, unpack_error
 from ki_ds.data.processes import StoppedError
-from ki_ds.data.sources import FileSource, HubSource, Source, find, required
+from ki_ds.data.sources import FileSource, HubSource, Source, find, printable, required
 from ki_ds.errors import UserError
 
 # A longer document is handed on in parts, so that a file without any blank line stays within memory.
@@ -33,6 +33,7 @@ _TEXT_BUFFER_BYTES = 1 << 18
 # replaces all that is no Unicode: such bytes, and the halves of pairs that JSON can name.
 _SURROGATE = "\ud800"
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_REFERENCES = re.compile(r"&#(?:x([\da-f]{4,8})|(\d{5,8}));", re.IGNORECASE)
 codecs.register_error("surrogate", lambda error: (_SURROGATE, error.end))  # type: ignore[attr-defined]
 
 # A source of which more than this many characters, and this share, are no Unicode is in another encoding.
@@ -144,7 +145,9 @@ class Corpus:
             self._open_file = None
             self._bytes_before += source.num_bytes
         if not found:
-            raise UserError(f"{_place(self.sources[0])} and its like hold no document; bring files with text")
+            pages = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out_pages.items())
+            left = f" (pages of dumps left out: {pages})" if pages else ""
+            raise UserError(f"{_place(self.sources[0])} and its like hold no document{left}; bring files with text")
 
     def unicode(self, text: str) -> str:
         """The text with U+FFFD for each half of a surrogate pair, which is counted."""
@@ -316,7 +319,7 @@ def _read_columnar(
             for text in _texts(batch.column(0), f"{path} row", number, corpus.text_key):
                 yield RawDocument(text, f"{path.name}#{number}", domain=corpus.domain)
                 number += 1
-    except (ArrowException, OSError, MemoryError) as error:
+    except (ArrowException, UnicodeDecodeError, OSError, MemoryError) as error:  # names of columns can be no UTF-8
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ArrowException):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -333,16 +336,34 @@ def _texts(column: Any, where: str, first: int, name: str) -> Iterator[str]:
     import pyarrow
     from pyarrow import types
 
-    if types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
     kinds = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
-    has_text = any(is_kind(column.type) for is_kind in (*kinds, types.is_binary_view))
+    has_text = any(is_kind(kind) for is_kind in (*kinds, types.is_binary_view))
     for number, text in enumerate(
-        column.cast(pyarrow.large_binary()).to_pylist() if has_text else [None] * len(column)
+        _checked(column).cast(pyarrow.large_binary()).to_pylist() if has_text else [None] * len(column)
     ):
         if text is None:
             raise _no_text(f"{where} {first + number + 1}", name)
         yield text.decode(errors="surrogate")
+
+
+def _checked(column: Any) -> Any:
+    """The Arrow array of text, as bytes; ArrowInvalid where damage would lead out of it, which pyarrow reads unseen."""
+    import pyarrow
+
+    as_bytes = {
+        pyarrow.string(): pyarrow.binary(),
+        pyarrow.large_string(): pyarrow.large_binary(),
+        pyarrow.string_view(): pyarrow.binary_view(),
+    }
+    if isinstance(column, pyarrow.DictionaryArray):
+        values = column.dictionary.view(as_bytes.get(column.dictionary.type, column.dictionary.type))
+        checked = pyarrow.DictionaryArray.from_arrays(column.indices, values, safe=False)
+        checked.validate(full=True)
+        return checked.cast(values.type)
+    checked = column.view(as_bytes.get(column.type, column.type))
+    checked.validate(full=True)
+    return checked
 
 
 def _read_hub(corpus: Corpus, source: HubSource) -> Iterator[RawDocument]:
@@ -351,7 +372,9 @@ def _read_hub(corpus: Corpus, source: HubSource) -> Iterator[RawDocument]:
     for table in source.tables():
         column = table.column(_only_column(source.name, corpus.text_key, table.column_names))
         for chunk in column.chunks:
-            for text in _texts(chunk, f"{source.name} row", number, corpus.text_key):
+            with source.errors_are_one_line():
+                texts = list(_texts(chunk, f"{source.name} row", number, corpus.text_key))
+            for text in texts:
                 yield RawDocument(text, f"{source.name}#{number}", domain=corpus.domain)
                 number += 1
 
@@ -364,7 +387,8 @@ def _only_column(source: str | Path, name: str, names: list[str]) -> str:
 
 def _no_column(source: str | Path, name: str, names: list[str]) -> UserError:
     count = "no column" if name not in names else "more than one column"
-    return UserError(f"{source} has {count} {name!r}; name one with text_key: {', '.join(names) or 'it has none'}")
+    told = ", ".join(map(printable, names)) or "it has none"
+    return UserError(f"{source} has {count} {name!r}; name one with text_key: {told}")
 
 
 def _no_text(where: str, name: str) -> UserError:
@@ -378,11 +402,20 @@ def _read_wiki(corpus: Corpus, path: Path, file: IO[bytes]) -> Iterator[RawDocum
     """The latest revision of each article that is wikitext, no redirect and not blank."""
     try:
         for article in mediawiki.articles(file, corpus.left_out_pages):
-            yield RawDocument(article.text, article.id, article.title, corpus.domain, wiki=article.language)
+            text = _REFERENCES.sub(_without_surrogate, article.text) if "&#" in article.text else article.text
+            yield RawDocument(text, article.id, article.title, corpus.domain, wiki=article.language)
+    except mediawiki.NotADumpError as error:
+        raise UserError(f"{path} is no whole MediaWiki dump: {error}") from None
     except (ParseError, ValueError) as error:
         raise UserError(
             f"{path} is no whole MediaWiki dump ({error}); it is cut, not UTF-8 or something else: fetch it again"
         ) from None
+
+
+def _without_surrogate(reference: re.Match[str]) -> str:
+    """A reference to a character by its number as it stands, or `_SURROGATE` if that is half a pair."""
+    code = int(reference[1], 16) if reference[1] else int(reference[2])
+    return _SURROGATE if 0xD800 <= code <= 0xDFFF else reference[0]
 
 
 _READERS: dict[str, Callable[[Corpus, Path, Any], Iterator[RawDocument]]] = {

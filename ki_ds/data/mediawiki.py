@@ -96,7 +96,8 @@ def _judge(page: Element, revision: Element | None, namespaces: dict[str, int]) 
         return f"of the content model {model}", ""
     if content is not None and content.get("deleted") is not None:
         return "whose text is deleted", ""
-    if content is not None and not text and int(content.get("bytes") or 0):
+    # stubs of old formats give no size of a text, but the number it has elsewhere
+    if content is not None and not text and int(content.get("bytes", content.get("id") or 0)):
         raise NotADumpError("it is a dump of stubs, without texts; take pages-articles")
     return ("", text) if text.strip() else ("blank", "")
 

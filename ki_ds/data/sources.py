@@ -63,6 +63,7 @@ _BYTE_ORDER_MARKS = {
 }
 _FINGERPRINT_BYTES = 1 << 20
 _HEAD_BYTES = 1 << 16
+_SETTINGS_BYTES = 1 << 24  # of a JSON object that may be no data
 _TOLD_WINDOW_BYTES = 1 << 27  # what zstd itself takes without being asked
 _NAMES_TOLD = 3
 _HUB_ROWS = 256  # handed on at once
@@ -74,10 +75,22 @@ _ABOUT_DATA = re.compile(
     r"([_-][\w-]{1,16})?(\.[a-z]{2})?(\.(txt|md|rst|html?))?"
     r"|(.*[._-])?(md5|sha\d+|check)[._-]?sums?(\.(txt|json))?|.*\.(md5|sha\d+)(\.txt)?"
     r"|_success|_(common_)?metadata|requirements\.txt"
-    r"|dataset_(infos?|dict)\.json|state\.json|index\.json|.*-rss\.xml|.*-all-titles(-in-ns\d+)?"
+    r"|dataset_(infos?|dict)\.json|state\.json|index\.json|.*-rss\.xml|.*-all-titles(-in-ns\d+)?|.*-dumpruninfo\.txt"
     r"|(tokenizer|vocab)\.json|(merges|vocab|dict)\.txt"
 )
-_INDEX_LINES = re.compile(rb"(\d+:\d+:[^\n]+(\n|$))+")
+_CACHED = re.compile(r"cache-[\da-f]{8,64}(_\d+_of_\d+)?\.arrow")
+_INDEX_LINE = re.compile(rb"\d+:\d+:.+")
+# The form that every line has of a text that is none.
+_LISTS = {
+    "a list of checksums": re.compile(
+        rb"\\?([\da-f]{32}|[\da-f]{40}|[\da-f]{56}|[\da-f]{64}|[\da-f]{96}|[\da-f]{128})\s+\*?\S.*"
+        rb"|(MD5|SHA\d+) ?\(.+\) ?= ?[\da-f]{32,128}",
+        re.IGNORECASE,
+    ),
+    "a list of addresses": re.compile(rb"[a-z][a-z\d]{1,8}://\S+", re.IGNORECASE),
+}
+# What a clone holds in place of a file that was not fetched.
+_POINTERS = (b"version https://git-lfs.github.com/spec/", b"/annex/objects/")
 _JSON_BEGINS = re.compile(r'\s*\[?\s*\{\s*("([^"\\]|\\.)*"\s*:|\})')
 
 
@@ -109,13 +122,13 @@ class FileSource:
         except OSError as error:
             raise UserError(f"{self.path} cannot be read ({error.strerror}); get the right to read it") from None
 
-    def head(self) -> bytes:
+    def head(self, limit: int = _HEAD_BYTES) -> bytes:
         """The first bytes of what it holds, unpacked; those before the fault where it cannot be unpacked."""
         with self.open() as raw:
             file: Any = self.packing.open(raw) if self.packing else raw
             head = b""
             with contextlib.suppress(*UNPACK_ERRORS):  # reading it tells what is wrong
-                while len(head) < _HEAD_BYTES and (block := file.read1(_HEAD_BYTES - len(head))):
+                while len(head) < limit and (block := file.read1(limit - len(head))):
                     head += block
             return head
 
@@ -123,6 +136,8 @@ class FileSource:
     def encoding(self) -> str:
         """UTF-8 unless a byte order mark says otherwise; UserError for what cannot be text."""
         head = self.head()
+        if self.packing and (inner := packing_of(head)):
+            raise UserError(f"{self.path} is packed twice ({inner.name} within {self.packing.name}); unpack it once")
         for mark, encoding in _BYTE_ORDER_MARKS.items():
             if head.startswith(mark):
                 return encoding
@@ -338,6 +353,8 @@ def _refuse_what_leads_to_nothing(sources: list[str], files: Iterable[list[_Entr
 def _entries(source: str, left_out: list[LeftOut]) -> list[_Entry]:
     """The files that a source leads to, in the order of names; what is no file goes to `left_out`."""
     path = Path(source)
+    if not source:
+        raise UserError("a source is empty text; name a file, a folder, a glob or hf:NAME")
     if path.is_dir():
         return [_Entry(file, source, named=False) for file in _files_below(path, left_out)]
     if path.exists():
@@ -390,6 +407,24 @@ def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
+def _snapshots(folder: Path, left_out: list[LeftOut]) -> list[Path]:
+    """The revisions that are read in the folder of a data set in the cache of the hub: that of main, or else all.
+
+    All else there holds the same files under hashes, or notes of the cache.
+    """
+    revisions = sorted((folder / "snapshots").iterdir())
+    main = folder / "refs" / "main"
+    name = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
+    read = [path for path in revisions if path.name == name] or revisions
+    left_out += [
+        LeftOut(path, "another revision than main in the cache of the hub") for path in revisions if path not in read
+    ]
+    left_out += [
+        LeftOut(path, "of the cache of the hub") for path in sorted(folder.iterdir()) if path.name != "snapshots"
+    ]
+    return read
+
+
 def _files_below(folder: Path, left_out: list[LeftOut]) -> list[Path]:
     """The files in a folder and those below it, in the order of names; every folder is gone through once.
 
@@ -411,6 +446,8 @@ def _files_below(folder: Path, left_out: list[LeftOut]) -> list[Path]:
         if (current / "corpus.json").exists() and (current / "train.idx").exists():
             left_out.append(LeftOut(current, "a prepared corpus"))
             continue
+        if (current / "snapshots").is_dir() and ((current / "blobs").is_dir() or (current / "refs/main").is_file()):
+            entries = _snapshots(current, left_out)
         for path in entries:
             if path.name.startswith("."):
                 left_out.append(LeftOut(path, "hidden (its name begins with a dot)"))
@@ -449,6 +486,8 @@ def _classified(path: Path, *, named: bool, text_key: str) -> FileSource | str:
         return "empty"
     if not named and _ABOUT_DATA.fullmatch(_without_packing(name)):
         return "about data (a card, licence, list or checksums)"
+    if not named and _CACHED.fullmatch(name):
+        return "a cache of the package datasets beside its data"
     packing = packing_of(first) or BY_SUFFIX.get(Path(name).suffix)
     for magic, columnar in _COLUMNAR.items():
         if first.startswith(magic) and packing is None:
@@ -457,6 +496,8 @@ def _classified(path: Path, *, named: bool, text_key: str) -> FileSource | str:
     kind = "wiki" if ending == ".xml" or ".xml-" in name else _KINDS.get(ending, "")
     if (ending and not kind) or (kind in ("parquet", "arrow") and packing is not None):
         return f"of no known kind ({ending})"
+    if first.startswith(_POINTERS):
+        return "a pointer of Git in place of a file that was not fetched (git lfs pull, git annex get)"
     file = FileSource(path, kind, packing)
     if not kind:
         kind = _kind_of_content(file.head())
@@ -487,23 +528,40 @@ def _kind_of_content(head: bytes) -> str:
 
 def _mistaken(file: FileSource, *, named: bool, text_key: str) -> str:
     """What a file of a known kind is instead; "" where it is of that kind."""
-    if file.kind == "text" and "index" in file.name.casefold() and _INDEX_LINES.match(head := file.head()):
-        lines = head[: head.rfind(b"\n") + 1] or head
-        if _INDEX_LINES.fullmatch(lines):
-            return "the index of a multistream dump"
+    if file.kind == "text" and "index" in file.name.casefold() and _every_line(file.head(), _INDEX_LINE):
+        return "the index of a multistream dump"
     if named:
         return ""
+    if file.kind == "text":
+        for what, form in _LISTS.items():
+            if _every_line(file.head(), form):
+                return what
     if file.kind == "wiki" and (head := file.head().replace(b"\0", b"")) and b"<mediawiki" not in head:
         return "XML of another kind than a MediaWiki dump"
-    if file.kind == "json" and _ending(file.name) == ".json" and _has_no_record(file.head(), text_key):
+    if file.kind == "json" and _ending(file.name) == ".json" and _has_no_record(file, text_key):
         return "JSON without records"
     return ""
 
 
-def _has_no_record(head: bytes, text_key: str) -> bool:
+def _every_line(head: bytes, form: re.Pattern[bytes]) -> bool:
+    """Whether all lines but blank ones have that form; of a file that goes on, all but the last."""
+    whole = head[: head.rfind(b"\n") + 1] if len(head) == _HEAD_BYTES else head
+    lines = [line for line in map(bytes.strip, whole.split(b"\n")) if line]
+    return bool(lines) and all(map(form.fullmatch, lines))
+
+
+def _has_no_record(file: FileSource, text_key: str) -> bool:
     """Whether it is all of one JSON object with neither a text nor a list of records: settings, not data."""
-    try:
-        value = json.loads(head)
-    except (ValueError, RecursionError):
+    for limit in (_HEAD_BYTES, _SETTINGS_BYTES):
+        head = file.head(limit)
+        try:
+            value = json.loads(head)
+            break
+        except json.JSONDecodeError as error:
+            if error.msg == "Extra data" or not head.lstrip().startswith(b"{") or len(head) < limit:
+                return False
+        except (ValueError, RecursionError):
+            return False
+    else:
         return False
     return isinstance(value, dict) and text_key not in value and not any(map(is_record_list, value.values()))

@@ -201,6 +201,13 @@ class TestUnicode:
         self.check(tmp_path / f"a.{kind}", text="\ufffd \U0001f600 \ufffd", count=3)
         assert next(iter(Corpus([tmp_path]))).title == "\ufffd"
 
+    def test_halves_of_surrogate_pairs_that_a_page_names_by_number(self, tmp_path):
+        text = "&amp;#xD83D;&amp;#xde00; is &amp;#55357; wet &amp;#x1F600;&amp;#65;."
+        (tmp_path / "a.xml").write_text(DUMP.replace("Water is wet.", text))
+        corpus = Corpus([tmp_path / "a.xml"])
+        assert [raw.cleaned().lines for raw in corpus][1] == ("\ufffd\ufffd is \ufffd wet \U0001f600A.",)
+        assert corpus.replaced == {"a.xml": 3}
+
     def column(self, kind):
         """A column whose bytes were never compared with UTF-8."""
         binary = pyarrow.array([self.BYTES])
@@ -298,6 +305,7 @@ class TestTables:
             (b'text\n"a"b\n', "line 2 is not CSV"),
             (b"text,id\na,1\nb\n", "line 3 ends a row of 1 fields, the first has 2"),
             (b"text,text\na,b\n", "has more than one column 'text'"),
+            (b'"a\nb",c\nd,e\n', r"has no column 'text'; name one with text_key: 'a\\nb', c$"),
             (b"text\n", "hold no document"),
         ],
     )
@@ -329,6 +337,28 @@ class TestTables:
         monkeypatch.setattr(pyarrow.parquet, "ParquetFile", lacking)
         with pytest.raises(UserError, match=r"Parquet that cannot be read here \(Support for codec 'lzo' not built\)"):
             lines_of(path, text_key="body")
+
+    @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+    def test_a_name_of_a_column_that_is_no_utf8_is_damage(self, tmp_path, name):
+        path, table = tmp_path / name, pyarrow.table({"text": ["tea"], "other": ["b"]})
+        if name == "a.parquet":
+            pyarrow.parquet.write_table(table, path, store_schema=False)
+        else:
+            with pyarrow.ipc.new_stream(path, table.schema) as writer:
+                writer.write_table(table)
+        path.write_bytes(path.read_bytes().replace(b"other", b"oth\xff\xff"))
+        with pytest.raises(UserError, match=r"is no whole (Parquet|Arrow) file"):
+            lines_of(path)
+
+    @pytest.mark.parametrize("kind", ["string", "dictionary"])
+    def test_lengths_and_places_are_checked_before_a_text_is_read(self, kind):
+        ends = pyarrow.array([0, 3, 2], pyarrow.int32()).buffers()[1]
+        column = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, ends, pyarrow.py_buffer(b"tea")])
+        if kind == "dictionary":
+            places = pyarrow.array([0, 1], pyarrow.int8())
+            column = pyarrow.DictionaryArray.from_arrays(places, pyarrow.array(["tea"]), safe=False)
+        with pytest.raises(pyarrow.ArrowInvalid):
+            next(corpora._texts(column, "row", 0, "text"))
 
     def test_numbers_and_nulls_are_no_text(self, tmp_path):
         for texts in ([1, 2], ["a", None]):
@@ -473,6 +503,14 @@ class TestBadCorpora:
         data = bz2.compress(DUMP.encode())
         (tmp_path / "a.xml.bz2").write_bytes(data[:-20])
         self.refused(tmp_path / "a.xml.bz2", "cut or damaged")
+
+    def test_a_dump_without_articles_says_what_it_has(self, tmp_path):
+        log = "<mediawiki><logitem><id>1</id></logitem></mediawiki>"
+        (tmp_path / "a.xml").write_text(log)
+        self.refused(tmp_path / "a.xml", "no whole MediaWiki dump: it is a dump of logs, without pages$")
+        page = "<page><title>A</title><redirect/><revision><text>x</text></revision></page>"
+        (tmp_path / "a.xml").write_text(f"<mediawiki>{page}{page}</mediawiki>")
+        self.refused(tmp_path / "a.xml", r"hold no document \(pages of dumps left out: 2 redirects\); bring")
 
     @pytest.mark.parametrize("content", [b"<html><a>x</a></html>", b"plain"])
     def test_another_kind_of_xml(self, tmp_path, content):

@@ -93,6 +93,7 @@ def test_the_latest_revision_in_any_order(order):
     [
         ({"text": ""}, "blank"),
         ({"text": " \n "}, "blank"),
+        ({"text": "", "attributes": 'bytes="0" id="3"'}, "blank"),
         ({"text": "", "attributes": 'deleted="deleted"'}, "whose text is deleted"),
         ({"text": "[1]", "model": "json"}, "of the content model json"),
         ({"text": "return 1", "model": "Scribunto"}, "of the content model Scribunto"),
@@ -117,6 +118,7 @@ def test_other_slots_are_not_the_text():
         ("<html><a>x</a></html>", "<html> is another kind"),
         (dump("<logitem><id>1</id></logitem>"), "dump of logs"),
         (dump(page("A", revision("", attributes='id="3" bytes="1200"'))), "stubs"),
+        (dump(page("A", revision("", attributes='id="3"', version="0.3"), version="0.3"), version="0.3"), "stubs"),
     ],
 )
 def test_dumps_without_pages_or_texts(content, message):

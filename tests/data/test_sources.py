@@ -20,6 +20,7 @@ from tests.data.test_packings import wide
 TEXT = b"Tea is hot.\n\nWater is wet.\n"
 RECORDS = b'{"text": "tea"}\n{"text": "water"}\n'
 DUMP = b'<mediawiki xml:lang="en"><siteinfo></siteinfo></mediawiki>'
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 123\n"
 INDEX = b"600:12:Anarchism\n600:25:Autism\n"
 
 
@@ -91,6 +92,10 @@ class TestKinds:
             ("empty.txt", b"", "empty"),
             ("w-multistream-index.txt.bz2", bz2.compress(INDEX), "the index of a multistream dump"),
             ("w-multistream-index1.txt-p1p41242", INDEX, "the index of a multistream dump"),
+            ("a.txt", LFS, "a pointer of Git in place of a file"),
+            ("a.parquet", LFS, "a pointer of Git in place of a file"),
+            ("a.jsonl.gz", LFS, "a pointer of Git in place of a file"),
+            ("part-0", b"/annex/objects/SHA256E-s9--0a.txt\n", "a pointer of Git in place of a file"),
         ],
         ids=by_name,
     )
@@ -118,6 +123,12 @@ class TestKinds:
             ("_SUCCESS", b"x"),
             ("dataset_infos.json", b'{"default": [{"a": 1}]}'),
             ("settings.json", b'{"name": "tea", "size": 3}'),
+            ("weights.json", b'{"a": ["' + b"b" * 200_000 + b'"]}'),
+            ("en_sha256.txt", b"0a" * 32 + b"  a.txt.gz\n"),
+            ("SHA1.txt.gz", gzip.compress(b"SHA1 (a.txt) = " + b"0a" * 20 + b"\n\nSHA1 (b.txt) = " + b"1b" * 20)),
+            ("urls.txt", b"https://example.org/a.jsonl\ns3://bucket/b.jsonl\n"),
+            ("xxwiki-20260101-dumpruninfo.txt", TEXT),
+            ("cache-0a1b2c3d4e5f6071_00000_of_00002.arrow", b"\xff\xff\xff\xff\0\0"),
             ("rss.xml", b"<rss><channel></channel></rss>"),
             (".hidden.txt", TEXT),
         ],
@@ -135,6 +146,16 @@ class TestKinds:
     def test_data_with_such_names_is_read(self, tmp_path, name):
         (tmp_path / name).write_bytes({"l": RECORDS, "t": TEXT, "v": b"text\ntea\n"}[name[-1]])
         assert list(kinds(tmp_path)) == [name]
+
+    @pytest.mark.parametrize("text", [b"https://x.org\n\nTea is hot.\n", b"0a" * 16 + b" is\na sum", b"deadbeef 12\n"])
+    def test_text_with_addresses_or_sums_is_read(self, tmp_path, text):
+        (tmp_path / "a.txt").write_bytes(text)
+        assert list(kinds(tmp_path)) == ["a.txt"]
+
+    def test_what_is_packed_twice_is_told(self, tmp_path):
+        (tmp_path / "a.txt.gz").write_bytes(gzip.compress(bz2.compress(TEXT)))
+        with pytest.raises(UserError, match=r"a\.txt\.gz is packed twice \(bzip2 within gzip\); unpack it once"):
+            assert find([str(tmp_path)]).sources[0].encoding
 
     def test_json_of_one_object_is_data_if_it_has_a_text_or_records(self, tmp_path):
         (tmp_path / "a.json").write_text('{"text": "tea"}')
@@ -196,18 +217,44 @@ class TestFolders:
         assert list(left_out(tmp_path)) == ["link.txt"]
 
     def test_a_name_that_says_the_kind_goes_before_one_that_does_not(self, tmp_path):
-        """The cache of the hub: files under hashes, links under names."""
-        self.write(tmp_path, "blobs/0a1b", "blobs/2c3d", "blobs/4e5f")
-        (tmp_path / "snapshots").mkdir()
+        """A store of files under hashes, with links under names."""
+        self.write(tmp_path, "objects/0a1b", "objects/2c3d", "objects/4e5f")
+        (tmp_path / "tree").mkdir()
         for name, blob in (("README.md", "0a1b"), ("a.txt", "2c3d"), ("b.csv", "4e5f")):
-            (tmp_path / "snapshots" / name).symlink_to(f"../blobs/{blob}")
+            (tmp_path / "tree" / name).symlink_to(f"../objects/{blob}")
         assert kinds(tmp_path) == {"a.txt": ("text", None), "b.csv": ("csv", None)}
         assert left_out(tmp_path).keys() >= {"README.md", "0a1b"}
+
+    def test_of_the_cache_of_the_hub_what_main_names_is_read(self, tmp_path):
+        cache = tmp_path / "datasets--a--b"
+        self.write(cache, "refs/main", "refs/convert/parquet", "blobs/attributes", "blobs/old", "blobs/new")
+        for name, blob in (("1f/a.txt", "old"), ("2e/a.txt", "new"), ("2e/.gitattributes", "attributes")):
+            link = cache / "snapshots" / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(f"../../blobs/{blob}")
+        (cache / "refs" / "main").write_text("2e")
+        assert [file.path.relative_to(cache).parts[1] for file in find([str(tmp_path)]).sources] == ["2e"]
+        of_cache = "of the cache of the hub"
+        assert left_out(tmp_path) == {
+            "1f": "another revision than main in the cache of the hub",
+            "blobs": of_cache,
+            "refs": of_cache,
+            ".gitattributes": "hidden (its name begins with a dot)",
+        }
+        (cache / "refs" / "main").unlink()
+        assert [file.path.relative_to(cache).parts[1] for file in find([str(cache)]).sources] == ["1f", "2e"]
 
     def test_a_prepared_corpus_within_a_folder_is_left_out(self, tmp_path):
         self.write(tmp_path, "a.txt", "out/corpus.json", "out/train.idx", "out/tokenizer/tokenizer.json")
         assert list(kinds(tmp_path)) == ["a.txt"]
         assert left_out(tmp_path) == {"out": "a prepared corpus"}
+
+    def test_empty_text_is_no_source(self, tmp_path, monkeypatch):
+        self.write(tmp_path, "a.txt")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match="a source is empty text"):
+            find([""])
+        assert list(kinds(".")) == ["a.txt"]
 
     def test_one_source_that_leads_to_nothing_is_an_error_among_others(self, tmp_path):
         self.write(tmp_path, "a/a.txt", "b/a.pdf")
