@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -326,6 +327,10 @@ def check_training(model: Any, rows: Rows) -> tuple[bool, list[str]]:
             _check_padded_embeddings(model, batch)
         lm.train()
         adds = _adds_loss(model, batch)
+        if adds is None:
+            return False, [
+                f"{type(lm).__name__} fails when it is given labels; what it may add to its loss is not trained"
+            ]
         if adds or getattr(lm.config, "output_router_logits", None) is not False:
             return adds, []
         lm.config.output_router_logits = True
@@ -337,15 +342,20 @@ def check_training(model: Any, rows: Rows) -> tuple[bool, list[str]]:
     ]
 
 
-def _adds_loss(model: Any, batch: Batch) -> bool:
-    """Whether the model's own forward, given labels, adds something to their cross-entropy that `_ask` gives too."""
+def _adds_loss(model: Any, batch: Batch) -> bool | None:
+    """Whether the model's own forward, given labels, adds something to their cross-entropy that `_ask` gives too.
+
+    None where that forward fails, so that it cannot be told.
+    """
     lm = model.lm
     labels_BL = torch.where(batch.labels_BL == IGNORE_INDEX, batch.labels_BL, batch.input_ids_BL)
+    if "labels" not in inspect.signature(lm.forward).parameters:
+        return False
     try:
         torch.manual_seed(0)
         theirs = model.forwarded(batch, labels=labels_BL)
-    except Exception:  # a forward that takes no labels has no loss
-        return False
+    except Exception:  # what an architecture's own loss may end in, nobody knows
+        return None
     if getattr(theirs, "loss", None) is None:
         return False
     total, logits_BLV = float(theirs.loss), theirs.logits.float()

@@ -337,6 +337,14 @@ def test_a_loss_that_needs_all_logits_is_refused():
         InheritanceModel(lm, num_classes=CLASSES, loss=LossConfig(), tau=1.0).check_training(Rows("causal"))
 
 
+def test_a_forward_that_fails_with_labels_is_said():
+    lm = lm_of("causal", hf.LlamaConfig(vocab_size=CLASSES, **GQA))
+    lm.loss_function = lambda *_, **__: 1 / 0
+    model = InheritanceModel(lm, num_classes=CLASSES, loss=LossConfig(), tau=1.0)
+    (note,) = model.check_training(Rows("causal"))
+    assert note.startswith("LlamaForCausalLM fails when it is given labels; what it may add")
+
+
 def test_half_precision_is_no_reason_to_refuse():
     lm = lm_of(*FORMS["scale"]).bfloat16()
     model = RowLM(lm)
