@@ -99,6 +99,7 @@ class RowLM(nn.Module):
         head: Any = _projection_of(lm)
         head.__class__ = _ASKED.get(type(head), type(head))  # in place: names, ties and hooks stay as they are
         head.question = None
+        self._found = (head,)  # in a tuple: it is the LM's module, not one more of this one's
         self.num_logits = self._head.projection()[0].shape[0]
         self.selects_early = True
         bodies = [module for module in (lm.base_model, lm.get_decoder()) if module is not lm and module is not head]
@@ -108,7 +109,7 @@ class RowLM(nn.Module):
 
     @property
     def _head(self) -> Any:
-        return _projection_of(self.lm)
+        return self._found[0]
 
     def _select_rows(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         question = self._head.question
