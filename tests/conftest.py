@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import pytest
 import torch
@@ -16,12 +17,18 @@ if os.environ.get("CI"):
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """A folder with a corpus, and for each task a teacher trained on it."""
+def trained(tmp_path_factory):
+    """A folder with a corpus, and for each task a teacher trained on it; made once, written by nobody."""
     from tests.tiny import run, tiny_corpus
 
-    folder = tmp_path_factory.mktemp("base")
+    folder = tmp_path_factory.mktemp("trained")
     corpus = tiny_corpus(folder / "corpus")
     for task in ("mlm", "causal"):
         run(folder / f"{task}_teacher", corpus, task=task, model={"hidden_size": 16}, train={"num_steps": 8})
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(trained, tmp_path_factory):
+    """A room of tests' own copy of `trained`: a run that one leaves is in no other's way."""
+    return shutil.copytree(trained, tmp_path_factory.mktemp("base") / "base")
