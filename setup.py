@@ -42,7 +42,7 @@ setup(
             *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis"),
             *("datasets", "pyarrow"),
             *("accelerate", "scikit-learn", "scipy"),
-            *("ruff", "mypy", "types-PyYAML", "types-psutil"),
+            *("ruff", "mypy", "import-linter", "types-PyYAML", "types-psutil"),
         ],
         "peers": ["accelerate", "liger-kernel", "flash-linear-attention", "quack-kernels", "cut-cross-entropy"],
     },

@@ -15,7 +15,7 @@ case " $* " in
     *" --max_restarts"* | *" --dry_run "* | *" --help "* | *" -h "* | *" --print_config"*) alone=yes ;;
     *) alone= ;;
 esac
-# as ki_ds/ranks.py tells a rank; a Slurm step of one task, e.g. an interactive shell, is a place to start ranks from
+# as ki_ds/ranks/environment.py tells a rank; a Slurm step of one task, e.g. an interactive shell, starts ranks
 started="${RANK:+${WORLD_SIZE:-}}${OMPI_COMM_WORLD_RANK:-}${MV2_COMM_WORLD_RANK:-}"
 started="$started${PMI_RANK:+${MPI_LOCALNRANKS:-}${PMI_LOCAL_SIZE:-}}"
 [ -z "${SLURM_PROCID:-}" ] || [ "${SLURM_STEP_NUM_TASKS:-1}" = 1 ] || started=srun
@@ -38,7 +38,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 if __name__ == "__main__":
-    from ki_ds.launcher import main
+    from ki_ds.cli import main
 
     main(sys.argv[1:])
 pass

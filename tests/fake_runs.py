@@ -5,7 +5,7 @@ import math
 
 import yaml
 
-from ki_ds.results import Costs, Point
+from ki_ds.reports.results import Costs, Point
 
 STUDENT, TEACHER, TOKENS = 1000, 250, 64  # parameters, and tokens a step
 DATA = {"train_sha256": "a" * 64, "valid_sha256": "b" * 64, "tokenizer_sha256": "d" * 64}

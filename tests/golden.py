@@ -16,7 +16,7 @@ import yaml
 
 from ki_ds.data.corpora import gensim_dump_path
 from ki_ds.data.prepare import TokenizerSpec, build_store
-from ki_ds.demo import VALID_FRACTION, VOCAB_SIZES, demo_jobs
+from ki_ds.experiments.demo import VALID_FRACTION, VOCAB_SIZES, demo_jobs
 from tests.tiny import train_ranks
 
 GOLDEN = Path(__file__).with_name("golden.json")

@@ -6,7 +6,7 @@ import transformers as hf
 from ki_ds.config import ModelConfig
 from ki_ds.data.batches import IGNORE_INDEX, Batch
 from ki_ds.data.store import SpecialIds
-from ki_ds.models import build_lm
+from ki_ds.models.presets import build_lm
 
 SPECIAL = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=4)
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

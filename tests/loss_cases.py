@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ki_ds import loss
-from ki_ds.loss import PLAIN, LogitForm
+from ki_ds.objective import loss
+from ki_ds.objective.loss import PLAIN, LogitForm
 from tests.loss_oracle import Oracle
 
 ENTRIES = (

@@ -7,7 +7,7 @@ the stages differ by the order of their sums only; bf16 rounds weights, activati
 import pytest
 import torch
 
-from ki_ds import engine
+from ki_ds.engine import student as engine
 from tests.tiny import run_ranks, tiny_corpus
 
 # fp32: largest difference of any gradient's element, and of a loss; halves: relative to the gradient's norm

@@ -1,6 +1,7 @@
 import pytest
 
-from ki_ds.errors import UserError, ends_cleanly
+from ki_ds.cli import ends_cleanly
+from ki_ds.errors import UserError
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(capsys):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from ki_ds.config import ModelConfig
-from ki_ds.sizes import size_of
+from ki_ds.planning.sizes import size_of
 from tests.tiny import ROOT
 
 TOKENS, RATE = 2048 * 512, 0.5 * 1e15  # a step's, and FLOP/s of a GPU in these tests

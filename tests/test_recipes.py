@@ -2,10 +2,10 @@ import re
 
 import pytest
 
-from ki_ds.chain import RECIPES
 from ki_ds.config import parse
-from ki_ds.demo import demo_jobs
-from ki_ds.experiment import experiments
+from ki_ds.experiments.demo import demo_jobs
+from ki_ds.experiments.recipes import experiments
+from ki_ds.jobs.chain import RECIPES
 from tests.tiny import ROOT
 
 # Every recipe of a run, with what it is laid over. A base stands alone; those of experiments are in test_experiment.

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import yaml
 
 from ki_ds import config as configuration
-from ki_ds import engine
+from ki_ds.engine import student as engine
 from ki_ds.errors import UserError
-from ki_ds.preflight import read_hosts
+from ki_ds.jobs.preflight import read_hosts
 from tests.tiny import ROOT
 
 RUN = ["--run_dir", "r", "--data.sources", "[{path: a, weight: 1.0}]", "--teacher.path", "t"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from ki_ds.data.prepare import TokenizerSpec, build_store
-from ki_ds.distributed import free_port
+from ki_ds.ranks.world import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SUBJECTS = "the cat|a dog|one old man|her sister|the tall tree|every child|our teacher|some student|the small model"
@@ -119,7 +119,7 @@ def train_ranks(config: Path, *arguments: str, world: int = 1) -> list[subproces
 def run(run_dir: Path, corpus: Path, **groups) -> Path:
     """Train a tiny run in this process; its folder."""
     from ki_ds import config as configuration
-    from ki_ds.train import train
+    from ki_ds.training.loop import train
 
     config = tiny_config(run_dir, corpus, **groups)
     path = write_config(run_dir.with_suffix(".yaml"), config)

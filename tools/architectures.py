@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import (
 from ki_ds.config import LossConfig, Task
 from ki_ds.data.batches import Sample, collate
 from ki_ds.errors import UserError
-from ki_ds.models import InheritanceModel, Rows, lm_of, quieten
+from ki_ds.models.presets import InheritanceModel, Rows, lm_of, quieten
 
 KINDS: dict[Task, dict[str, Any]] = {
     "mlm": dict(MODEL_FOR_MASKED_LM_MAPPING_NAMES),

@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
+from ki_ds.cli import ends_cleanly
 from ki_ds.data.mixture import Mixture
 from ki_ds.data.samples import BlockDataset
 from ki_ds.data.store import SpecialIds, StoreWriter, open_store
-from ki_ds.errors import UserError, ends_cleanly
-from ki_ds.models import count_parameters
-from ki_ds.signals import Teacher
+from ki_ds.errors import UserError
+from ki_ds.models.presets import count_parameters
+from ki_ds.objective.signals import Teacher
 from ki_ds.teachers.cache import CachedTeacher
 from ki_ds.teachers.cache_build import build_cache, record_teacher
 from ki_ds.teachers.cache_files import CacheFiles

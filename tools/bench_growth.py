@@ -44,10 +44,12 @@ from bench_step import GPU_SIZES, OURS, SIZES, Size, Worker, account, build, job
 from bench_step_rows import NUM_WARM_STEPS, Job, arguments
 
 from ki_ds import config as configuration
-from ki_ds import figures, planner
-from ki_ds.distributed import free_port
-from ki_ds.errors import UserError, ends_cleanly
-from ki_ds.sizes import size_of_teacher
+from ki_ds.cli import ends_cleanly
+from ki_ds.errors import UserError
+from ki_ds.planning import planner
+from ki_ds.planning.sizes import size_of_teacher
+from ki_ds.ranks.world import free_port
+from ki_ds.reports import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20

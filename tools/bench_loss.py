@@ -27,9 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ki_ds.kernels.linear import row_functions
-from ki_ds.kernels.rows import RowTask
-from ki_ds.loss import inheritance_loss, linear_inheritance_loss, linear_topk_inheritance_loss, resolve_backend
+from ki_ds.objective.linear import row_functions
+from ki_ds.objective.loss import (
+    inheritance_loss,
+    linear_inheritance_loss,
+    linear_topk_inheritance_loss,
+    resolve_backend,
+)
+from ki_ds.objective.rows import RowTask
 
 ALPHA, TAU, NUM_ENTRIES, NUM_ERROR_ROWS = 0.5, 2.0, 10, 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

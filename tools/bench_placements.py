@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from bench_data import spread, write_text
 
-from ki_ds.distributed import free_port
-from ki_ds.errors import UserError, ends_cleanly
-from ki_ds.metrics import read_log
+from ki_ds.cli import ends_cleanly
+from ki_ds.errors import UserError
+from ki_ds.ranks.world import free_port
+from ki_ds.reports.metrics import read_log
 from ki_ds.teachers.cache_files import Manifest
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,10 +25,11 @@ from bench_data import write_text
 from bench_placements import words
 
 from ki_ds import config as configuration
-from ki_ds import planner
-from ki_ds.distributed import free_port
-from ki_ds.errors import UserError, ends_cleanly
-from ki_ds.sizes import size_of_teacher
+from ki_ds.cli import ends_cleanly
+from ki_ds.errors import UserError
+from ki_ds.planning import planner
+from ki_ds.planning.sizes import size_of_teacher
+from ki_ds.ranks.world import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 50_265
@@ -92,7 +93,7 @@ def make_teacher(folder: Path, args: argparse.Namespace) -> None:
     """A teacher of half the student's size with random weights."""
     from ki_ds.config import ModelConfig
     from ki_ds.data.datasets import read_vocabulary
-    from ki_ds.models import build_lm
+    from ki_ds.models.presets import build_lm
 
     vocabulary = read_vocabulary(configuration.DataConfig(corpus=str(folder / "text")), "causal")
     shape: Any = _shape(args.layers // 2, args.width // 2)
@@ -126,8 +127,8 @@ def measure(row: Row, command: list[str], *, kept: bool) -> list[float]:
 
 def work(argv: list[str]) -> None:
     """Train in this process, a rank of a job, and say its peak."""
-    from ki_ds import engine
-    from ki_ds.train import train
+    from ki_ds.engine import student as engine
+    from ki_ds.training.loop import train
 
     if "KI_DS_BENCH_KEPT" not in os.environ:
         engine.keep_freed_memory = lambda: False

@@ -27,9 +27,10 @@ from pathlib import Path
 
 import psutil
 
+from ki_ds.cli import ends_cleanly
 from ki_ds.data.corpora import Corpus
 from ki_ds.data.tokenize import load_tokenizer, save_tokenizer
-from ki_ds.errors import UserError, ends_cleanly
+from ki_ds.errors import UserError
 
 CLOCK = """
 import resource, sys, time

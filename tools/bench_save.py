@@ -29,8 +29,9 @@ import torch
 from bench_data import spread, write_text
 from bench_placements import words
 
-from ki_ds.distributed import free_port
-from ki_ds.errors import UserError, ends_cleanly
+from ki_ds.cli import ends_cleanly
+from ki_ds.errors import UserError
+from ki_ds.ranks.world import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,7 +116,7 @@ def train(row: Row, options: dict[str, Any], run_dir: Path) -> None:
 def work(argv: list[str]) -> None:
     """In a row's process: train, and print what the loop took as the last line."""
     from ki_ds import config as configuration
-    from ki_ds import train as training
+    from ki_ds.training import loop as training
 
     save, loop = training._save, training._loop
     held: list[float] = []

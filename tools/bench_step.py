@@ -38,11 +38,12 @@ from bench_data import SPECIAL_IDS, VOCAB_SIZE, spread, write_text
 from bench_step_rows import GEMM_WIDTH, NUM_WARM_STEPS, ROWS, Job, work
 from torch import nn
 
+from ki_ds.cli import ends_cleanly
 from ki_ds.config import ModelConfig
-from ki_ds.errors import UserError, ends_cleanly
-from ki_ds.kernels.linear import default_chunk_rows
-from ki_ds.models import build_lm, count_parameters, quieten
-from ki_ds.profiling import OTHER, PARTS
+from ki_ds.errors import UserError
+from ki_ds.models.presets import build_lm, count_parameters, quieten
+from ki_ds.objective.linear import default_chunk_rows
+from ki_ds.training.profiling import OTHER, PARTS
 
 OURS, ALONE, GEMM = "ours, inheriting", "ours, self-learning", "bare GEMM"
 GEMMS_A_STEP, MASKED = 4, 0.15

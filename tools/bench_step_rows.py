@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ki_ds.profiling import each, part, profiler, seconds_by_part
+from ki_ds.training.profiling import each, part, profiler, seconds_by_part
 
 ALPHA, TAU, SEED = 0.5, 2.0, 1
 NUM_WARM_STEPS, GEMM_WIDTH = 3, 2048
@@ -126,12 +126,12 @@ def arguments(job: Job, *, taught: bool) -> list[str]:
 def ours(job: Job, pace: Pace, *, taught: bool) -> None:
     """This project's step, as its loop takes it; with `give_back` in the job freed memory is not kept."""
     from ki_ds import config as configuration
-    from ki_ds import engine
-    from ki_ds.metrics import Window
-    from ki_ds.preemption import Preemption
-    from ki_ds.run import prepare
-    from ki_ds.stragglers import Pace as RankPace
-    from ki_ds.train import _batches, train_step
+    from ki_ds.engine import student as engine
+    from ki_ds.ranks.preemption import Preemption
+    from ki_ds.ranks.stragglers import Pace as RankPace
+    from ki_ds.reports.metrics import Window
+    from ki_ds.training.loop import _batches, train_step
+    from ki_ds.training.setup import prepare
 
     if job.get("give_back"):
         engine.keep_freed_memory = lambda: False
@@ -170,7 +170,7 @@ def eager_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 def models(job: Job, device: torch.device) -> tuple[nn.Module, nn.Module]:
     """Student (float32) and teacher (float32 on a CPU, half precision on a GPU), the same weights as ours."""
     from ki_ds.config import ModelConfig
-    from ki_ds.models import build_lm, load_lm
+    from ki_ds.models.presets import build_lm, load_lm
 
     specials, num_classes = _special_ids(job)
     student = build_lm(
@@ -215,7 +215,7 @@ def plain_loop(job: Job, pace: Pace, *, selected: bool) -> None:
 
     With `selected` both models' heads see the labelled rows alone, else all positions.
     """
-    import ki_ds.models  # noqa: F401
+    import ki_ds.models.presets  # noqa: F401
 
     pace.imported()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ki_ds import config as configuration
+from ki_ds.cli import ends_cleanly
 from ki_ds.config import RunConfig
-from ki_ds.errors import UserError, common_to_all_ranks, ends_cleanly
+from ki_ds.errors import UserError, common_to_all_ranks
 
 if TYPE_CHECKING:
     import torch
 
     from ki_ds.data.datasets import Datasets
-    from ki_ds.signals import Teacher
+    from ki_ds.objective.signals import Teacher
     from ki_ds.teachers.factory import TeacherFacts
 
 TOPK = 10  # as many as the paper caches
@@ -84,16 +85,16 @@ def run(argv: list[str]) -> None:
     """Command line; see --help."""
     with common_to_all_ranks():
         args, config = parse(argv)
-    from ki_ds.engine import start
+    from ki_ds.engine.student import start
 
     with common_to_all_ranks():
         _work(args, config, start(config.engine))
 
 
 def _work(args: argparse.Namespace, config: RunConfig, device: "torch.device") -> None:
+    from ki_ds.config.schedules import taught_steps
     from ki_ds.data.datasets import open_datasets
-    from ki_ds.distributed import on_main, say
-    from ki_ds.schedules import taught_steps
+    from ki_ds.ranks.world import on_main, say
     from ki_ds.teachers import answers, cache_build
     from ki_ds.teachers.questions import Questions
 
@@ -191,8 +192,8 @@ def _teacher(
 def main() -> None:
     """End the process with the command's exit code."""
     code = run(sys.argv[1:])
-    if "ki_ds.distributed" in sys.modules:
-        from ki_ds.distributed import leave
+    if "ki_ds.ranks.world" in sys.modules:
+        from ki_ds.ranks.world import leave
 
         leave(code)
     sys.exit(code)

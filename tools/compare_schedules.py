@@ -18,15 +18,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ki_ds import checkpoint
-from ki_ds.chain import Job, local_places, run_jobs
+from ki_ds.checkpoints import checkpoint
+from ki_ds.cli import ends_cleanly
 from ki_ds.data.corpora import gensim_dump_path
 from ki_ds.data.prepare import TokenizerSpec, build_store
-from ki_ds.demo import VALID_FRACTION, VOCAB_SIZES
-from ki_ds.errors import UserError, ends_cleanly
-from ki_ds.figures import draw_curves, png_bytes
-from ki_ds.results import read_run
-from ki_ds.savings import Arm, Comparison, compare
+from ki_ds.errors import UserError
+from ki_ds.experiments.demo import VALID_FRACTION, VOCAB_SIZES
+from ki_ds.jobs.chain import Job, local_places, run_jobs
+from ki_ds.reports.figures import draw_curves, png_bytes
+from ki_ds.reports.results import read_run
+from ki_ds.reports.savings import Arm, Comparison, compare
 
 INHERIT_STEPS = {"causal": (75, 150, 225, 300), "mlm": (125, 250, 375, 500)}
 

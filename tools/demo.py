@@ -4,8 +4,8 @@
 import argparse
 import sys
 
-from ki_ds.demo import run_demo
-from ki_ds.errors import ends_cleanly
+from ki_ds.cli import ends_cleanly
+from ki_ds.experiments.demo import run_demo
 
 
 @ends_cleanly

@@ -4,8 +4,8 @@
 import argparse
 import sys
 
+from ki_ds.cli import ends_cleanly
 from ki_ds.data.proximity import TOP, domain_words, proximity_table, sources_of_domains
-from ki_ds.errors import ends_cleanly
 
 
 @ends_cleanly

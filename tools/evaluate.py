@@ -5,7 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ki_ds.errors import UserError, ends_cleanly
+from ki_ds.cli import ends_cleanly
+from ki_ds.errors import UserError
 from ki_ds.evaluation.scores import GRADED, METRICS
 from ki_ds.evaluation.tasks import GLUE, PAPER_GRIDS, SET_SEEDS, Grid, Settings, TaskData
 

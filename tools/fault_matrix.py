@@ -13,43 +13,60 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ki_ds.errors import UserError, ends_cleanly
+from ki_ds.cli import ends_cleanly
+from ki_ds.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 # row: promise, what of the test suite holds it (pytest's names, or -k expressions behind a blank)
 ROWS: dict[int, tuple[str, list[str]]] = {
     1: (
         "resume is bitwise the same run",
-        ["tests/test_train.py -k bitwise", "tests/test_saver.py -k 'as_it_was or two_ranks'"],
+        ["tests/training/test_loop.py -k bitwise", "tests/checkpoints/test_saver.py -k 'as_it_was or two_ranks'"],
     ),
     2: (
         "other ranks or stage on resume",
-        ["tests/test_engine_state.py", "tests/test_train.py -k another_", "tests/data/test_batches.py"],
+        ["tests/engine/test_state.py", "tests/training/test_loop.py -k another_", "tests/data/test_batches.py"],
     ),
     3: ("other loader workers", ["tests/data/test_batches.py -k worker"]),
-    4: ("SIGKILL during a save", ["tests/test_checkpoint.py -k killed", "tests/test_saver.py -k dies"]),
-    5: ("bit rot in a checkpoint", ["tests/test_checkpoint.py -k flipped", "tests/test_train.py -k damaged"]),
-    6: ("missing or cut files", ["tests/test_checkpoint.py -k 'truncated or intact'"]),
-    7: ("disk full", ["tests/test_checkpoint.py -k 'full or error'", "tests/test_saver.py -k 'full or error'"]),
+    4: (
+        "SIGKILL during a save",
+        ["tests/checkpoints/test_checkpoint.py -k killed", "tests/checkpoints/test_saver.py -k dies"],
+    ),
+    5: (
+        "bit rot in a checkpoint",
+        ["tests/checkpoints/test_checkpoint.py -k flipped", "tests/training/test_loop.py -k damaged"],
+    ),
+    6: ("missing or cut files", ["tests/checkpoints/test_checkpoint.py -k 'truncated or intact'"]),
+    7: (
+        "disk full",
+        [
+            "tests/checkpoints/test_checkpoint.py -k 'full or error'",
+            "tests/checkpoints/test_saver.py -k 'full or error'",
+        ],
+    ),
     8: (
         "SIGTERM, SIGUSR1, Ctrl-C",
-        ["tests/test_preemption.py", "tests/test_watchdog.py -k signalled", "tests/test_saver.py -k signal"],
+        [
+            "tests/ranks/test_preemption.py",
+            "tests/ranks/test_watchdog.py -k signalled",
+            "tests/checkpoints/test_saver.py -k signal",
+        ],
     ),
     9: (
         "a rank or host dies, stops, hangs",
-        ["tests/test_watchdog.py -k 'not signalled'", "tests/test_supervisor.py", "tests/multinode"],
+        ["tests/ranks/test_watchdog.py -k 'not signalled'", "tests/jobs/test_supervisor.py", "tests/multinode"],
     ),
-    10: ("NaN, Inf, spikes", ["tests/test_guard.py"]),
-    11: ("straggler named", ["tests/test_stragglers.py"]),
-    12: ("hostile pickle", ["tests/convert/test_safe_pickle.py", "tests/test_checkpoint.py -k unpickled"]),
+    10: ("NaN, Inf, spikes", ["tests/engine/test_guard.py"]),
+    11: ("straggler named", ["tests/ranks/test_stragglers.py"]),
+    12: ("hostile pickle", ["tests/convert/test_safe_pickle.py", "tests/checkpoints/test_checkpoint.py -k unpickled"]),
     13: (
         "malformed input",
         [
             *("tests/data/test_store_fuzz.py", "tests/test_settings_fuzz.py", "tests/teachers/test_cache_files.py"),
-            *("tests/test_config.py", "tests/test_preflight.py"),
+            *("tests/config/test_schema.py", "tests/jobs/test_preflight.py"),
         ],
     ),
-    14: ("data or tokenizer changed", ["tests/test_run.py -k 'change or vocabulary'"]),
+    14: ("data or tokenizer changed", ["tests/training/test_setup.py -k 'change or vocabulary'"]),
     15: ("foreign teacher cache", ["tests/teachers/test_cache.py", "tests/teachers/test_cache_files.py"]),
     16: ("the teacher stays as it is", ["tests/teachers/test_online.py"]),
     17: ("a teacher fails", ["tests/teachers/test_ranks.py"]),

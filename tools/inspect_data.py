@@ -5,8 +5,8 @@ import argparse
 import json
 import sys
 
+from ki_ds.cli import ends_cleanly
 from ki_ds.data.describe import inspect
-from ki_ds.errors import ends_cleanly
 
 
 @ends_cleanly

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ki_ds import lineage
-from ki_ds.errors import UserError, ends_cleanly
-from ki_ds.models import model_folder, weights_sha256
+from ki_ds.checkpoints import lineage
+from ki_ds.cli import ends_cleanly
+from ki_ds.errors import UserError
+from ki_ds.models.presets import model_folder, weights_sha256
 
 
 @ends_cleanly

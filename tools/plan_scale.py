@@ -4,7 +4,7 @@
   python tools/plan_scale.py [--gpus 8 64 512] [--peak_tflops 989] [--mfu 0.4] [--nvlink_gb 450] [--infiniband_gb 50]
 
 Models, global batch (2,048 x 512 tokens), micro-batch (16, or less where a GPU gets less), precision and placements are
-those of launchers/recipes/; FLOPs and memory are the planner's, bytes those of ki_ds/communication.py. Two Markdown
+those of launchers/recipes/; FLOPs and memory are the planner's, bytes those of its room `communication`. Two Markdown
 tables. Nothing is measured: MFU and links are assumptions, the same for every row.
 """
 
@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ki_ds import config as configuration
-from ki_ds.communication import GPUS_A_NODE, INFINIBAND, NVLINK, Traffic, ranks_pay, step_seconds, traffic
+from ki_ds.cli import ends_cleanly
 from ki_ds.config import ModelConfig, RunConfig, Task
-from ki_ds.engine import accumulation_steps, read_ds_config
-from ki_ds.errors import UserError, ends_cleanly
-from ki_ds.planner import Plan, plan
-from ki_ds.sizes import Size, size_of
+from ki_ds.engine.student import accumulation_steps, read_ds_config
+from ki_ds.errors import UserError
+from ki_ds.planning.communication import GPUS_A_NODE, INFINIBAND, NVLINK, Traffic, ranks_pay, step_seconds, traffic
+from ki_ds.planning.planner import Plan, plan
+from ki_ds.planning.sizes import Size, size_of
 from ki_ds.teachers.cache_files import bytes_per_row
 
 ROOT = Path(__file__).resolve().parent.parent

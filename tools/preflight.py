@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ki_ds import preflight
-from ki_ds.errors import ends_cleanly
+from ki_ds.cli import ends_cleanly
+from ki_ds.jobs import preflight
 
 
 @ends_cleanly

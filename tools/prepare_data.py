@@ -6,10 +6,11 @@ import sys
 from collections import Counter
 from typing import get_args
 
+from ki_ds.cli import ends_cleanly
 from ki_ds.data.prepare import TokenizerSpec, build_store
 from ki_ds.data.sources import printable
 from ki_ds.data.tokenize import TokenizerKind
-from ki_ds.errors import UserError, ends_cleanly
+from ki_ds.errors import UserError
 
 
 @ends_cleanly

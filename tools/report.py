@@ -9,8 +9,8 @@ import sys
 
 from rich.console import Console
 
-from ki_ds.errors import ends_cleanly
-from ki_ds.report import text_table, write_report
+from ki_ds.cli import ends_cleanly
+from ki_ds.reports.report import text_table, write_report
 
 
 @ends_cleanly

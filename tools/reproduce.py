@@ -14,17 +14,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ki_ds.errors import UserError, ends_cleanly
+from ki_ds.cli import ends_cleanly
+from ki_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from ki_ds.chain import Place
-    from ki_ds.reproduce import PlannedExperiment
+    from ki_ds.experiments.reproduce import PlannedExperiment
+    from ki_ds.jobs.chain import Place
 
 
 @ends_cleanly
 def main() -> None:
     """Command line; see --help."""
-    from ki_ds.experiment import experiments, scales
+    from ki_ds.experiments.recipes import experiments, scales
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -67,8 +68,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from ki_ds.chain import hostfile_places, local_places
-    from ki_ds.reproduce import Request, plan, reproduce
+    from ki_ds.experiments.reproduce import Request, plan, reproduce
+    from ki_ds.jobs.chain import hostfile_places, local_places
 
     data: dict[str, list[str]] = {}
     for given in args.data:
@@ -98,9 +99,9 @@ def _run(args: argparse.Namespace) -> None:
 def _print_plan(args: argparse.Namespace, planned: "PlannedExperiment", places: "list[Place]") -> None:
     from rich.console import Console
 
-    from ki_ds.devices import device_named
-    from ki_ds.dry_run import table as run_table
-    from ki_ds.forecast import device_hours, forecast, table
+    from ki_ds.experiments.forecast import device_hours, forecast, table
+    from ki_ds.planning.devices import device_named
+    from ki_ds.planning.dry_run import table as run_table
 
     peak = None if args.peak_tflops is None else 1e12 * args.peak_tflops
     plans = forecast(planned, places[0], device=args.device, peak_flops=peak, mfu=args.mfu)

@@ -10,9 +10,9 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 import ki_ds
-from ki_ds import lineage
+from ki_ds.checkpoints import lineage
 from ki_ds.convert.sources import Source
-from ki_ds.models import count_parameters, max_positions
+from ki_ds.models.presets import count_parameters, max_positions
 
 _SIZES = {
     "layers": "num_hidden_layers",

@@ -21,14 +21,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ki_ds import checkpoint, lineage
+from ki_ds.checkpoints import checkpoint, lineage
 from ki_ds.config import Task
 from ki_ds.convert import direct, zero
 from ki_ds.convert.fairseq import Fairseq, read_fairseq
 from ki_ds.convert.fairseq_to_hf import first_token, to_hf
 from ki_ds.convert.unpadded import LARGEST_PADDING
 from ki_ds.errors import UserError
-from ki_ds.models import lm_of, load_lm, model_folder, read_config, weights_sha256
+from ki_ds.models.presets import lm_of, load_lm, model_folder, read_config, weights_sha256
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

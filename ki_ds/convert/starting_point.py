@@ -11,7 +11,7 @@ from ki_ds.convert.card import sizes
 from ki_ds.convert.sources import TOKENIZER_FILES, task_of
 from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash
 from ki_ds.errors import UserError
-from ki_ds.models import RowLM, Rows, check_vocabulary, load_lm, model_folder, quieten, read_config
+from ki_ds.models.presets import RowLM, Rows, check_vocabulary, load_lm, model_folder, quieten, read_config
 
 
 def describe(path: Path) -> list[str]:

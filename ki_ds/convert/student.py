@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ki_ds import checkpoint, lineage
+from ki_ds.checkpoints import checkpoint, lineage
 from ki_ds.config import Task
 from ki_ds.convert.card import model_card
 from ki_ds.convert.sources import Source, run_facts
@@ -19,7 +19,7 @@ from ki_ds.convert.unpadded import begin_with, cut, readable_alike, unpadded
 from ki_ds.convert.vocabulary import tokenizer_lines
 from ki_ds.data.datasets import Vocabulary
 from ki_ds.data.tokenizer_files import Files
-from ki_ds.models import count_parameters, max_positions, weights_sha256
+from ki_ds.models.presets import count_parameters, max_positions, weights_sha256
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ki_ds.convert.unpadded import LARGEST_PADDING, num_classes_of
 from ki_ds.data.tokenize import load_tokenizer, read_fairseq_dict, tokenizer_from_fairseq
 from ki_ds.data.tokenizer_files import Files, tokenizer_files
 from ki_ds.errors import UserError
-from ki_ds.models import max_positions
+from ki_ds.models.presets import max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

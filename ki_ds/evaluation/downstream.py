@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from ki_ds.checkpoint import claimed, write_json
+from ki_ds.checkpoints.checkpoint import claimed, write_json
 from ki_ds.evaluation.finetune import RANDOM, Candidate, Outcome
 from ki_ds.evaluation.scores import METRICS, Spread, score, simplest_guess
 from ki_ds.evaluation.tasks import GLUE, Grid, Settings, TaskData

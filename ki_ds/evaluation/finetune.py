@@ -26,7 +26,7 @@ from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash
 from ki_ds.errors import UserError
 from ki_ds.evaluation.scores import score
 from ki_ds.evaluation.tasks import Example, Settings, TaskData
-from ki_ds.models import max_positions, model_folder, quieten, read_config, weights_sha256
+from ki_ds.models.presets import max_positions, model_folder, quieten, read_config, weights_sha256
 
 RANDOM = "random initialisation"
 

@@ -18,8 +18,17 @@ from ki_ds.data.datasets import Vocabulary, check_tokenizer, open_validation
 from ki_ds.data.store import write_atomically
 from ki_ds.errors import UserError
 from ki_ds.evaluation.perplexity import Perplexity, validate
-from ki_ds.loss import LossOutput
-from ki_ds.models import DTYPES, InheritanceModel, Rows, check_vocabulary, load_lm, max_positions, model_folder, quieten
+from ki_ds.models.presets import (
+    DTYPES,
+    InheritanceModel,
+    Rows,
+    check_vocabulary,
+    load_lm,
+    max_positions,
+    model_folder,
+    quieten,
+)
+from ki_ds.objective.loss import LossOutput
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Self
 import torch
 
 from ki_ds.data.batches import Batch
-from ki_ds.distributed import all_sum
 from ki_ds.errors import UserError
-from ki_ds.loss import LossOutput
-from ki_ds.metrics import perplexity
+from ki_ds.objective.loss import LossOutput
+from ki_ds.ranks.world import all_sum
+from ki_ds.reports.metrics import perplexity
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ki_ds.checkpoint import read_json, write_json
+from ki_ds.checkpoints.checkpoint import read_json, write_json
 from ki_ds.errors import UserError
 from ki_ds.evaluation.finetune import Candidate, Outcome, fine_tune
 from ki_ds.evaluation.tasks import Settings, TaskData

@@ -17,8 +17,8 @@ from ki_ds.config import TeacherConfig
 from ki_ds.data.batches import Batch
 from ki_ds.data.store import token_dtype
 from ki_ds.errors import UserError
-from ki_ds.loss import PLAIN, LogitForm
-from ki_ds.signals import HiddenSignal, Signal, Teacher, TopKSignal
+from ki_ds.objective.loss import PLAIN, LogitForm
+from ki_ds.objective.signals import HiddenSignal, Signal, Teacher, TopKSignal
 from ki_ds.teachers.cache_files import HIDDEN_DTYPES, LOGIT_FORM, CacheFiles, Columns, Manifest, read_head
 from ki_ds.teachers.questions import Questions, input_hashes
 from ki_ds.teachers.topk import largest_entries

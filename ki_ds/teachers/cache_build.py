@@ -22,11 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ki_ds.data.batches import Batch
 from ki_ds.data.store import check_space, write_errors_are_one_line
-from ki_ds.distributed import from_main, is_main, on_main, rank, say, together, world_size
 from ki_ds.errors import UserError
-from ki_ds.loss import PLAIN
-from ki_ds.models import DTYPES
-from ki_ds.signals import HiddenSignal, Teacher
+from ki_ds.models.presets import DTYPES
+from ki_ds.objective.loss import PLAIN
+from ki_ds.objective.signals import HiddenSignal, Teacher
+from ki_ds.ranks.world import from_main, is_main, on_main, rank, say, together, world_size
 from ki_ds.teachers.cache import encode
 from ki_ds.teachers.cache_files import (
     FORMAT,

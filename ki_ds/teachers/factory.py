@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ki_ds import lineage
-from ki_ds.checkpoint import read_json
+from ki_ds.checkpoints import lineage
+from ki_ds.checkpoints.checkpoint import read_json
+from ki_ds.checkpoints.lineage import Lineage
 from ki_ds.config import RunConfig, Task, TeacherConfig
 from ki_ds.data.datasets import Datasets, check_tokenizer
 from ki_ds.errors import UserError
-from ki_ds.lineage import Lineage
-from ki_ds.models import (
+from ki_ds.models.presets import (
     DTYPES,
     Rows,
     check_vocabulary,
@@ -28,7 +28,7 @@ from ki_ds.models import (
     read_config,
     weights_sha256,
 )
-from ki_ds.signals import Teacher
+from ki_ds.objective.signals import Teacher
 from ki_ds.teachers.cache import CachedTeacher, check_coverage, fitting_semantics
 from ki_ds.teachers.cache_files import CacheFiles, Manifest
 from ki_ds.teachers.many import Assignment, ManyTeachers

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ki_ds.config.teacher_entries import TeacherEntry
 from ki_ds.data.batches import Batch
-from ki_ds.signals import AveragedSignal, HiddenSignal, Part, RoutedSignal, Signal, Teacher, TopKSignal
-from ki_ds.teacher_entries import TeacherEntry
+from ki_ds.objective.signals import AveragedSignal, HiddenSignal, Part, RoutedSignal, Signal, Teacher, TopKSignal
 
 
 @dataclass(frozen=True)

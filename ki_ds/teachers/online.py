@@ -6,10 +6,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ki_ds.data.batches import Batch
-from ki_ds.memory import give_freed_memory_back
-from ki_ds.models import RowLM
-from ki_ds.probe import USUAL, Rows
-from ki_ds.signals import HiddenSignal, Teacher
+from ki_ds.engine.memory import give_freed_memory_back
+from ki_ds.models.presets import RowLM
+from ki_ds.models.probe import USUAL, Rows
+from ki_ds.objective.signals import HiddenSignal, Teacher
 
 
 class OnlineTeacher(Teacher):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ki_ds.data.batches import Batch
-from ki_ds.signals import AveragedSignal, HiddenSignal, RoutedSignal, Signal, Teacher, TopKSignal
+from ki_ds.objective.signals import AveragedSignal, HiddenSignal, RoutedSignal, Signal, Teacher, TopKSignal
 
 
 @dataclass(frozen=True)

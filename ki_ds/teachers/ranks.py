@@ -18,14 +18,13 @@ from pathlib import Path
 
 import torch
 
-from ki_ds import schedules
-from ki_ds.bridge import Bridge
-from ki_ds.config import RunConfig
+from ki_ds.config import RunConfig, schedules
 from ki_ds.data.batches import Batch, TrainBatches
 from ki_ds.data.datasets import open_datasets
 from ki_ds.errors import ResumableError, UserError
-from ki_ds.loss import LogitForm
-from ki_ds.signals import HiddenSignal, Signal, Teacher
+from ki_ds.objective.loss import LogitForm
+from ki_ds.objective.signals import HiddenSignal, Signal, Teacher
+from ki_ds.ranks.bridge import Bridge
 from ki_ds.teachers.factory import TeacherFacts, make_teachers
 from ki_ds.teachers.many import Assignment, hidden_answers
 

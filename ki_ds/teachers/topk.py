@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ki_ds.data.batches import Batch
-from ki_ds.signals import HiddenSignal, Teacher, TopKSignal
+from ki_ds.objective.signals import HiddenSignal, Teacher, TopKSignal
 
 _ROWS_AT_ONCE = 1024  # whose logits exist together
 

@@ -17,14 +17,14 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 
+from ki_ds.checkpoints.lineage import read
 from ki_ds.convert import export, sources
 from ki_ds.convert.export import Options, convert, made_up_rows
 from ki_ds.data.corpora import Document
 from ki_ds.data.store import SpecialIds, StoreWriter
 from ki_ds.data.tokenize import load_tokenizer, train_tokenizer
 from ki_ds.errors import UserError
-from ki_ds.lineage import read
-from ki_ds.models import weights_sha256
+from ki_ds.models.presets import weights_sha256
 from tests.convert.fairseq_files import PAD, Gpt, Roberta, rows, save
 from tests.tiny import ROOT, environment
 

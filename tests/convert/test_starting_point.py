@@ -11,7 +11,7 @@ from ki_ds.convert.starting_point import describe
 from ki_ds.data.store import SpecialIds
 from ki_ds.data.tokenize import load_tokenizer
 from ki_ds.errors import UserError
-from ki_ds.models import build_lm
+from ki_ds.models.presets import build_lm
 from ki_ds.teachers.factory import make_teacher
 from tests.lms import ARCHITECTURES, auto
 

@@ -11,16 +11,16 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 
-from ki_ds import checkpoint, lineage
 from ki_ds import config as configuration
+from ki_ds.checkpoints import checkpoint, lineage
 from ki_ds.convert.export import Options, convert
 from ki_ds.data import datasets
 from ki_ds.data.batches import ValidBatches
 from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash
 from ki_ds.errors import UserError
 from ki_ds.evaluation.measure import data_of_run, measure
-from ki_ds.models import weights_sha256
-from ki_ds.run import load_data
+from ki_ds.models.presets import weights_sha256
+from ki_ds.training.setup import load_data
 from tests.tiny import ROOT, inherit, records, run, tiny_corpus
 
 NUM_IDS = 331  # trained with 384 rows

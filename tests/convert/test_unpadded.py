@@ -9,7 +9,7 @@ import transformers as hf
 
 from ki_ds.convert.unpadded import begin_with, cut, num_classes_of, readable_alike, unpadded
 from ki_ds.errors import UserError
-from ki_ds.models import lm_of
+from ki_ds.models.presets import lm_of
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 TINY |= {"max_position_embeddings": 40, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}

@@ -443,7 +443,7 @@ FULL = """
 import resource, sys
 import numpy as np
 from ki_ds.data.store import SpecialIds, StoreWriter
-from ki_ds.errors import ends_cleanly
+from ki_ds.cli import ends_cleanly
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 @ends_cleanly
 def main():

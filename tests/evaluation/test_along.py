@@ -12,7 +12,7 @@ from ki_ds.evaluation.downstream import MAJORITY, Row
 from ki_ds.evaluation.finetune import RANDOM
 from ki_ds.evaluation.scores import Spread
 from ki_ds.evaluation.tasks import Grid
-from ki_ds.models import weights_sha256
+from ki_ds.models.presets import weights_sha256
 from tests.evaluation.data_sets import animals, graded
 from tests.tiny import run
 

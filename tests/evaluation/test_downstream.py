@@ -8,7 +8,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from ki_ds.checkpoint import claimed
+from ki_ds.checkpoints.checkpoint import claimed
 from ki_ds.errors import UserError
 from ki_ds.evaluation import downstream as module
 from ki_ds.evaluation.downstream import MAJORITY, choose, evaluate, majority_row, tables

@@ -10,8 +10,8 @@ from ki_ds.data.samples import BlockDataset
 from ki_ds.data.store import open_store
 from ki_ds.errors import UserError
 from ki_ds.evaluation.perplexity import Perplexity, validate
-from ki_ds.loss import LossOutput
-from ki_ds.models import InheritanceModel, build_lm
+from ki_ds.models.presets import InheritanceModel, build_lm
+from ki_ds.objective.loss import LossOutput
 from tests.tiny import tiny_corpus
 
 CPU = torch.device("cpu")

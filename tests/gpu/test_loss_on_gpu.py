@@ -1,11 +1,11 @@
-"""Everything of `tests/test_loss.py` that depends on the device, on a GPU: Triton's kernels and plain PyTorch there."""
+"""Everything of `test_loss.py` that depends on the device, on a GPU: Triton's kernels and plain PyTorch there."""
 
 import pytest
 import torch
 
-from ki_ds.kernels import reference
-from ki_ds.kernels.rows import TOPK_SEMANTICS, RowTask
-from ki_ds.loss import inheritance_loss, linear_inheritance_loss, resolve_backend
+from ki_ds.objective import reference
+from ki_ds.objective.loss import inheritance_loss, linear_inheritance_loss, resolve_backend
+from ki_ds.objective.rows import TOPK_SEMANTICS, RowTask
 from tests.loss_cases import ENTRIES, Case, check, relative
 
 pytestmark = [
@@ -48,7 +48,7 @@ def test_one_row_no_rows_and_all_ignored(entry, num_rows, num_ignored):
 @pytest.mark.parametrize("std", [1.0, 3.0, 30.0])
 @pytest.mark.parametrize("kind", ["dense", *TOPK_SEMANTICS])
 def test_kernels_at_the_papers_vocabulary(dtype, std, kind):
-    from ki_ds.kernels import triton_dense, triton_topk
+    from ki_ds.objective import triton_dense, triton_topk
 
     gen = torch.Generator("cuda").manual_seed(0)
     student, teacher = (torch.randn(48, 50304, device="cuda", generator=gen).mul_(std).to(dtype) for _ in range(2))

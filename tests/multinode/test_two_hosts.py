@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from ki_ds.distributed import free_port
-from ki_ds.supervisor import saved_step
-from tests.jobs import steps_done
+from ki_ds.jobs.supervisor import saved_step
+from ki_ds.ranks.world import free_port
+from tests.commands import steps_done
 from tests.multinode.hosts import INTERFACE, NAMES
 from tests.tiny import ROOT, environment, records, tiny_config, train_ranks, write_config
 

@@ -15,7 +15,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from ki_ds.distributed import free_port
+from ki_ds.ranks.world import free_port
 from tests.tiny import environment
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "salloc", "scancel", "scontrol", "squeue", "sinfo")

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from tests.jobs import steps_done
-from tests.test_train import weights_hash
+from tests.commands import steps_done
 from tests.tiny import ROOT, records, tiny_config, write_config
+from tests.training.test_loop import weights_hash
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 SCRIPT = ROOT / "launchers" / "train_ki.sh"
@@ -19,7 +19,7 @@ LONG = {"num_steps": 400, "eval_every": 400, "save_every": 400, "log_every": 1}
 TEMPLATES = re.findall(r"```bash\n(#!.*?)```", (ROOT / "docs" / "reliability.md").read_text(), re.DOTALL)
 MEETING = "from ki_ds.config import EngineConfig as c; from ki_ds import engine; engine.start(c()); import torch, os; "
 MEETING += "print('rank', os.environ['RANK'], os.environ['WORLD_SIZE'], torch.get_num_threads(), flush=True); "
-MEETING += "from ki_ds.distributed import leave; leave(0)"
+MEETING += "from ki_ds.ranks.world import leave; leave(0)"
 
 
 @pytest.fixture

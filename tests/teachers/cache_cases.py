@@ -9,8 +9,8 @@ import torch
 
 from ki_ds import config as configuration
 from ki_ds.config import RunConfig
+from ki_ds.config.schedules import taught_steps
 from ki_ds.data.datasets import Datasets, open_datasets
-from ki_ds.schedules import taught_steps
 from ki_ds.teachers.cache_build import CHUNK_BYTES, Recording, build_cache, record_teacher
 from ki_ds.teachers.cache_files import Manifest
 from ki_ds.teachers.factory import make_teacher

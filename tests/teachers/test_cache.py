@@ -11,8 +11,8 @@ import torch
 from ki_ds.data.batches import Sample, TrainBatches, collate
 from ki_ds.data.tokenize import former_tokenizer_hash
 from ki_ds.errors import UserError
-from ki_ds.loss import PLAIN, LogitForm, inheritance_loss, topk_inheritance_loss
-from ki_ds.signals import HiddenSignal, TopKSignal
+from ki_ds.objective.loss import PLAIN, LogitForm, inheritance_loss, topk_inheritance_loss
+from ki_ds.objective.signals import HiddenSignal, TopKSignal
 from ki_ds.teachers.cache import CachedTeacher, encode
 from ki_ds.teachers.cache_build import build_cache
 from ki_ds.teachers.cache_files import LOGIT_FORM, Manifest

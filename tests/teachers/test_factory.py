@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ki_ds import lineage
+from ki_ds.checkpoints import lineage
 from ki_ds.config import TeacherConfig
+from ki_ds.config.teacher_entries import TeacherEntry
 from ki_ds.data.batches import Sample, collate
 from ki_ds.data.corpora import Document
 from ki_ds.data.tokenize import tokenizer_hash, train_tokenizer
 from ki_ds.errors import UserError
-from ki_ds.models import count_parameters
-from ki_ds.teacher_entries import TeacherEntry
+from ki_ds.models.presets import count_parameters
 from ki_ds.teachers.factory import identify_teachers, make_teacher, make_teachers
 from ki_ds.teachers.online import OnlineTeacher
 from tests.teachers.cache_cases import cache_of, config_of, data_of

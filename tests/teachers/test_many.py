@@ -9,16 +9,16 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from ki_ds import config as configuration
+from ki_ds.config.teacher_entries import TeacherEntry
 from ki_ds.data.batches import TrainBatches, collate
 from ki_ds.errors import UserError
-from ki_ds.loss import inheritance_loss
-from ki_ds.run import load_data
-from ki_ds.signals import AveragedSignal, HiddenSignal, Part, RoutedSignal, TopKSignal
-from ki_ds.teacher_entries import TeacherEntry
+from ki_ds.objective.loss import inheritance_loss
+from ki_ds.objective.signals import AveragedSignal, HiddenSignal, Part, RoutedSignal, TopKSignal
 from ki_ds.teachers.cache_build import build_cache, record_teacher
 from ki_ds.teachers.factory import make_teacher, make_teachers
 from ki_ds.teachers.many import Assignment, ManyTeachers, hidden_answers
 from ki_ds.teachers.questions import Questions
+from ki_ds.training.setup import load_data
 from tests.data.test_batches import BlockDataset, write_store
 from tests.tiny import ROOT, records, run, tiny_config, tiny_corpus, train_ranks, write_config
 
@@ -71,7 +71,7 @@ def logits_of(path, batch):
 
 
 def student_of(config, data):
-    from ki_ds.models import InheritanceModel, build_lm
+    from ki_ds.models.presets import InheritanceModel, build_lm
 
     lm = build_lm(
         config.model, "mlm", num_classes=data.vocabulary.size, special_ids=data.vocabulary.special_ids, seed=1

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForM
 
 from ki_ds.config import LossConfig
 from ki_ds.data.batches import Sample, collate
-from ki_ds.models import InheritanceModel
+from ki_ds.models.presets import InheritanceModel
 from ki_ds.teachers.online import OnlineTeacher
 from tests.tiny import ROOT, environment
 
@@ -128,7 +128,7 @@ MEASURE = """
 import gc, json, sys, psutil, torch
 from ki_ds.config import TeacherConfig
 from ki_ds.data.batches import Sample, collate
-from ki_ds.memory import keep_freed_memory
+from ki_ds.engine.memory import keep_freed_memory
 from ki_ds.teachers.factory import make_teacher
 
 def resident():

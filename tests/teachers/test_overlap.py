@@ -8,7 +8,7 @@ import torch
 
 from ki_ds.data.batches import Batch, collate
 from ki_ds.errors import UserError
-from ki_ds.signals import AveragedSignal, HiddenSignal, Part, RoutedSignal, Teacher, TopKSignal
+from ki_ds.objective.signals import AveragedSignal, HiddenSignal, Part, RoutedSignal, Teacher, TopKSignal
 from ki_ds.teachers import overlap
 from ki_ds.teachers.overlap import OverlappedTeacher
 from tests.teachers.cache_cases import config_of, data_of

@@ -13,10 +13,10 @@ import torch
 
 from ki_ds import config as configuration
 from ki_ds.data.batches import Sample, collate
-from ki_ds.distributed import free_port
 from ki_ds.errors import EXIT_RESUMABLE, UserError
-from ki_ds.loss import LogitForm
-from ki_ds.signals import HiddenSignal
+from ki_ds.objective.loss import LogitForm
+from ki_ds.objective.signals import HiddenSignal
+from ki_ds.ranks.world import free_port
 from ki_ds.teachers.many import Assignment
 from ki_ds.teachers.ranks import RanksTeacher, _head
 from tests.tiny import ROOT, environment, records, tiny_config, train_ranks, write_config

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from ki_ds import config as configuration
 from ki_ds.errors import UserError
-from ki_ds.loss import PLAIN, LogitForm
-from ki_ds.signals import HiddenSignal
+from ki_ds.objective.loss import PLAIN, LogitForm
+from ki_ds.objective.signals import HiddenSignal
 from ki_ds.teachers.factory import make_teachers
 from ki_ds.teachers.topk import largest_entries
 from tests.teachers.cache_cases import CPU, cache_of, config_of, data_of

@@ -10,9 +10,9 @@ import sys
 import torch
 
 from ki_ds import config as configuration
-from ki_ds.distributed import leave, rank
-from ki_ds.engine import StudentEngine
-from ki_ds.train import train
+from ki_ds.engine.student import StudentEngine
+from ki_ds.ranks.world import leave, rank
+from ki_ds.training.loop import train
 
 
 def main(files: list[str]) -> None:

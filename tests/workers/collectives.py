@@ -1,4 +1,4 @@
-"""One rank of tests/test_distributed.py: every collective once, the results as a line of JSON, then `leave`.
+"""One rank of tests/ranks/test_world.py: every collective once, the results as a line of JSON, then `leave`.
 
 usage: collectives.py EXIT_CODE_OF_RANK_0 EXIT_CODE_OF_RANK_1
 """
@@ -10,8 +10,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from ki_ds.distributed import Notes, all_sum, barrier, from_main, is_main, leave, pick_interface, rank, say, together
-from ki_ds.errors import UserError, ends_cleanly
+from ki_ds.cli import ends_cleanly
+from ki_ds.errors import UserError
+from ki_ds.ranks.world import Notes, all_sum, barrier, from_main, is_main, leave, pick_interface, rank, say, together
 
 
 def raised(error: UserError | None) -> list | None:

@@ -1,4 +1,4 @@
-"""One rank of tests/test_communication.py: bytes given to each collective in one step, case after case.
+"""One rank of tests/planning/test_communication.py: bytes given to each collective in one step, case after case.
 
 usage: count_traffic.py CORPUS OUT.json PRECISION CASE...    a case is DS_CONFIG:MICRO_STEPS
 """
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ki_ds.data.batches import TrainBatches
-from ki_ds.distributed import leave, rank, world_size
+from ki_ds.ranks.world import leave, rank, world_size
 
 COUNTED = ("all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
 FOREIGN = ("broadcast", "reduce_scatter", "all_gather", "gather", "scatter", "all_to_all", "all_to_all_single")
@@ -36,9 +36,9 @@ def count(name: str) -> None:
 
 def measure(corpus: str, precision: str, ds_config: str, micro_steps: int) -> dict:
     """{collective: bytes} of the third step, and the student's parameters."""
-    from ki_ds.engine import StudentEngine, start
-    from ki_ds.models import InheritanceModel, build_lm
-    from ki_ds.run import load_data
+    from ki_ds.engine.student import StudentEngine, start
+    from ki_ds.models.presets import InheritanceModel, build_lm
+    from ki_ds.training.setup import load_data
     from tests.workers.matrix import configured
 
     size = 8 // (micro_steps * int(os.environ["WORLD_SIZE"]))

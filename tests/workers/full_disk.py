@@ -10,12 +10,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from ki_ds import checkpoint
 from ki_ds import config as configuration
-from ki_ds import train as training
-from ki_ds.distributed import leave
+from ki_ds.checkpoints import checkpoint
+from ki_ds.checkpoints.saver import Saver
 from ki_ds.errors import UserError
-from ki_ds.saver import Saver
+from ki_ds.ranks.world import leave
+from ki_ds.training import loop as training
 
 
 def main(file: str, offsets: list[int]) -> None:

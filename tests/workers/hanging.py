@@ -6,9 +6,9 @@ usage: hanging.py RANK STEP hang|slow CONFIG.yaml
 import sys
 import time
 
-from ki_ds.distributed import rank
-from ki_ds.engine import StudentEngine
-from ki_ds.launcher import main
+from ki_ds.cli import main
+from ki_ds.engine.student import StudentEngine
+from ki_ds.ranks.world import rank
 
 
 def disturb(victim: int, step: int, how: str) -> None:

@@ -12,11 +12,11 @@ from deepspeed.utils import safe_get_full_grad
 
 from ki_ds.config import RunConfig, parse
 from ki_ds.data.batches import TrainBatches
-from ki_ds.distributed import all_sum, leave, rank, world_size
-from ki_ds.engine import StudentEngine, start
-from ki_ds.models import InheritanceModel, RowLM, build_lm
-from ki_ds.preemption import Preemption
-from ki_ds.run import load_data
+from ki_ds.engine.student import StudentEngine, start
+from ki_ds.models.presets import InheritanceModel, RowLM, build_lm
+from ki_ds.ranks.preemption import Preemption
+from ki_ds.ranks.world import all_sum, leave, rank, world_size
+from ki_ds.training.setup import load_data
 from tests.workers.split_gradients import run_config
 
 STEPS = 3

@@ -10,11 +10,11 @@ import threading
 import time
 from pathlib import Path
 
-from ki_ds import checkpoint
 from ki_ds import config as configuration
-from ki_ds import train as training
-from ki_ds.distributed import barrier, is_main, leave, rank
-from ki_ds.launcher import main
+from ki_ds.checkpoints import checkpoint
+from ki_ds.cli import main
+from ki_ds.ranks.world import barrier, is_main, leave, rank
+from ki_ds.training import loop as training
 
 write_part = checkpoint.write_part
 

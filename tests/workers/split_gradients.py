@@ -1,4 +1,4 @@
-"""One rank of tests/test_engine.py: gradients of one global batch, split into accumulation steps, by ZeRO stage.
+"""One rank of the tests of the engine: gradients of one global batch, split into accumulation steps, by ZeRO stage.
 
 usage: split_gradients.py CORPUS OUT.pt STAGE...
 """
@@ -12,11 +12,11 @@ from deepspeed.utils import safe_get_full_grad
 
 from ki_ds import config as configuration
 from ki_ds.data.batches import TrainBatches
-from ki_ds.distributed import leave, rank, world_size
-from ki_ds.engine import StudentEngine, start
-from ki_ds.models import InheritanceModel, RowLM, build_lm
-from ki_ds.preemption import Preemption
-from ki_ds.run import load_data
+from ki_ds.engine.student import StudentEngine, start
+from ki_ds.models.presets import InheritanceModel, RowLM, build_lm
+from ki_ds.ranks.preemption import Preemption
+from ki_ds.ranks.world import leave, rank, world_size
+from ki_ds.training.setup import load_data
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

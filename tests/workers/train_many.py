@@ -6,8 +6,8 @@ usage: train_many.py [--field value ...] CONFIG.yaml...
 import sys
 
 from ki_ds import config as configuration
-from ki_ds.distributed import leave
-from ki_ds.train import train
+from ki_ds.ranks.world import leave
+from ki_ds.training.loop import train
 
 
 def main(arguments: list[str]) -> None:

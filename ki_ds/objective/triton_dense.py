@@ -1,0 +1,320 @@
+"""The rows of the loss against a label and a teacher's logits, as one Triton kernel.
+
+One program a row. The first pass reads both rows of logits and gathers their softmaxes' sums, the second reads
+them again from the last column to the first, so that what was read last is still in the L2 cache, and writes the
+gradient, if wanted over the student's logits. From device memory each logit is thus read about once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ki_ds.objective.rows import RowTask, RowTerms
+from ki_ds.objective.triton_rows import (
+    LN_2,
+    LOG2_E,
+    Tiling,
+    capped,
+    clear_row,
+    columns_of,
+    gather_statistics,
+    load_tail,
+    through_cap,
+)
+
+DEFAULT_TILING = Tiling()
+_LN_2 = tl.constexpr(LN_2)
+_LOG2_E = tl.constexpr(LOG2_E)
+
+
+def dense_rows(
+    student_NV: Tensor,
+    labels_N: Tensor,
+    teacher_NV: Tensor | None,
+    task: RowTask,
+    *,
+    row_scale_N: Tensor | None = None,
+    grad_NV: Tensor | None = None,
+    tiling: Tiling | None = None,
+) -> RowTerms:
+    """Terms of every row, and their gradient in `grad_NV`: see `reference.dense_rows`, which computes the same."""
+    num_rows = student_NV.shape[0]
+    tiling = tiling or DEFAULT_TILING
+    has_teacher = teacher_NV is not None and task.uses_teacher()
+    ce_N = student_NV.new_empty(num_rows, dtype=torch.float32)
+    smooth_ce_N = torch.empty_like(ce_N) if task.label_smoothing else ce_N
+    kl_N = torch.empty_like(ce_N) if has_teacher else None
+    teacher_ce_N = torch.empty_like(ce_N) if has_teacher else None
+    if num_rows == 0:
+        return RowTerms(ce_N, smooth_ce_N, kl_N, teacher_ce_N)
+    teacher = teacher_NV if teacher_NV is not None and has_teacher else student_NV
+    grad = student_NV if grad_NV is None else grad_NV
+    alpha_is_tensor = isinstance(task.alpha, Tensor)
+    _dense_kernel[(num_rows,)](
+        student_NV,
+        teacher,
+        labels_N,
+        ce_N if row_scale_N is None else row_scale_N,
+        task.alpha if alpha_is_tensor else ce_N,
+        grad,
+        ce_N,
+        smooth_ce_N,
+        ce_N if kl_N is None else kl_N,
+        ce_N if teacher_ce_N is None else teacher_ce_N,
+        student_NV.stride(0),
+        teacher.stride(0),
+        grad.stride(0),
+        task.num_classes,
+        student_NV.shape[1],
+        teacher.shape[1],
+        0.0 if alpha_is_tensor else float(task.alpha),
+        task.tau,
+        task.label_smoothing,
+        task.grad_scale,
+        task.ignore_index,
+        HAS_TEACHER=has_teacher,
+        ALPHA_IS_TENSOR=alpha_is_tensor,
+        HAS_ROW_SCALE=row_scale_N is not None,
+        SMOOTHING=task.label_smoothing > 0,
+        WRITE_GRAD=grad_NV is not None,
+        TAU_IS_2=task.tau == 2.0,
+        CAP=task.cap or 0.0,
+        TEACHER_CAP=task.teacher_cap or 0.0,
+        T=tiling.lanes,
+        E=tiling.width,
+        STAGES=tiling.num_stages,
+        num_warps=tiling.num_warps,
+    )
+    return RowTerms(ce_N, smooth_ce_N, kl_N, teacher_ce_N)
+
+
+@triton.jit
+def _gradient_tile(
+    x,
+    y,
+    scale,
+    lse,
+    t_lse,
+    square,
+    plain_lse,
+    ce_weight,
+    kl_weight,
+    shift,
+    HAS_TEACHER: tl.constexpr,
+    TAU_IS_2: tl.constexpr,
+    CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+):
+    """d loss / d z without the label's own target, z being the logits of what the student's row holds, x, and y what
+    the teacher's holds; `square` = (1 - alpha) w soft^2 / plain at tau 2."""
+    z = capped(x, CAP)
+    if not HAS_TEACHER:
+        return ce_weight * tl.exp2(z * _LOG2_E - plain_lse) - shift
+    p = tl.exp2(z * scale - lse)
+    q = tl.exp2(capped(y, TEACHER_CAP) * scale - t_lse)
+    if TAU_IS_2:
+        return p * (p * square + kl_weight) - (q * kl_weight + shift)
+    return ce_weight * tl.exp2(z * _LOG2_E - plain_lse) + kl_weight * (p - q) - shift
+
+
+@triton.jit
+def _load_pair(student_row, teacher_row, cols, HAS_TEACHER: tl.constexpr):
+    """A whole tile of both rows; it is read for the last time."""
+    x = tl.load(student_row + cols, eviction_policy="evict_first")
+    y = x
+    if HAS_TEACHER:
+        y = tl.load(teacher_row + cols, eviction_policy="evict_first")
+    return x, y
+
+
+@triton.jit
+def _write_gradient(
+    student_row,
+    teacher_row,
+    grad_row,
+    num_classes,
+    num_columns,
+    teacher_columns,
+    scale,
+    lse,
+    t_lse,
+    square,
+    plain_lse,
+    ce_weight,
+    kl_weight,
+    shift,
+    HAS_TEACHER: tl.constexpr,
+    TAU_IS_2: tl.constexpr,
+    CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    T: tl.constexpr,
+    E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The second pass: the gradient of every column, last tile first, and zeros in the padding."""
+    dtype: tl.constexpr = grad_row.dtype.element_ty
+    cols = columns_of(T, E)
+    full = num_classes // (T * E) * (T * E)
+    inside = full + cols < num_classes
+    x = load_tail(student_row, full + cols, num_columns)
+    y = x
+    if HAS_TEACHER:
+        y = load_tail(teacher_row, full + cols, teacher_columns)
+    last = _gradient_tile(
+        x, y, scale, lse, t_lse, square, plain_lse, ce_weight, kl_weight, shift,
+        HAS_TEACHER, TAU_IS_2, CAP, TEACHER_CAP,
+    )  # fmt: skip
+    last = through_cap(last, x, CAP)
+    tl.store(grad_row + full + cols, tl.where(inside, last, 0.0).to(dtype), mask=full + cols < num_columns)
+    for back in tl.range(T * E, full + T * E, T * E, num_stages=STAGES):
+        start = full - back
+        x, y = _load_pair(student_row + start, teacher_row + start, cols, HAS_TEACHER)
+        tile = _gradient_tile(
+            x, y, scale, lse, t_lse, square, plain_lse, ce_weight, kl_weight, shift,
+            HAS_TEACHER, TAU_IS_2, CAP, TEACHER_CAP,
+        )  # fmt: skip
+        tile = through_cap(tile, x, CAP)
+        tl.store(grad_row + start + cols, tile.to(dtype), eviction_policy="evict_first")
+    clear_row(grad_row, full + T * E, num_columns, T, E)
+
+
+@triton.jit
+def _dense_row(
+    student_row,
+    teacher_row,
+    grad_row,
+    label,
+    row_scale,
+    alpha,
+    num_classes,
+    num_columns,
+    teacher_columns,
+    tau,
+    smoothing,
+    HAS_TEACHER: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    WRITE_GRAD: tl.constexpr,
+    TAU_IS_2: tl.constexpr,
+    CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    T: tl.constexpr,
+    E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """CE, smoothed CE, KL and the teacher's CE of one row; with WRITE_GRAD also its gradient."""
+    scale = _LOG2_E / tau
+    is_class = (label >= 0) & (label < num_classes)
+    x_label = tl.load(student_row + label, mask=is_class, other=float("nan"))
+    z_label = capped(x_label, CAP)
+    y_label = x_label
+    t_label = z_label
+    if HAS_TEACHER:
+        y_label = tl.load(teacher_row + label, mask=is_class, other=float("nan"))
+        t_label = capped(y_label, TEACHER_CAP)
+    peak, soft, plain, t_peak, t_soft, t_plain, cross, logits = gather_statistics(
+        student_row,
+        teacher_row,
+        num_classes,
+        num_columns,
+        teacher_columns,
+        scale,
+        tau,
+        HAS_TEACHER,
+        SMOOTHING,
+        TAU_IS_2,
+        CAP,
+        TEACHER_CAP,
+        False,
+        T,
+        E,
+        STAGES,
+    )
+    lse = peak * scale + tl.log2(soft)
+    t_lse = t_peak * scale + tl.log2(t_soft)
+    plain_lse = peak * _LOG2_E + tl.log2(plain)
+    ce = (peak - z_label) + tl.log2(plain) * _LN_2
+    teacher_ce = (t_peak - t_label) + tl.log2(t_plain) * _LN_2
+    kl = cross / (t_soft * tau) - (t_lse - lse) * _LN_2
+    on_others = 0.0
+    smooth_ce = ce
+    if SMOOTHING:
+        on_others = smoothing / (num_classes - 1)
+        others = (num_classes - 1) * (plain_lse * _LN_2) - (logits - z_label)
+        smooth_ce = (1.0 - smoothing) * ce + on_others * others
+    if WRITE_GRAD:
+        ce_weight = (1.0 - alpha) * row_scale
+        kl_weight = alpha * tau * row_scale
+        square = ce_weight * soft * soft / plain
+        shift = ce_weight * on_others
+        tl.debug_barrier()  # the label's logit, read above, may be overwritten now
+        _write_gradient(
+            student_row, teacher_row, grad_row, num_classes, num_columns, teacher_columns, scale, lse, t_lse, square,
+            plain_lse, ce_weight, kl_weight, shift, HAS_TEACHER, TAU_IS_2, CAP, TEACHER_CAP, T, E, STAGES,
+        )  # fmt: skip
+        tl.debug_barrier()  # the label's column has been written like any other; now for good
+        at_label = _gradient_tile(
+            x_label, y_label, scale, lse, t_lse, square, plain_lse, ce_weight, kl_weight, shift,
+            HAS_TEACHER, TAU_IS_2, CAP, TEACHER_CAP,
+        )  # fmt: skip
+        at_label = through_cap(at_label - ce_weight * (1.0 - smoothing - on_others), x_label, CAP)
+        tl.store(grad_row + label, at_label.to(grad_row.dtype.element_ty), mask=is_class)
+    return ce, smooth_ce, kl, teacher_ce
+
+
+@triton.jit
+def _dense_kernel(
+    student_ptr, teacher_ptr, labels_ptr, row_scale_ptr, alpha_ptr, grad_ptr, ce_ptr, smooth_ce_ptr, kl_ptr,
+    teacher_ce_ptr, student_stride, teacher_stride, grad_stride, num_classes, num_columns, teacher_columns,
+    alpha_value, tau, smoothing, grad_scale, ignore_index,
+    HAS_TEACHER: tl.constexpr, ALPHA_IS_TENSOR: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, SMOOTHING: tl.constexpr,
+    WRITE_GRAD: tl.constexpr, TAU_IS_2: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
+    T: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # rows times columns pass 2^31
+    student_row = student_ptr + row * student_stride
+    teacher_row = teacher_ptr + row * teacher_stride
+    grad_row = grad_ptr + row * grad_stride
+    label = tl.load(labels_ptr + row)
+    if label == ignore_index:
+        tl.store(ce_ptr + row, 0.0)
+        if SMOOTHING:
+            tl.store(smooth_ce_ptr + row, 0.0)
+        if HAS_TEACHER:
+            tl.store(kl_ptr + row, 0.0)
+            tl.store(teacher_ce_ptr + row, 0.0)
+        if WRITE_GRAD:
+            clear_row(grad_row, 0, num_columns, T, E)
+    else:
+        row_scale = grad_scale * 1.0
+        if HAS_ROW_SCALE:
+            row_scale = tl.load(row_scale_ptr + row).to(tl.float32) * grad_scale
+        alpha = alpha_value * 1.0
+        if ALPHA_IS_TENSOR:
+            alpha = tl.load(alpha_ptr).to(tl.float32)
+        if HAS_TEACHER and ALPHA_IS_TENSOR:
+            if alpha == 0.0:  # the teacher is not read: whatever it holds, the loss is the label's
+                ce, smooth_ce, kl, teacher_ce = _dense_row(
+                    student_row, student_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
+                    teacher_columns, tau, smoothing, False, SMOOTHING, WRITE_GRAD, TAU_IS_2,
+                    CAP, TEACHER_CAP, T, E, STAGES,
+                )  # fmt: skip
+                kl = kl * 0.0
+            else:
+                ce, smooth_ce, kl, teacher_ce = _dense_row(
+                    student_row, teacher_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
+                    teacher_columns, tau, smoothing, True, SMOOTHING, WRITE_GRAD, TAU_IS_2,
+                    CAP, TEACHER_CAP, T, E, STAGES,
+                )  # fmt: skip
+        else:
+            ce, smooth_ce, kl, teacher_ce = _dense_row(
+                student_row, teacher_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
+                teacher_columns, tau, smoothing, HAS_TEACHER, SMOOTHING, WRITE_GRAD, TAU_IS_2,
+                CAP, TEACHER_CAP, T, E, STAGES,
+            )  # fmt: skip
+        tl.store(ce_ptr + row, ce)
+        if SMOOTHING:
+            tl.store(smooth_ce_ptr + row, smooth_ce)
+        if HAS_TEACHER:
+            tl.store(kl_ptr + row, kl)
+            tl.store(teacher_ce_ptr + row, teacher_ce)

@@ -1,0 +1,97 @@
+"""`inherit.schedule: auto`: alpha follows how far the student is behind its teacher, and ends once it has passed it.
+
+The loss tells the teacher's cross-entropy on the very rows that it teaches, so the gap costs no forward of its own.
+docs/auto_handover.md has the formula, and what it was measured against.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ki_ds.ranks.world import all_sum
+
+STEEPNESS = 4.0  # alpha a nat of a small gap: of 1, 2 and 4 the best (docs/auto_handover.md)
+DECAY = 0.5 ** (1 / 10)  # of the moving average a step: half of it is the last 10 steps
+PATIENCE = 20  # steps in a row in which the student must be ahead
+FLOOR = 0.01  # alpha of a student that is level with its teacher, until it is surely ahead
+
+
+class HandOver:
+    """alpha before each update, as a 0-d float32 tensor that no host reads; all ranks have the same.
+
+    G is the student's cross-entropy less the teacher's over the rows that were taught (nats a row), a moving average
+    over steps weighted by rows. alpha = 1 - exp(-4 G) = 1 - (teacher's perplexity / student's)^4, held within [0.01, 1]
+    and never rising; it is 0 for good once G has been below 0 for 20 steps in a row.
+
+    Args:
+        first_step: completed updates before the first that it counts.
+        period: JSON that tells this period of teaching from others.
+    """
+
+    def __init__(self, device: torch.device, *, first_step: int = 0, period: dict[str, Any] | None = None):
+        self.first_step, self._period = first_step, period or {}
+        self._pending = torch.zeros(2, dtype=torch.float64, device=device)
+        # moving sums of gaps and rows, alpha, steps in a row ahead of the teacher, steps that were taught
+        self._state = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64, device=device)
+
+    @classmethod
+    def resumed(
+        cls, saved: dict[str, Any] | None, device: torch.device, *, step: int, start_step: int, teachers: list[Any]
+    ) -> HandOver:
+        """The state that a checkpoint keeps if it is of the same start_step and teachers; else that of a new period.
+
+        Args:
+            saved: as `saved` has given it; None where the checkpoint has none.
+            step: completed updates.
+            teachers: what tells the teachers from others, as JSON; a checkpoint of older versions has none.
+        """
+        period = {"start_step": start_step, "teachers": teachers}
+        if saved is None or any(saved.get(name, period[name]) != period[name] for name in period):
+            return cls(device, first_step=max(start_step, step), period=period)
+        handover = cls(device, first_step=saved.get("first_step", start_step), period=period)
+        handover.restore(saved["state"])
+        return handover
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON, between two steps."""
+        return {**self._period, "first_step": self.first_step, "state": self.state()}
+
+    @property
+    def alpha(self) -> Tensor:
+        """The inheritance rate of the next update."""
+        return self._state[2].float()
+
+    def add(self, teachers_T4: Tensor) -> None:
+        """Count what the loss of one micro-batch of this rank says of the teachers (`LossOutput.teachers`)."""
+        _, teacher_ce, rows, ce = teachers_T4.double().sum(0).unbind()
+        self._pending += torch.stack([ce - teacher_ce, rows])
+
+    def settle(self) -> None:
+        """End a global batch: the next alpha. Called by all ranks; no host sync."""
+        gap, rows = all_sum(self._pending).unbind()
+        gaps, weights, alpha, ahead, steps = self._state.unbind()
+        gaps, weights = DECAY * gaps + gap, DECAY * weights + rows
+        mean = gaps / weights.clamp(min=1e-9)
+        ahead = torch.where(mean < 0, ahead + 1, 0.0)
+        alpha = torch.minimum(alpha, (-torch.expm1(-STEEPNESS * mean)).clamp(min=FLOOR))
+        alpha = torch.where(ahead >= PATIENCE, 0.0, alpha)
+        known = (rows > 0) & gap.isfinite()  # else no row was taught, or the update is bad
+        state = torch.where(known, torch.stack([gaps, weights, alpha, ahead, steps]), self._state)
+        state[4] = steps + 1
+        self._state = torch.where(self._state[2] == 0, self._state, state)
+        self._pending.zero_()
+
+    def taught_steps(self) -> int | None:
+        """Steps that were taught, once the student has been left to itself; else None. Waits for the device."""
+        return int(self._state[4]) if float(self._state[2]) == 0 else None
+
+    def state(self) -> list[float]:
+        """The numbers that decide, between two steps."""
+        return self._state.tolist()
+
+    def restore(self, state: list[float]) -> None:
+        """Go on from what `state` gave."""
+        self._state = torch.tensor(state, dtype=torch.float64, device=self._state.device)
