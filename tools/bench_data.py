@@ -36,9 +36,10 @@ import numpy as np
 import psutil
 
 from ki_ds.cli import ends_cleanly
-from ki_ds.data.store import SpecialIds, check_space, open_store
+from ki_ds.data.store import SpecialIds, open_store
 from ki_ds.data.token_index import INDEX_VERSION, MAGIC, WINDOW, pointer_windows
 from ki_ds.errors import UserError
+from ki_ds.files import check_space
 
 NUM_SYMBOLS, VOCAB_SIZE = 50_260, 50_265  # of dict.txt; with <s>, <pad>, </s>, <unk> and <mask>
 SPECIAL_IDS = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=VOCAB_SIZE - 1)

@@ -18,12 +18,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ki_ds.checkpoints import checkpoint
 from ki_ds.cli import ends_cleanly
 from ki_ds.data.corpora import gensim_dump_path
 from ki_ds.data.prepare import TokenizerSpec, build_store
 from ki_ds.errors import UserError
 from ki_ds.experiments.demo import VALID_FRACTION, VOCAB_SIZES
+from ki_ds.files import write_json
 from ki_ds.jobs.chain import Job, local_places, run_jobs
 from ki_ds.reports.figures import draw_curves, png_bytes
 from ki_ds.reports.results import read_run
@@ -109,7 +109,7 @@ def main() -> None:
     run_jobs(planned, local_places(1))
     (comparison,) = compare([read_run(f"{job.name.split('/')[0]}={job.run_dir}") for job in planned[1:]])
     rows = [figures(arm, comparison) for arm in comparison.arms]
-    checkpoint.write_json(folder / "comparison.json", {"arms": rows})
+    write_json(folder / "comparison.json", {"arms": rows})
     (folder / "comparison.png").write_bytes(png_bytes(draw_curves(comparison)))
     teacher_ppl = json.loads((folder / "teacher" / "best" / "valid.json").read_text(encoding="utf-8"))["ppl"]
     Console().print(table(rows, teacher_ppl))

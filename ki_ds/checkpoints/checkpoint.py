@@ -18,7 +18,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -29,8 +28,8 @@ from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
-from ki_ds.data.store import is_plain_name, sync_folder, sync_tree, write_atomically
 from ki_ds.errors import UserError
+from ki_ds.files import is_plain_name, read_json, sync_folder, sync_tree, write_atomically, write_json
 from ki_ds.ranks.world import barrier, from_main, is_main, say
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -60,24 +59,6 @@ class EngineState(Protocol):
 
     def save(self, folder: Path, tag: str, snapshot: Snapshot) -> list[File]: ...
     def load(self, folder: Path, tag: str, *, saved_world: int, saved_stage: int) -> None: ...
-
-
-def read_json(path: Path, *needed: str, fix: str = "restore it, or start in another run_dir") -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError, ending in `fix`, when it is missing, broken or lacks a name."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("no JSON object")
-        if missing := [name for name in needed if name not in content]:
-            raise ValueError(f"it lacks {', '.join(missing)}")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {fix}") from None
-    return content
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file atomically: readers see the old one or the new one."""
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 # --- one run a folder -------------------------------------------------------------------------------------------

@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ki_ds.checkpoints import lineage
-from ki_ds.checkpoints.checkpoint import write_json
 from ki_ds.convert.card import model_card
 from ki_ds.convert.sources import Source, open_source
 from ki_ds.convert.unpadded import begin_with, cut, num_classes_of, readable_alike, unpadded
 from ki_ds.convert.vocabulary import beside_model
-from ki_ds.data.store import check_space, is_fairseq_folder, open_store, sync_folder, write_errors_are_one_line
+from ki_ds.data.store import is_fairseq_folder, open_store
 from ki_ds.errors import UserError
+from ki_ds.files import check_space, sync_folder, write_errors_are_one_line, write_json
 from ki_ds.models.presets import DTYPES, load_lm, max_positions, quieten, weights_sha256
 
 # Largest difference of logits, of those up to 10; in proportion beyond.

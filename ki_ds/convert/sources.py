@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from ki_ds.convert.fairseq import Fairseq, read_fairseq
 from ki_ds.convert.fairseq_to_hf import first_token, to_hf
 from ki_ds.convert.unpadded import LARGEST_PADDING
 from ki_ds.errors import UserError
+from ki_ds.files import file_sha256, read_json
 from ki_ds.models.presets import lm_of, load_lm, model_folder, read_config, weights_sha256
 
 TOKENIZER_FILES = (
@@ -73,12 +73,6 @@ class Source:
     def sha256(self) -> dict[str, str]:
         """Hash of each file by its name."""
         return {path.name: file_sha256(path) for path in self.files}
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_source(
@@ -178,7 +172,7 @@ def _of_run(run_dir: Path) -> Source:
     folder = Path(model_folder(str(run_dir)))
     facts: dict[str, Any] = {"weights": "best validation cross-entropy"}
     if (folder / "valid.json").exists():
-        valid = checkpoint.read_json(folder / "valid.json", "step", "ppl", fix="restore it, or remove it")
+        valid = read_json(folder / "valid.json", "step", "ppl", fix="restore it, or remove it")
         facts |= {"step": valid["step"], "validation perplexity": f"{valid['ppl']:.2f}"}
     return _of_hf(folder, run_dir, f"the best weights of run {run_dir.resolve().name}", facts)
 
@@ -189,7 +183,7 @@ def _of_checkpoint(folder: Path) -> Source:
         raise UserError(f"{folder} does not exist; checkpoints of this run are at steps {found}")
     if (what := checkpoint.damage(folder)) is not None:
         raise UserError(f"{folder} is damaged: {what}; take another checkpoint")
-    state = checkpoint.read_json(folder / "state.json")
+    state = read_json(folder / "state.json")
     facts = {"step": state["step"], "tokens": state.get("totals", {}).get("tokens")}
     return _of_hf(folder / "hf", folder.resolve().parent.parent, f"checkpoint {folder.resolve().name}", facts)
 
@@ -200,7 +194,7 @@ def _of_hf(folder: Path, run_dir: Path, what: str, facts: dict[str, Any]) -> Sou
     task = task_of(hf_config)
     files = tuple(sorted(folder.glob("*.safetensors")))
     if (run_dir / "run.json").exists():
-        manifest = checkpoint.read_json(run_dir / "run.json", "task", "name", "status", "version", "data")
+        manifest = read_json(run_dir / "run.json", "task", "name", "status", "version", "data")
         task = manifest["task"]
         facts |= run_facts(run_dir, manifest)
     weights = {name: tensor for file in files for name, tensor in load_file(file).items()}

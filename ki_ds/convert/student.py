@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ki_ds.checkpoints import checkpoint, lineage
+from ki_ds.checkpoints import lineage
 from ki_ds.config import Task
 from ki_ds.convert.card import model_card
 from ki_ds.convert.sources import Source, run_facts
@@ -19,6 +19,7 @@ from ki_ds.convert.unpadded import begin_with, cut, readable_alike, unpadded
 from ki_ds.convert.vocabulary import tokenizer_lines
 from ki_ds.data.datasets import Vocabulary
 from ki_ds.data.tokenizer_files import Files
+from ki_ds.files import write_json
 from ki_ds.models.presets import count_parameters, max_positions, weights_sha256
 
 
@@ -104,5 +105,5 @@ class StudentFolder:
             manifest["name"], source, self.lm, dtype=dtype, license_name="other", vocabulary=self.notes, checks=[]
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
-        checkpoint.write_json(folder / lineage.FILE_NAME, record)
+        write_json(folder / lineage.FILE_NAME, record)
         readable_alike(folder)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ki_ds.convert.safe_pickle import Inert, plain, read_checkpoint
-from ki_ds.data.store import check_space, is_plain_name
 from ki_ds.errors import UserError
+from ki_ds.files import check_space, is_plain_name
 
 _MOMENTS = ("optimizer", "base_optimizer_state", "param_slice_mappings")  # large, and of no use here
 _WRAPPERS = ("module.", "lm.")

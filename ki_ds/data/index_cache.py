@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ki_ds.data.store import write_atomically
 from ki_ds.errors import UserError
+from ki_ds.files import write_atomically
 
 FOLDER_NAME = ".ki_ds_index"
 _SETTLED_NS = 2_000_000_000

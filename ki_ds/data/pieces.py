@@ -14,8 +14,8 @@ from typing import Self
 import numpy as np
 
 from ki_ds.data.processes import StoppedError
-from ki_ds.data.store import sync_folder, write_errors_are_one_line
 from ki_ds.errors import UserError
+from ki_ds.files import sync_folder, write_errors_are_one_line
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,15 +36,7 @@ from ki_ds.data.corpora import Corpus, Document, RawDocument
 from ki_ds.data.pieces import Piece, PieceFolder, work_stays
 from ki_ds.data.processes import StoppedError, ordered_map
 from ki_ds.data.selection import DROPPED, TRAIN, VALID, destinations
-from ki_ds.data.store import (
-    SpecialIds,
-    StoreWriter,
-    check_space,
-    sync_folder,
-    token_dtype,
-    write_atomically,
-    write_errors_are_one_line,
-)
+from ki_ds.data.store import SpecialIds, StoreWriter, token_dtype
 from ki_ds.data.tokenize import (
     TokenizerKind,
     former_tokenizer_hash,
@@ -56,6 +48,7 @@ from ki_ds.data.tokenize import (
     train_tokenizer,
 )
 from ki_ds.errors import UserError
+from ki_ds.files import check_space, sync_folder, write_atomically, write_errors_are_one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,7 +5,6 @@ both files, written last.
 """
 
 import contextlib
-import errno
 import fcntl
 import functools
 import glob
@@ -14,7 +13,6 @@ import json
 import operator
 import os
 import re
-import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,22 +25,13 @@ import numpy as np
 
 from ki_ds.data.token_index import DTYPES, WINDOW, TokenIndex, index_head, map_bytes, pointer_windows, read_index
 from ki_ds.errors import UserError
+from ki_ds.files import check_space, sync_folder, write_errors_are_one_line
 
 MANIFEST_VERSION = 2
 UINT16_VOCAB_LIMIT = 65_500
 FAIRSEQ_EOS = 2
 
 _BUFFER_BYTES = 8 << 20
-_UNWRITABLE = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EEXIST,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,67 +321,6 @@ def _check_manifest(store: TokenStore, manifest: Manifest, path: Path) -> None:
 def token_dtype(vocab_size: int) -> np.dtype:
     """uint16 below 65,500 ids, else int32."""
     return DTYPES[8] if vocab_size < UINT16_VOCAB_LIMIT else DTYPES[4]
-
-
-@contextlib.contextmanager
-def write_errors_are_one_line(path: Path) -> Iterator[None]:
-    """Turn a full disk, a quota and missing rights into a UserError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _UNWRITABLE:
-            raise
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); nothing was left: free space or take another folder"
-        ) from None
-
-
-def check_space(folder: Path, num_bytes: int) -> None:
-    """UserError when the disk of `folder` has fewer than `num_bytes` free."""
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise UserError(
-            f"{folder} has {free / 1e6:,.1f} MB free, {num_bytes / 1e6:,.1f} MB are needed; "
-            "free space or take another folder"
-        )
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, after a rename."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_tree(folder: Path) -> None:
-    """Make all that lies in a folder durable, before it is renamed."""
-    for path, _, names in os.walk(folder):
-        for name in names:
-            with Path(path, name).open("rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(Path(path))
-
-
-def is_plain_name(text: object) -> bool:
-    """Whether a text that a file holds names an entry of a folder: nothing above, below or beside it, on one line."""
-    return isinstance(text, str) and text not in ("", ".", "..") and "/" not in text and text.isprintable()
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Put `content` under `path`, text as UTF-8: whole or not at all, and durable."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with write_errors_are_one_line(path), temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 class StoreWriter:

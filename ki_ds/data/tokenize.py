@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from ki_ds.data.corpora import Document
-from ki_ds.data.store import SpecialIds, sync_folder, sync_tree, write_atomically, write_errors_are_one_line
+from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
+from ki_ds.files import sync_folder, sync_tree, write_atomically, write_errors_are_one_line
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which worker processes need not pay
     from transformers import PreTrainedTokenizerBase

@@ -20,8 +20,8 @@ from deepspeed.monitor.tensorboard import TensorBoardMonitor
 from deepspeed.monitor.wandb import WandbMonitor
 
 from ki_ds.config import MonitorConfig
-from ki_ds.data.store import write_atomically
 from ki_ds.errors import UserError
+from ki_ds.files import write_atomically
 
 
 def check_packages(monitor: MonitorConfig) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ki_ds.checkpoints.checkpoint import damage, write_json
-from ki_ds.data.store import write_atomically
+from ki_ds.checkpoints.checkpoint import damage
 from ki_ds.errors import UserError
 from ki_ds.evaluation.downstream import MAJORITY, Row, evaluate
 from ki_ds.evaluation.finetune import RANDOM, Candidate
 from ki_ds.evaluation.scores import METRICS, Spread
 from ki_ds.evaluation.tasks import GLUE, Grid, TaskData
+from ki_ds.files import write_atomically, write_json
 from ki_ds.reports.figures import draw_scores, png_bytes
 
 

@@ -11,11 +11,12 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from ki_ds.checkpoints.checkpoint import claimed, write_json
+from ki_ds.checkpoints.checkpoint import claimed
 from ki_ds.evaluation.finetune import RANDOM, Candidate, Outcome
 from ki_ds.evaluation.scores import METRICS, Spread, score, simplest_guess
 from ki_ds.evaluation.tasks import GLUE, Grid, Settings, TaskData
 from ki_ds.evaluation.trials import Trial, run_trials
+from ki_ds.files import write_json
 
 MAJORITY = "majority class"
 

@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ki_ds.data.sources import required
-from ki_ds.data.store import write_errors_are_one_line
 from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash
 from ki_ds.errors import UserError
 from ki_ds.evaluation.scores import score
 from ki_ds.evaluation.tasks import Example, Settings, TaskData
+from ki_ds.files import write_errors_are_one_line
 from ki_ds.models.presets import max_positions, model_folder, quieten, read_config, weights_sha256
 
 RANDOM = "random initialisation"

@@ -15,9 +15,9 @@ from ki_ds import config as configuration
 from ki_ds.config import DataConfig, LossConfig, Task
 from ki_ds.data.batches import Batch, ValidBatches
 from ki_ds.data.datasets import Vocabulary, check_tokenizer, open_validation
-from ki_ds.data.store import write_atomically
 from ki_ds.errors import UserError
 from ki_ds.evaluation.perplexity import Perplexity, validate
+from ki_ds.files import write_atomically
 from ki_ds.models.presets import (
     DTYPES,
     InheritanceModel,

@@ -20,10 +20,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ki_ds.checkpoints.checkpoint import read_json, write_json
 from ki_ds.errors import UserError
 from ki_ds.evaluation.finetune import Candidate, Outcome, fine_tune
 from ki_ds.evaluation.tasks import Settings, TaskData
+from ki_ds.files import read_json, write_json
 
 _FORMAT = 1  # of what a fine-tuning does with the same settings; raised when that changes
 

@@ -23,8 +23,8 @@ import torch
 import yaml
 
 from ki_ds.checkpoints import checkpoint
-from ki_ds.data.store import write_atomically
 from ki_ds.errors import EXIT_USER_ERROR, ResumableError, UserError
+from ki_ds.files import write_atomically
 from ki_ds.jobs.preflight import read_hosts
 from ki_ds.jobs.supervisor import LAUNCHER, is_finished, saved_step, signals_handled
 from ki_ds.ranks.world import free_port

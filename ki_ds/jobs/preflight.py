@@ -28,8 +28,8 @@ from typing import Any
 from rich.table import Table
 
 import ki_ds
-from ki_ds.data.store import write_atomically
 from ki_ds.errors import UserError
+from ki_ds.files import write_atomically
 from ki_ds.ranks.world import interface_to
 
 _PACKAGES = ("torch", "deepspeed", "transformers")

@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 
 from ki_ds import config as configuration
-from ki_ds.checkpoints import checkpoint
 from ki_ds.errors import EXIT_USER_ERROR, ResumableError, UserError
+from ki_ds.files import read_json
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "launchers" / "train_ki.sh"
 _GRACE_SECONDS = 30.0  # for ranks to save and leave, as DeepSpeed's launcher gives them
@@ -33,7 +33,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 def is_finished(run_dir: Path) -> bool:
     """Whether the folder holds a run that came to its last step."""
     path = run_dir / "run.json"
-    return path.exists() and checkpoint.read_json(path)["status"] == "finished"
+    return path.exists() and read_json(path)["status"] == "finished"
 
 
 def saved_step(run_dir: Path) -> int:

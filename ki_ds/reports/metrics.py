@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from torch import Tensor
 
-from ki_ds.data.store import write_atomically
+from ki_ds.files import write_atomically
 from ki_ds.models.presets import StudentOutput
 from ki_ds.objective.loss import LossOutput
 from ki_ds.ranks.world import all_sum, is_main

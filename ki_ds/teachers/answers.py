@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ki_ds.data.batches import Batch
-from ki_ds.data.store import sync_folder, token_dtype, write_errors_are_one_line
+from ki_ds.data.store import token_dtype
 from ki_ds.errors import UserError
+from ki_ds.files import sync_folder, write_errors_are_one_line
 from ki_ds.teachers.cache_build import Recording, missing_places, topk_key
 from ki_ds.teachers.cache_files import CacheFiles, Columns
 from ki_ds.teachers.factory import TeacherFacts

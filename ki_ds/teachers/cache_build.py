@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ki_ds.data.batches import Batch
-from ki_ds.data.store import check_space, write_errors_are_one_line
 from ki_ds.errors import UserError
+from ki_ds.files import check_space, write_errors_are_one_line
 from ki_ds.models.presets import DTYPES
 from ki_ds.objective.loss import PLAIN
 from ki_ds.objective.signals import HiddenSignal, Teacher

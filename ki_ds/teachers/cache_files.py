@@ -37,8 +37,9 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-from ki_ds.data.store import is_plain_name, token_dtype, write_atomically
+from ki_ds.data.store import token_dtype
 from ki_ds.errors import UserError
+from ki_ds.files import is_plain_name, write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"

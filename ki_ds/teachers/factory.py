@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ki_ds.checkpoints import lineage
-from ki_ds.checkpoints.checkpoint import read_json
 from ki_ds.checkpoints.lineage import Lineage
 from ki_ds.config import RunConfig, Task, TeacherConfig
 from ki_ds.data.datasets import Datasets, check_tokenizer
 from ki_ds.errors import UserError
+from ki_ds.files import read_json
 from ki_ds.models.presets import (
     DTYPES,
     Rows,

@@ -26,6 +26,7 @@ from ki_ds.engine.guard import LONGEST_ROW
 from ki_ds.engine.student import connect
 from ki_ds.errors import ResumableError, UserError, common_to_all_ranks
 from ki_ds.evaluation.perplexity import Perplexity, validate
+from ki_ds.files import write_json
 from ki_ds.objective.loss import LossOutput
 from ki_ds.objective.signals import teacher_tokens
 from ki_ds.ranks.bridge import Bridge
@@ -359,7 +360,7 @@ def _export(run: Run, snapshot: Snapshot = as_it_is, result: Perplexity | None =
         what = f"run {manifest['name']} at step {facts['step']:,}"
         exported.write(folder, state, describe, what=what, run_dir=run.run_dir, manifest=manifest, facts=facts)
         if measured is not None:
-            checkpoint.write_json(folder / "valid.json", measured)
+            write_json(folder / "valid.json", measured)
 
     return write
 

@@ -19,9 +19,9 @@ from ki_ds.config import RunConfig, schedules
 from ki_ds.convert.student import StudentFolder
 from ki_ds.data.batches import VALID_SEED, ValidBatches
 from ki_ds.data.datasets import Datasets, open_datasets
-from ki_ds.data.store import write_atomically
 from ki_ds.engine.student import StudentEngine
 from ki_ds.errors import UserError
+from ki_ds.files import read_json, write_atomically, write_json
 from ki_ds.models.presets import (
     DTYPES,
     InheritanceModel,
@@ -104,12 +104,10 @@ class Run:
     def record(self) -> None:
         """Write config.yaml, and run.json with the status, which only this says; what is finished keeps what it has."""
         path = self.run_dir / "run.json"
-        if not is_main() or (
-            self.is_finished and path.exists() and checkpoint.read_json(path, "status")["status"] == "finished"
-        ):
+        if not is_main() or (self.is_finished and path.exists() and read_json(path, "status")["status"] == "finished"):
             return
         write_atomically(self.run_dir / "config.yaml", configuration.to_yaml(self.config))
-        checkpoint.write_json(path, {"status": "finished" if self.is_finished else "running", **self.manifest})
+        write_json(path, {"status": "finished" if self.is_finished else "running", **self.manifest})
 
     def new_window(self) -> Window:
         """An empty window that begins now."""
@@ -148,7 +146,7 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
         say(note)
     on_main(lambda: checkpoint.clear_folder(run_dir / "best"))
     resume_from = checkpoint.newest_intact(run_dir / "checkpoints")
-    done = checkpoint.read_json(resume_from / "state.json") if resume_from else {"step": 0}
+    done = read_json(resume_from / "state.json") if resume_from else {"step": 0}
     _check_steps(config, run_dir, done["step"])
     lm = build_lm(
         config.model,
@@ -316,12 +314,12 @@ def _holds_work(run_dir: Path) -> bool:
     if any((run_dir / "checkpoints").glob("step_*")):
         return True
     manifest, best = run_dir / "run.json", run_dir / "best" / "valid.json"
-    if manifest.exists() and checkpoint.read_json(manifest, "status")["status"] == "finished":
+    if manifest.exists() and read_json(manifest, "status")["status"] == "finished":
         raise UserError(
             f"run_dir={run_dir} holds a finished run without its checkpoints, which would begin anew; restore one, or "
             "give another run_dir"
         )
-    return best.exists() and checkpoint.read_json(best, "step")["step"] > 0
+    return best.exists() and read_json(best, "step")["step"] > 0
 
 
 def _check_steps(config: RunConfig, run_dir: Path, step: int) -> None:
@@ -343,7 +341,7 @@ def _check_lineage(run_dir: Path, manifest: dict[str, Any], named: Sequence[dict
     path = run_dir / "run.json"
     if not path.exists():
         return
-    before = checkpoint.read_json(path, "data")
+    before = read_json(path, "data")
     for name, digest in manifest["data"].items():
         if before["data"][name] != digest:
             raise UserError(

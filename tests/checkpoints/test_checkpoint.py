@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from ki_ds import files
 from ki_ds.checkpoints import checkpoint
 from ki_ds.checkpoints.saver import Saver
 from ki_ds.errors import UserError
+from ki_ds.files import write_atomically, write_json
 from tests.tiny import run_ranks, tiny_config, write_config
 
 KILLED = 77
@@ -311,7 +313,7 @@ def test_an_error_in_a_save_is_one_line_and_leaves_the_one_before(tmp_path, mome
     def fails(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    engine, write, write_text = FakeEngine(4), export, checkpoint.write_atomically
+    engine, write, write_text = FakeEngine(4), export, write_atomically
     match moment:
         case "engine":
             monkeypatch.setattr(engine, "save", lambda folder, tag, snapshot: [(folder / tag, fails)])
@@ -320,9 +322,10 @@ def test_an_error_in_a_save_is_one_line_and_leaves_the_one_before(tmp_path, mome
         case "rename":
             monkeypatch.setattr(checkpoint.os, "rename", fails)
         case name:
-            monkeypatch.setattr(
-                checkpoint, "write_atomically", lambda p, text: fails() if p.name == name else write_text(p, text)
-            )
+            for module in (files, checkpoint):
+                monkeypatch.setattr(
+                    module, "write_atomically", lambda p, text: fails() if p.name == name else write_text(p, text)
+                )
     with pytest.raises(UserError, match=r"cannot be written \(No space left"):
         save(tmp_path, 4, engine=engine, write=write, keep=1, in_background=in_background)
     whole = ["step_00000002"] if moment != "latest" else ["step_00000002", "step_00000004"]
@@ -411,7 +414,7 @@ def test_nothing_is_unpickled_to_find_damage(tmp_path, monkeypatch):
 def test_a_manifest_that_names_a_file_outside_is_damaged(tmp_path, name):
     folder = save(tmp_path, 2)
     files = json.loads((folder / "manifest.json").read_text())["files"]
-    checkpoint.write_json(folder / "manifest.json", {"files": files | {name: [1, "0" * 64]}})
+    write_json(folder / "manifest.json", {"files": files | {name: [1, "0" * 64]}})
     assert checkpoint.damage(folder) == f"its manifest names {name!r}, which is no file in it"
 
 
@@ -480,20 +483,6 @@ def test_what_a_killed_replacement_has_left_goes_with_the_next_start(tmp_path, l
     assert names(tmp_path) == ["best"]
     assert not (tmp_path / left).exists()
     assert content(tmp_path / "best") == ["new"] * 3
-
-
-def test_json_files(tmp_path):
-    path = tmp_path / "run.json"
-    checkpoint.write_json(path, {"status": "running"})
-    assert checkpoint.read_json(path) == {"status": "running"}
-    with pytest.raises(UserError, match=r"run\.json cannot be read \(it lacks data, task\); remove it"):
-        checkpoint.read_json(path, "status", "data", "task", fix="remove it")
-    for broken in ("{", "\xff", "[]", "3", "", "[" * 100_000):
-        path.write_text(broken, encoding="latin-1")
-        with pytest.raises(UserError, match=r"run\.json cannot be read"):
-            checkpoint.read_json(path)
-    with pytest.raises(UserError, match=r"none\.json cannot be read"):
-        checkpoint.read_json(tmp_path / "none.json")
 
 
 # --- a full disk ---

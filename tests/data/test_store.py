@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import struct
 import subprocess
@@ -15,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ki_ds.data import store as store_module
 from ki_ds.data import token_index
 from ki_ds.data.store import (
     SpecialIds,
@@ -519,11 +519,11 @@ class TestNothingHalfWritten:
         assert list(tmp_path.iterdir()) == []
 
     def test_space_that_runs_out_is_told_while_writing(self, tmp_path, monkeypatch):
-        usage = store_module.shutil.disk_usage(tmp_path)
+        usage = shutil.disk_usage(tmp_path)
 
         def fill():
             with StoreWriter(tmp_path / "s", vocab_size=9, special_ids=SPECIALS) as writer:
-                monkeypatch.setattr(store_module.shutil, "disk_usage", lambda _: usage._replace(free=10))
+                monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
                 writer.add_items(np.ones(5_000_000, np.int64), np.array([5_000_000]))
 
         with pytest.raises(UserError, match="MB free"):

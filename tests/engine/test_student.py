@@ -270,7 +270,7 @@ def test_a_checkpoint_that_names_what_no_training_saves_is_refused_and_not_run(c
         content["ds_version"] = Makes(tmp_path / "made")
         torch.save(content, file)
         listed = [path for path in saved.rglob("*") if path.name != "manifest.json"]
-        checkpoint.write_json(saved / "manifest.json", {"files": checkpoint._sync_and_hash(saved, listed)})
+        files.write_json(saved / "manifest.json", {"files": checkpoint._sync_and_hash(saved, listed)})
         with pytest.raises(UserError, match=rf"{file.name} pickles posix\.mkdir, which no training of ours has saved"):
             run(tmp_path / "run", corpus, train=train)
         file.write_bytes(whole)

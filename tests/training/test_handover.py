@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ki_ds.checkpoints import checkpoint
 from ki_ds.errors import UserError
+from ki_ds.files import read_json
 from ki_ds.training.handover import DECAY, FLOOR, PATIENCE, HandOver
 from tests.teachers.cache_cases import cache_of, config_of
 from tests.tiny import records, run, tiny_config, train_ranks, write_config
@@ -154,7 +154,7 @@ def weights(folder):
 def test_a_run_hands_over_frees_its_teacher_and_says_when(whole):
     lines = records(whole, "train")
     alphas = [line["alpha"] for line in lines]
-    manifest = checkpoint.read_json(whole / "run.json")
+    manifest = read_json(whole / "run.json")
     steps = manifest["inherit"]["steps"]
     assert 0.1 < alphas[0] < 1
     taught = [line for line in lines if line["alpha"] > 0]
@@ -208,7 +208,7 @@ def test_another_teacher_is_refused_or_begins_anew_before_the_hand_over_and_afte
     assert lines[-1]["alpha"] == 1.0
     auto(base, name, teacher=other, train={"changed_config": "allow", "stop_at_step": stop + 4})
     assert records(base / name, "train")[-1]["alpha"] < 1.0
-    manifest = checkpoint.read_json(base / name / "run.json")
+    manifest = read_json(base / name / "run.json")
     assert [teacher["path"] for teacher in manifest["teachers"]] == [str(other_teacher)]
     assert [teacher["path"] for teacher in manifest["former_teachers"]] == [str(base / "mlm_teacher")]
 
@@ -224,7 +224,7 @@ def test_teacher_ranks_leave_when_their_students_are_left_alone(base):
         results = train_ranks(write_config(base / f"{name}.yaml", config), world=1 + ("placement" in teacher))
         assert not any(r.returncode for r in results), [r.stderr[-500:] for r in results]
     assert weights(base / "auto_apart") == weights(base / "auto_together")
-    assert checkpoint.read_json(base / "auto_apart" / "run.json")["inherit"]["steps"] < 60
+    assert read_json(base / "auto_apart" / "run.json")["inherit"]["steps"] < 60
 
 
 def test_entries_of_a_cache_say_too_little(base, tmp_path):

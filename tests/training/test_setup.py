@@ -12,6 +12,7 @@ from ki_ds import config as configuration
 from ki_ds.checkpoints import checkpoint, lineage
 from ki_ds.engine import student as engine
 from ki_ds.errors import UserError
+from ki_ds.files import read_json
 from ki_ds.teachers import factory
 from ki_ds.training.setup import _check_teachers
 from tests.commands import dying
@@ -54,7 +55,7 @@ def test_a_teacher_that_nobody_asks_is_said_and_has_to_be_there_and_the_same(bas
     inherit(base, "silent", inherit=none, train={"num_steps": 1})
     teacher = base / "mlm_teacher"
     assert capsys.readouterr().out.count(f"the teacher {teacher} is not asked: alpha is 0 from step 1 on") == 1
-    assert checkpoint.read_json(base / "silent" / "run.json")["teachers"] == []
+    assert read_json(base / "silent" / "run.json")["teachers"] == []
 
     inherit(base, "over", train={"stop_at_step": 5})  # taught for 4 steps
     refused(base, "over", "teacher.path=.*cannot be read", teacher={"path": str(base / "nobody")})
@@ -63,7 +64,7 @@ def test_a_teacher_that_nobody_asks_is_said_and_has_to_be_there_and_the_same(bas
     capsys.readouterr()
     inherit(base, "over", teacher={"path": str(other)}, train={"changed_config": "allow"})
     assert f"the teacher {other} is not asked: alpha is 0 from step 6 on" in capsys.readouterr().out
-    assert checkpoint.read_json(base / "over" / "run.json")["teachers"][0]["path"] == str(teacher)
+    assert read_json(base / "over" / "run.json")["teachers"][0]["path"] == str(teacher)
 
 
 def test_two_names_of_a_hub_are_two_teachers(base):
@@ -75,10 +76,10 @@ def test_two_names_of_a_hub_are_two_teachers(base):
 
 
 READERS = {
-    "run.json": lambda path: checkpoint.read_json(path, "data"),
+    "run.json": lambda path: read_json(path, "data"),
     "best/valid.json": lambda path: factory._valid_ppl(str(path.parent)),
     "best/lineage.json": lambda path: lineage.read(path.parent, None),
-    "checkpoints/step_00000008/state.json": lambda path: checkpoint.read_json(path),
+    "checkpoints/step_00000008/state.json": lambda path: read_json(path),
     "config.yaml": lambda path: configuration.load(path),
 }
 
