@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -16,6 +15,7 @@ from ki_ds.engine import student as engine
 from ki_ds.errors import UserError
 from ki_ds.models.presets import build_lm
 from ki_ds.training.setup import load_data
+from tests import forked
 from tests.tiny import ROOT, environment, run, run_ranks, tiny_config, tiny_corpus, write_config
 from tests.workers.split_gradients import run_config
 
@@ -169,7 +169,7 @@ def test_a_second_precision_in_one_process_is_refused(corpus):
         "try: StudentEngine(None, parse(['--run_dir', 'r', '--data.corpus', 'c']), device=None)\n"
         "except ValueError as error: print(error)"
     )
-    result = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, cwd=ROOT)
+    result = forked.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, cwd=ROOT)
     assert "engine.precision=fp32 after ['bf16'] in one process" in result.stdout, result.stderr[-2000:]
 
 
