@@ -263,9 +263,9 @@ def test_a_checkpoint_that_names_what_no_training_saves_is_refused_and_not_run(c
     train = {"num_steps": 2, "stop_at_step": 1}
     folder = run(tmp_path / "run", corpus, train=train)
     (saved,) = (folder / "checkpoints").glob("step_*")
-    files = sorted((saved / "engine").glob("*.pt"))
-    assert len(files) == 2
-    for file in files:
+    states = sorted((saved / "engine").glob("*.pt"))
+    assert len(states) == 2
+    for file in states:
         whole, content = file.read_bytes(), torch.load(file, weights_only=False)
         content["ds_version"] = Makes(tmp_path / "made")
         torch.save(content, file)
