@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ki_ds import files
 from ki_ds.checkpoints import checkpoint
 from ki_ds.config import parse
 from ki_ds.data.batches import TrainBatches
