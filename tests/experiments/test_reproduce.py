@@ -17,6 +17,7 @@ from ki_ds.experiments.recipes import experiments
 from ki_ds.experiments.reproduce import Request, plan
 from ki_ds.jobs.chain import local_places
 from ki_ds.reports.results import read_run
+from tests import forked
 from tests.tiny import ROOT, environment, tiny_corpus
 
 FEW_STEPS = {
@@ -244,7 +245,8 @@ def test_the_papers_scale_is_planned_without_any_corpus(tmp_path):
     ],
 )
 def test_bad_input_is_one_line(words, message):
-    done = tool("reproduce.sh", *words)
+    command = [sys.executable, "tools/reproduce.py", *words]
+    done = forked.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
