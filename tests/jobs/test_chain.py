@@ -159,7 +159,7 @@ def test_the_first_failure_is_named_and_the_others_are_asked_to_save(tmp_path, l
 def chain_in_a_process(tmp_path, script):
     """A chain of one endless job, in a process of its own, once the job runs."""
     text = (
-        "import sys; from pathlib import Path; from ki_ds import chain\n"
+        "import sys; from pathlib import Path; from ki_ds.jobs import chain\n"
         "from ki_ds.cli import ends_cleanly\n"
         "chain.LAUNCHER = Path(sys.argv[1]); job = chain.Job('student', Path(sys.argv[2]))\n"
         "sys.exit(ends_cleanly(lambda: chain.run_jobs([job], chain.local_places()))())"
