@@ -27,8 +27,7 @@ from ki_ds.engine.student import connect
 from ki_ds.errors import ResumableError, UserError, common_to_all_ranks
 from ki_ds.evaluation.perplexity import Perplexity, validate
 from ki_ds.files import write_json
-from ki_ds.objective.loss import LossOutput
-from ki_ds.objective.signals import teacher_tokens
+from ki_ds.objective.types import LossOutput
 from ki_ds.ranks.bridge import Bridge
 from ki_ds.ranks.preemption import Preemption
 from ki_ds.ranks.stragglers import Pace
@@ -37,6 +36,7 @@ from ki_ds.ranks.world import is_main, on_main, rank, say, world_size
 from ki_ds.reports.metrics import Display, Figures, MetricsLog, Stopwatch, Window
 from ki_ds.teachers.factory import TeacherFacts
 from ki_ds.teachers.ranks import teach
+from ki_ds.teachers.teacher import teacher_tokens
 from ki_ds.training.profiling import each, part, profiled_steps
 from ki_ds.training.setup import Run, measured_domains, prepare
 

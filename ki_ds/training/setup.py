@@ -33,13 +33,13 @@ from ki_ds.models.presets import (
     weights_sha256,
 )
 from ki_ds.objective.loss import resolve_backend
-from ki_ds.objective.signals import Teacher
 from ki_ds.ranks.bridge import Bridge
 from ki_ds.ranks.world import from_main, is_main, on_main, rank, say, world_size
 from ki_ds.reports.metrics import Totals, Window
 from ki_ds.teachers.factory import TeacherFacts, identify_teachers, make_teachers
 from ki_ds.teachers.questions import Questions
 from ki_ds.teachers.ranks import connect_teachers, meet_teachers
+from ki_ds.teachers.teacher import Teacher
 from ki_ds.training.handover import HandOver
 
 
