@@ -46,7 +46,7 @@ def test_the_text_is_a_fairseq_folder_with_lines_like_prose(bench, tmp_path):
     assert valid.num_tokens == pytest.approx(20_000, rel=0.2)
     assert 25 < train.median_length < 35
     assert (train.min_length, train.max_length) == (1, text.MAX_LINE)
-    assert train.num_items / train.num_documents == pytest.approx(bench.LINES_A_DOCUMENT, rel=0.1)
+    assert train.num_items / train.num_documents == pytest.approx(text.LINES_A_DOCUMENT, rel=0.1)
     store = open_store(tmp_path / "train")
     ends = store.item_ends(0, len(store)) - 1
     assert (store.tokens[ends] == 2).all()
@@ -113,7 +113,7 @@ def test_the_released_iterator_beside_ours(command):
         (["--only", "start, 2 GB"], "no row has 'start, 2 GB' in its name"),
         (["--only", "gpu"], "no row has 'gpu' in its name"),
         (["--released", "{empty}"], "has no fairseq/data; name a checkout"),
-        (["--released", "{broken}", "--only", "mlm 512, in process, released"], "measuring released failed: "),
+        (["--released", "{broken}", "--only", "mlm 512, in process, released"], "failed: "),
     ],
 )
 def test_bad_input_is_one_line(command, tmp_path, options, message):

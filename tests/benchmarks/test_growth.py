@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 
 import pytest
 
@@ -115,7 +116,7 @@ def made_up(bench):
 
 def test_a_file_is_shown_and_drawn(bench, command, tmp_path):
     points, loss = made_up(bench)
-    shown = {"points": [bench.asdict(p) for p in points], "loss": [bench.asdict(p) for p in loss], "base_flops": 2e9}
+    shown = {"points": [asdict(p) for p in points], "loss": [asdict(p) for p in loss], "base_flops": 2e9}
     (tmp_path / "there.json").write_text(json.dumps({"machine": "made up", **shown}))
     code, out, _, _ = command("--from", tmp_path / "there.json", "--figure", tmp_path / "out.svg")
     assert code == 0

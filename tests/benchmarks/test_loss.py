@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_it_prints_a_table_and_writes_json(tmp_path):
     out = tmp_path / "loss.json"
-    command = [sys.executable, ROOT / "tools" / "loss.py", "--size", "tiny", "--device", "cpu", "--repeats", "1"]
+    command = [sys.executable, "-m", "benchmarks.loss", "--size", "tiny", "--device", "cpu", "--repeats", "1"]
     done = subprocess.run(
         [*command, "--dtype", "float32", "--out", out], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -58,7 +58,7 @@ def test_the_table(bench):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--steps", "1"], "--steps 1 is too small"), (["--corpus", "/nowhere"], "--corpus /nowhere is no folder")],
+    [(["--steps", "1"], "--steps 1 must be at least 2"), (["--corpus", "/nowhere"], "--corpus /nowhere is no folder")],
 )
 def test_bad_input_is_one_line(command, options, message):
     code, _, err, written = command(*options)
