@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from benchmarks import prepare
 from ki_ds.data.corpora import Document
 from ki_ds.data.tokenize import train_tokenizer
+from tests import forked
 from tests.tiny import ROOT, environment
 
 
@@ -35,7 +35,7 @@ def test_it_measures_ours_and_skips_the_peer_by_name(inputs, tmp_path, monkeypat
 @pytest.mark.slow
 def test_both_count_the_same_tokens(inputs, tmp_path):
     command = [sys.executable, "-m", "benchmarks.prepare", *inputs, "--out", tmp_path / "rows.json"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
+    done = forked.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert list(rows) == ["ours", "datasets.map, rows are lines", "datasets.map, rows are documents"]
     assert rows["ours"]["num_tokens"] == rows["datasets.map, rows are lines"]["num_tokens"] > 0
