@@ -70,6 +70,8 @@ def start(command, tree):
     if name == "deepspeed" and words[0] == "--num_gpus":
         return run_ranks(words[2:], world=int(words[1]), cwd=tree)
     env = environment(PYTHONPATH=str(tree))  # the copy, not the package that is installed
+    if name.startswith("launchers/chain"):
+        env["PYTHON"] = sys.executable  # the other looks for one
     return [subprocess.run([name, *words], cwd=tree, env=env, **TOLD)]
 
 
