@@ -118,22 +118,22 @@ def work(argv: list[str]) -> None:
     from ki_ds import config as configuration
     from ki_ds.training import loop as training
 
-    save, loop = training._save, training._loop
+    save, go = training.Loop.save, training.Loop.go
     held: list[float] = []
     found: dict[str, Any] = {}
 
-    def timed_save(run: Any, saver: Any, *, at_once: bool) -> None:
+    def timed_save(loop: Any, *, at_once: bool) -> None:
         began = time.perf_counter()
-        save(run, saver, at_once=at_once)
+        save(loop, at_once=at_once)
         if not at_once:
             held.append(time.perf_counter() - began)
 
-    def timed_loop(*given: Any) -> None:
+    def timed_go(loop: Any) -> None:
         began, cpu = time.perf_counter(), time.process_time()
-        loop(*given)
+        go(loop)
         found.update(wall=time.perf_counter() - began, cpu=time.process_time() - cpu)
 
-    training._save, training._loop = timed_save, timed_loop  # type: ignore[assignment]
+    training.Loop.save, training.Loop.go = timed_save, timed_go  # type: ignore[method-assign]
     training.train(configuration.parse(argv))
     print(json.dumps({"held": held, **found}), flush=True)
 

@@ -43,19 +43,17 @@ class Totals:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a window comes to over all ranks.
+    """What a window comes to over all ranks, by the names of the metrics.
 
-    `means` has loss, ce and kl a row; `aux_loss` is what the architecture added to the loss itself, the average of the
-    micro-batches (None where it adds nothing). `teachers` says for each teacher over the rows that it taught: kl, ce
-    and its own teacher_ce a row (left out where it is not known), and rows; 0 rows where the run's teachers are
-    averaged.
+    `means` has loss, ce and kl a row. `others` has tokens_per_second; aux_loss, what the architecture added to the loss
+    itself, as the average of the micro-batches, where it adds something; and teacher_ce a row, where it is known of the
+    only teacher. `teachers` says for each teacher over the rows that it taught: kl, ce and its own teacher_ce a row
+    (left out where it is not known), rows (0 where the run's teachers are averaged), and the tokens of its forward.
     """
 
     means: dict[str, float]
-    tokens: int
-    teacher_tokens: list[int]  # that each teacher's forward saw
+    others: dict[str, float]
     teachers: list[dict[str, float]]
-    aux_loss: float | None = None
 
 
 class Window:
@@ -110,15 +108,25 @@ class Window:
         tokens, *teacher_tokens = map(int, parts[-1])
         return tokens, teacher_tokens
 
-    def figures(self) -> Figures:
-        """What has been settled comes to."""
+    def figures(self, seconds: float) -> Figures:
+        """The means over what has been settled; `seconds` of training when it ended (`Totals.seconds`)."""
         loss, ce, kl, rows, bad = map(float, self._settled["sums"].flat)
         rows = math.nan if bad and not rows else max(rows, 1.0)
         tokens, *teacher_tokens = map(int, self._settled["tokens"])
-        teachers = [_told(*row) for row in self._settled["teachers"].tolist()]
-        means = {"loss": loss / rows, "ce": ce / rows, "kl": kl / rows}
+        others = {"tokens_per_second": tokens / max(seconds - self.seconds, 1e-9)}
         aux_sum, num_aux = self._settled["aux"].tolist()
-        return Figures(means, tokens, teacher_tokens, teachers, aux_sum / num_aux if num_aux else None)
+        if num_aux:
+            others["aux_loss"] = aux_sum / num_aux
+        teachers = []
+        for (kl_sum, teacher_ce, taught, ce_sum), asked in zip(
+            self._settled["teachers"].tolist(), teacher_tokens, strict=True
+        ):
+            sums = {"kl": kl_sum, "ce": ce_sum, "teacher_ce": teacher_ce}
+            told = {name: value / max(taught, 1.0) for name, value in sums.items() if not math.isnan(value)}
+            teachers.append(told | {"rows": int(taught), "tokens": asked})
+        if len(teachers) == 1 and teachers[0]["rows"] and "teacher_ce" in teachers[0]:
+            others["teacher_ce"] = teachers[0]["teacher_ce"]
+        return Figures({"loss": loss / rows, "ce": ce / rows, "kl": kl / rows}, others, teachers)
 
     def state(self) -> dict[str, Any]:
         """What has been settled, as JSON, for a checkpoint between two lines."""
@@ -131,11 +139,6 @@ class Window:
         for name, values in self._settled.items():
             if values.shape == np.shape(state[name]):
                 values[:] = state[name]
-
-
-def _told(kl_sum: float, teacher_ce_sum: float, num_rows: float, ce_sum: float) -> dict[str, float]:
-    means = {"kl": kl_sum, "ce": ce_sum, "teacher_ce": teacher_ce_sum}
-    return {n: v / max(num_rows, 1.0) for n, v in means.items() if not math.isnan(v)} | {"rows": int(num_rows)}
 
 
 def perplexity(ce_sum: float, num_rows: float) -> float:

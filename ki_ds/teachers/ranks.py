@@ -15,18 +15,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ki_ds.config import RunConfig, schedules
 from ki_ds.data.batches import Batch, TrainBatches
-from ki_ds.data.datasets import open_datasets
+from ki_ds.data.datasets import Datasets, open_datasets
 from ki_ds.errors import ResumableError, UserError
 from ki_ds.objective.loss import LogitForm
 from ki_ds.objective.signals import HiddenSignal, Signal, Teacher
 from ki_ds.ranks.bridge import Bridge
-from ki_ds.teachers.factory import TeacherFacts, make_teachers
+from ki_ds.ranks.world import from_main, on_main, say
+from ki_ds.teachers.factory import TeacherFacts, identify_teachers, make_teachers, notes_on
 from ki_ds.teachers.many import Assignment, hidden_answers
+from ki_ds.teachers.questions import Questions
 
 _REMIND_SECONDS = 30.0
 _LET_STUDENTS_LEAVE_SECONDS = 3.0  # a launcher reports the first exit code that it sees: theirs tells more
@@ -136,23 +139,66 @@ def meet_teachers(config: RunConfig, bridge: Bridge) -> list[TeacherFacts]:
     return [TeacherFacts(**facts) for facts in note["facts"]]
 
 
-def connect_teachers(
-    config: RunConfig, domains: Sequence[str], bridge: Bridge, device: torch.device, *, step: int
-) -> RanksTeacher:
-    """The teachers behind the bridge, told to begin at `step`. Called by every student rank after `meet_teachers`.
+def name_teachers(config: RunConfig, bridge: Bridge | None) -> list[dict[str, Any]]:
+    """What tells the teachers that a run names from others, asked or not; the same on every rank, which all call this.
+
+    Raises:
+        UserError: as `identify_teachers` and `meet_teachers`.
+    """
+    if bridge is not None:
+        return [asdict(facts) for facts in meet_teachers(config, bridge)]
+    return from_main(on_main(lambda: identify_teachers(config))) or []
+
+
+def teachers_of_run(
+    config: RunConfig,
+    data: Datasets,
+    named: Sequence[dict[str, Any]],
+    device: torch.device,
+    bridge: Bridge | None,
+    *,
+    step: int,
+    taught: range,
+) -> tuple[Teacher | None, list[TeacherFacts]]:
+    """A run's teachers as one, wherever they run, and the facts of each; no facts where none is asked any more.
 
     Args:
-        domains: the names behind the batches' domain ids.
+        named: as `name_teachers` gives them.
+        step: completed updates.
+        taught: those at which alpha can be above 0.
+
+    Raises:
+        UserError: as `make_teachers`.
     """
+    steps = range(max(step, taught.start), taught.stop)
+    teacher: Teacher | None = None
+    facts: list[TeacherFacts] = []
+    if bridge is not None:
+        teacher = _connect(config, data.domains, bridge, device, step=step if steps else config.train.num_steps)
+        facts = [TeacherFacts(**known) for known in named] if steps else []
+    elif steps:
+        questions = Questions.of_run(config, data, steps=steps)
+        teacher, facts = make_teachers(config, data, device=device, questions=questions, named=named)
+    for note in notes_on(facts, config, data):
+        say(note)
+    if not steps and step < config.train.num_steps:
+        for entry in config.all_teachers:
+            say(f"the teacher {entry.path} is not asked: alpha is 0 from step {step + 1} on")
+    return teacher, facts
+
+
+def _connect(
+    config: RunConfig, domains: Sequence[str], bridge: Bridge, device: torch.device, *, step: int
+) -> RanksTeacher:
+    """The teachers behind the bridge, told to begin at `step`. Called by every student rank."""
     if bridge.rank == 0:
         bridge.put("start", step)
     accumulation = config.train.global_batch_size // (config.train.micro_batch_size * bridge.num_students)
-    num_batches = len(_steps(config, step)) * accumulation
     return RanksTeacher(
         bridge,
         Assignment.of(config.all_teachers, domains),
         device,
-        num_batches=num_batches,
+        num_batches=len(_steps(config, step)) * accumulation,
         ahead=config.teacher.ahead,
         patience=config.teacher.patience,
     )

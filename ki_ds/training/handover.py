@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ki_ds.config import RunConfig, schedules
 from ki_ds.ranks.world import all_sum
 
 STEEPNESS = 4.0  # alpha a nat of a small gap: of 1, 2 and 4 the best (docs/auto_handover.md)
@@ -52,12 +53,16 @@ class HandOver:
         if saved is None or any(saved.get(name, period[name]) != period[name] for name in period):
             return cls(device, first_step=max(start_step, step), period=period)
         handover = cls(device, first_step=saved.get("first_step", start_step), period=period)
-        handover.restore(saved["state"])
+        handover._state = torch.tensor(saved["state"], dtype=torch.float64, device=device)
         return handover
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON, between two steps."""
         return {**self._period, "first_step": self.first_step, "state": self.state()}
+
+    def state(self) -> list[float]:
+        """The numbers that decide, between two steps."""
+        return self._state.tolist()
 
     @property
     def alpha(self) -> Tensor:
@@ -88,10 +93,11 @@ class HandOver:
         """Steps that were taught, once the student has been left to itself; else None. Waits for the device."""
         return int(self._state[4]) if float(self._state[2]) == 0 else None
 
-    def state(self) -> list[float]:
-        """The numbers that decide, between two steps."""
-        return self._state.tolist()
 
-    def restore(self, state: list[float]) -> None:
-        """Go on from what `state` gave."""
-        self._state = torch.tensor(state, dtype=torch.float64, device=self._state.device)
+def taught_steps(config: RunConfig, handover: HandOver | None) -> range:
+    """The completed updates at which alpha can be above 0. Under `auto` waits for the device."""
+    steps = schedules.taught_steps(config)
+    if handover is None:
+        return steps
+    count = handover.taught_steps()
+    return range(handover.first_step, steps.stop if count is None else handover.first_step + count)

@@ -101,10 +101,10 @@ def test_several_teachers_count_by_their_rows():
 
 def test_a_restored_state_goes_on_bit_for_bit():
     gaps = [0.9 - 0.02 * i for i in range(90)]
-    whole, first, second = HandOver(CPU), HandOver(CPU), HandOver(CPU)
+    whole, first = HandOver(CPU), HandOver(CPU)
     expected = after(whole, gaps)
     found = after(first, gaps[:33])
-    second.restore(json.loads(json.dumps(first.state())))
+    second = resumed(json.loads(json.dumps(first.saved())))
     assert found + after(second, gaps[33:]) == expected
     assert second.taught_steps() == whole.taught_steps() is not None
 
