@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ki_ds.objective import loss
-from ki_ds.objective.loss import PLAIN, LogitForm
+from ki_ds.objective.types import PLAIN, LogitForm
 from tests.loss_oracle import Oracle
 
 ENTRIES = (

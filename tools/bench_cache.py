@@ -32,13 +32,13 @@ from ki_ds.data.samples import BlockDataset
 from ki_ds.data.store import SpecialIds, StoreWriter, open_store
 from ki_ds.errors import UserError
 from ki_ds.models.presets import count_parameters
-from ki_ds.objective.signals import Teacher
 from ki_ds.teachers.cache import CachedTeacher
 from ki_ds.teachers.cache_build import build_cache, record_teacher
 from ki_ds.teachers.cache_files import CacheFiles
 from ki_ds.teachers.factory import TeacherFacts
 from ki_ds.teachers.online import OnlineTeacher
 from ki_ds.teachers.questions import Questions
+from ki_ds.teachers.teacher import Teacher
 
 LINE_TOKENS = 30
 

@@ -133,7 +133,7 @@ def work(argv: list[str]) -> None:
         go(loop)
         found.update(wall=time.perf_counter() - began, cpu=time.process_time() - cpu)
 
-    training.Loop.save, training.Loop.go = timed_save, timed_go  # type: ignore[method-assign]
+    training.Loop.save, training.Loop.go = timed_save, timed_go  # type: ignore[assignment, method-assign]
     training.train(configuration.parse(argv))
     print(json.dumps({"held": held, **found}), flush=True)
 

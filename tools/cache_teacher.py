@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from ki_ds.data.datasets import Datasets
-    from ki_ds.objective.signals import Teacher
     from ki_ds.teachers.factory import TeacherFacts
+    from ki_ds.teachers.teacher import Teacher
 
 TOPK = 10  # as many as the paper caches
 

@@ -31,8 +31,7 @@ from ki_ds.engine.guard import Guard
 from ki_ds.engine.memory import keep_freed_memory
 from ki_ds.errors import UserError
 from ki_ds.models.presets import InheritanceModel, StudentOutput
-from ki_ds.objective.loss import LossOutput
-from ki_ds.objective.signals import Signal
+from ki_ds.objective.types import LossOutput, Signal
 from ki_ds.ranks.bridge import Bridge, split_world
 from ki_ds.ranks.environment import launched, tasks_left_idle
 from ki_ds.ranks.world import (

@@ -28,7 +28,7 @@ from ki_ds.models.presets import (
     model_folder,
     quieten,
 )
-from ki_ds.objective.loss import LossOutput
+from ki_ds.objective.types import LossOutput
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from ki_ds.data.batches import Batch
 from ki_ds.errors import UserError
-from ki_ds.objective.loss import LossOutput
+from ki_ds.objective.types import LossOutput
 from ki_ds.ranks.world import all_sum
 from ki_ds.reports.metrics import perplexity
 

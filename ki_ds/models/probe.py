@@ -21,8 +21,7 @@ from transformers import PreTrainedModel
 from ki_ds.config import Task
 from ki_ds.data.batches import IGNORE_INDEX, Batch, Sample, collate
 from ki_ds.errors import UserError
-from ki_ds.objective.loss import LogitForm
-from ki_ds.objective.signals import HiddenSignal
+from ki_ds.objective.types import Head, LogitForm
 
 # answer(hidden_ND, weight_VD, bias_V or None) -> whatever the question asks for
 Answer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -71,7 +70,7 @@ class Asked(Protocol):
     def ask(self, batch: Batch, answer: Answer) -> Tensor:
         """The answer about the labelled rows."""
 
-    def signal(self, batch: Batch) -> HiddenSignal:
+    def signal(self, batch: Batch) -> Head:
         """The hidden states of the labelled rows."""
 
 

@@ -22,9 +22,8 @@ from ki_ds.data.batches import Batch
 from ki_ds.errors import UserError
 from ki_ds.models import probe
 from ki_ds.models.probe import USUAL, Answer, Question, Rows
-from ki_ds.objective.loss import LogitForm
 from ki_ds.objective.of_signal import loss_of
-from ki_ds.objective.signals import HiddenSignal, Signal
+from ki_ds.objective.types import Head, LogitForm, Signal
 
 _CERTAIN = 1e4  # a logit, beside its negative, of a class that any scale or cap leaves certain
 
@@ -171,12 +170,12 @@ class RowLM(nn.Module):
         added_V = getattr(self.lm.get_submodule(owner), name).reshape(-1)
         return added_V if bias_V is None else bias_V + added_V
 
-    def signal(self, batch: Batch) -> HiddenSignal:
+    def signal(self, batch: Batch) -> Head:
         """The hidden states of the labelled rows with the output projection, as a teacher gives them."""
         hidden_ND = self.ask(batch, lambda hidden_ND, _weight, _bias: hidden_ND)
         weight_VD, bias_V = self._head.projection()
         hidden_ND = hidden_ND.reshape(-1, hidden_ND.shape[-1])
-        return HiddenSignal(hidden_ND, weight_VD, self._complete_bias(bias_V), self.form)
+        return Head(hidden_ND, weight_VD, self._complete_bias(bias_V), self.form)
 
     def check(self, rows: Rows = USUAL) -> None:
         """Find out what the model does to its logits, and return silently if rows can be asked about; once, before all.

@@ -43,7 +43,7 @@ from ki_ds.objective.arguments import (
     flat,
 )
 from ki_ds.objective.backend import resolve_backend
-from ki_ds.objective.rows import PLAIN, LogitForm
+from ki_ds.objective.types import PLAIN, LogitForm, LossOutput
 
 __all__ = [
     "PLAIN",
@@ -60,27 +60,6 @@ __all__ = [
     "resolve_backend",
     "topk_inheritance_loss",
 ]
-
-
-class LossOutput(NamedTuple):
-    """Sums over the rows that have a label. A tuple, so that DeepSpeed finds the tensors in it.
-
-    `loss_sum` (float32, 0-d) alone carries gradient. `ce_sum` and `kl_sum` (float32, 0-d) are the sums of CE_r and
-    KL_r as they are: without alpha, tau^2, row weights or label smoothing; `kl_sum` is 0 where alpha is 0.0.
-    `num_rows` (int64, 0-d) stays on the device.
-
-    `teachers` (float32, [T, 4]) says for each teacher, in order, over the rows that it taught: the sum of KL_r, the
-    sum of the teacher's own cross-entropy against the labels (its softmax at 1; the first pass over its logits has
-    it), the number of rows, and the sum of CE_r. T is 1 for one teacher, for entries and for an average, 0 where none
-    was asked. Of K entries the teacher's cross-entropy is not known: NaN. Where alpha, given as a tensor, is 0, no
-    teacher is read, and it is the student's.
-    """
-
-    loss_sum: Tensor
-    ce_sum: Tensor
-    kl_sum: Tensor
-    num_rows: Tensor
-    teachers: Tensor
 
 
 class TeacherLogits(NamedTuple):

@@ -13,36 +13,35 @@ import torch
 from torch import Tensor
 
 from ki_ds.objective.loss import (
-    LossOutput,
     TeacherHead,
     linear_inheritance_loss,
     linear_multi_teacher_loss,
     linear_topk_inheritance_loss,
 )
-from ki_ds.objective.signals import AveragedSignal, HiddenSignal, RoutedSignal, Signal, TopKSignal
+from ki_ds.objective.types import Average, Head, LossOutput, Routed, Signal, Sparse
 
 
 def loss_of(signal: Signal | None, alpha: float | Tensor) -> Callable[..., LossOutput]:
     """The loss of a signal, to be called with (hidden_ND, weight_VD, labels_N) and keywords of the student.
 
     Args:
-        signal: None is self-learning, whatever alpha is. Of a `RoutedSignal` rows without a teacher learn from their
+        signal: None is self-learning, whatever alpha is. Of a `Routed` rows without a teacher learn from their
             labels alone, with their full weight, and `teachers` of the output has a row for each of the run's teachers.
         alpha: the inheritance rate, a number or a 0-d tensor.
     """
     match signal:
         case None:
             return linear_inheritance_loss
-        case HiddenSignal(hidden_ND, weight_VD, bias_V, form):
+        case Head(hidden_ND, weight_VD, bias_V, form):
             head: dict[str, Any] = {"teacher_hidden": hidden_ND, "teacher_weight": weight_VD, "teacher_bias": bias_V}
             return partial(linear_inheritance_loss, alpha=alpha, teacher_form=form, **head)
-        case TopKSignal(ids_NK, probs_NK, semantics):
+        case Sparse(ids_NK, probs_NK, semantics):
             entries: dict[str, Any] = {"topk_ids": ids_NK, "topk_probs": probs_NK, "semantics": semantics}
             return partial(linear_topk_inheritance_loss, alpha=alpha, **entries)
-        case AveragedSignal(signals, shares):
-            heads = [TeacherHead(each.hidden_ND, each.weight_VD, each.bias_V, None, each.form) for each in signals]
+        case Average(parts, shares):
+            heads = [TeacherHead(each.hidden_ND, each.weight_VD, each.bias_V, None, each.form) for each in parts]
             return partial(linear_multi_teacher_loss, alpha=alpha, teachers=heads, shares=shares)
-        case RoutedSignal():
+        case Routed():
             return partial(_routed_loss, signal=signal, alpha=alpha)
     raise AssertionError(signal)
 
@@ -52,7 +51,7 @@ def _routed_loss(
     weight_VD: Tensor,
     labels_N: Tensor,
     *,
-    signal: RoutedSignal,
+    signal: Routed,
     alpha: float | Tensor,
     **student: Any,
 ) -> LossOutput:
@@ -61,7 +60,7 @@ def _routed_loss(
     heads = [
         TeacherHead(part.signal.hidden_ND, part.signal.weight_VD, part.signal.bias_V, part.rows_M, part.signal.form)
         for part in parts
-        if isinstance(part.signal, HiddenSignal)
+        if isinstance(part.signal, Head)
     ]
     if not parts:
         outs = [linear_inheritance_loss(hidden_ND, weight_VD, labels_N, **student)]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ki_ds.files import write_atomically
 from ki_ds.models.presets import StudentOutput
-from ki_ds.objective.loss import LossOutput
+from ki_ds.objective.types import LossOutput
 from ki_ds.ranks.world import all_sum, is_main
 
 
@@ -80,7 +80,7 @@ class Window:
         teacher_tokens: Sequence[int] = (),
         aux_loss: Tensor | None = None,
     ) -> None:
-        """Count one micro-batch of this rank; `teacher_tokens` as of `ki_ds.objective.signals.teacher_tokens`.
+        """Count one micro-batch of this rank; `teacher_tokens` as of `ki_ds.teachers.teacher.teacher_tokens`.
 
         One whose loss is no number is left out of the means.
         """

@@ -17,10 +17,10 @@ from ki_ds.config import TeacherConfig
 from ki_ds.data.batches import Batch
 from ki_ds.data.store import token_dtype
 from ki_ds.errors import UserError
-from ki_ds.objective.loss import PLAIN, LogitForm
-from ki_ds.objective.signals import HiddenSignal, Signal, Teacher, TopKSignal
+from ki_ds.objective.types import PLAIN, Head, LogitForm, Signal, Sparse
 from ki_ds.teachers.cache_files import HIDDEN_DTYPES, LOGIT_FORM, CacheFiles, Columns, Manifest, read_head
 from ki_ds.teachers.questions import Questions, input_hashes
+from ki_ds.teachers.teacher import Teacher
 from ki_ds.teachers.topk import largest_entries
 
 
@@ -98,7 +98,7 @@ def fitting_semantics(config: TeacherConfig, key: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def encode(signal: HiddenSignal, key: dict[str, Any]) -> Columns:
+def encode(signal: Head, key: dict[str, Any]) -> Columns:
     """The columns over rows (see `cache_files`) of an online teacher's signal.
 
     Raises:
@@ -132,9 +132,9 @@ def decode(
     if key["kind"] == "topk":
         log_probs_NK = torch.from_numpy(rows["log_probs"]).to(device)
         ids_NK = torch.from_numpy(rows["ids"].astype(np.int64)).to(device)
-        return TopKSignal(ids_NK, log_probs_NK.float().exp(), semantics)
+        return Sparse(ids_NK, log_probs_NK.float().exp(), semantics)
     hidden_ND = torch.from_numpy(rows["hidden"]).to(device)
     if key["dtype"] == "int8":
         hidden_ND = hidden_ND.float() * torch.from_numpy(rows["scales"]).to(device)[:, None]
     form = LogitForm(*key.get(LOGIT_FORM, PLAIN))
-    return HiddenSignal(hidden_ND.to(head["weight"].dtype), head["weight"], head.get("bias"), form)
+    return Head(hidden_ND.to(head["weight"].dtype), head["weight"], head.get("bias"), form)

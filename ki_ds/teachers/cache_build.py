@@ -24,8 +24,7 @@ from ki_ds.data.batches import Batch
 from ki_ds.errors import UserError
 from ki_ds.files import check_space, write_errors_are_one_line
 from ki_ds.models.presets import DTYPES
-from ki_ds.objective.loss import PLAIN
-from ki_ds.objective.signals import HiddenSignal, Teacher
+from ki_ds.objective.types import PLAIN, Head
 from ki_ds.ranks.world import from_main, is_main, on_main, rank, say, together, world_size
 from ki_ds.teachers.cache import encode
 from ki_ds.teachers.cache_files import (
@@ -44,6 +43,7 @@ from ki_ds.teachers.cache_files import (
 )
 from ki_ds.teachers.factory import TeacherFacts
 from ki_ds.teachers.questions import Questions, input_hashes, row_bounds
+from ki_ds.teachers.teacher import Teacher
 
 CHUNK_BYTES = 64 << 20
 _INDEX_BYTES = 20  # of a record, beside its rows
@@ -84,9 +84,9 @@ def record_teacher(
         UserError: K exceeds the vocabulary.
     """
 
-    def ask(batch: Batch) -> HiddenSignal:
+    def ask(batch: Batch) -> Head:
         signal = teacher.signal(batch.to(device))
-        assert isinstance(signal, HiddenSignal)
+        assert isinstance(signal, Head)
         return signal
 
     probe = ask(questions.one(0, 0))

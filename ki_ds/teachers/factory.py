@@ -28,13 +28,13 @@ from ki_ds.models.presets import (
     rows_of,
     weights_sha256,
 )
-from ki_ds.objective.signals import Teacher
 from ki_ds.teachers.cache import CachedTeacher, check_coverage, fitting_semantics
 from ki_ds.teachers.cache_files import CacheFiles, Manifest
 from ki_ds.teachers.many import Assignment, ManyTeachers
 from ki_ds.teachers.online import OnlineTeacher
 from ki_ds.teachers.overlap import OverlappedTeacher
 from ki_ds.teachers.questions import Questions
+from ki_ds.teachers.teacher import Teacher
 from ki_ds.teachers.topk import TopKTeacher
 
 _LARGEST_PADDING = 1024  # output classes beyond the tokenizer's ids that can still be padding

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ki_ds.config.teacher_entries import TeacherEntry
 from ki_ds.data.batches import Batch
-from ki_ds.objective.signals import AveragedSignal, HiddenSignal, Part, RoutedSignal, Signal, Teacher, TopKSignal
+from ki_ds.objective.types import Average, Head, Part, Routed, Signal, Sparse
+from ki_ds.teachers.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -67,26 +68,26 @@ class Assignment:
         if self.domain_ids is not None:
             parts = []
             for question, answer in zip(questions, answers, strict=True):
-                assert isinstance(answer, HiddenSignal | TopKSignal)
+                assert isinstance(answer, Head | Sparse)
                 assert question.rows_M is not None
                 parts.append(Part(question.teacher, answer, question.rows_M, question.batch.num_tokens))
-            return RoutedSignal(tuple(parts), len(self.domain_ids))
+            return Routed(tuple(parts), len(self.domain_ids))
         if len(answers) == 1:
             return answers[0]
-        hidden = tuple(answer for answer in answers if isinstance(answer, HiddenSignal))
+        hidden = tuple(answer for answer in answers if isinstance(answer, Head))
         assert len(hidden) == len(self.shares)
-        return AveragedSignal(hidden, self.shares)
+        return Average(hidden, self.shares)
 
 
-def hidden_answers(signal: Signal) -> list[tuple[int, HiddenSignal]]:
+def hidden_answers(signal: Signal) -> list[tuple[int, Head]]:
     """(number, signal) of each teacher that gave hidden states, in their order."""
     match signal:
-        case HiddenSignal():
+        case Head():
             return [(0, signal)]
-        case AveragedSignal(signals, _):
-            return list(enumerate(signals))
-        case RoutedSignal(parts, _):
-            return [(part.teacher, part.signal) for part in parts if isinstance(part.signal, HiddenSignal)]
+        case Average(parts, _):
+            return list(enumerate(parts))
+        case Routed(parts, _):
+            return [(part.teacher, part.signal) for part in parts if isinstance(part.signal, Head)]
     return []
 
 

@@ -9,7 +9,8 @@ from ki_ds.data.batches import Batch
 from ki_ds.engine.memory import give_freed_memory_back
 from ki_ds.models.presets import RowLM
 from ki_ds.models.probe import USUAL, Rows
-from ki_ds.objective.signals import HiddenSignal, Teacher
+from ki_ds.objective.types import Head
+from ki_ds.teachers.teacher import Teacher
 
 
 class OnlineTeacher(Teacher):
@@ -23,7 +24,7 @@ class OnlineTeacher(Teacher):
         self._model.eval().check(rows)
 
     @torch.no_grad()
-    def signal(self, batch: Batch) -> HiddenSignal:
+    def signal(self, batch: Batch) -> Head:
         """The last hidden states of the labelled rows (N, D) and the output projection, in the teacher's dtype."""
         assert self._model is not None, "a freed teacher was asked"
         return self._model.signal(batch)

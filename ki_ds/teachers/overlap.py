@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ki_ds.data.batches import Batch
-from ki_ds.objective.signals import AveragedSignal, HiddenSignal, RoutedSignal, Signal, Teacher, TopKSignal
+from ki_ds.objective.types import Average, Head, Routed, Signal, Sparse
+from ki_ds.teachers.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ class OverlappedTeacher(Teacher):
 def _tensors(signal: Signal) -> list[Tensor]:
     """What the teacher's stream has made for this batch; a head stays where it is."""
     match signal:
-        case HiddenSignal(hidden_ND):
+        case Head(hidden_ND):
             return [hidden_ND]
-        case TopKSignal(ids_NK, probs_NK):
+        case Sparse(ids_NK, probs_NK):
             return [ids_NK, probs_NK]
-        case RoutedSignal(parts):
+        case Routed(parts):
             return [tensor for part in parts for tensor in (part.rows_M, *_tensors(part.signal))]
-        case AveragedSignal(signals):
-            return [tensor for one in signals for tensor in _tensors(one)]
+        case Average(parts):
+            return [tensor for one in parts for tensor in _tensors(one)]

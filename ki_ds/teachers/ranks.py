@@ -23,13 +23,13 @@ from ki_ds.config import RunConfig, schedules
 from ki_ds.data.batches import Batch, TrainBatches
 from ki_ds.data.datasets import Datasets, open_datasets
 from ki_ds.errors import ResumableError, UserError
-from ki_ds.objective.loss import LogitForm
-from ki_ds.objective.signals import HiddenSignal, Signal, Teacher
+from ki_ds.objective.types import Head, LogitForm, Signal
 from ki_ds.ranks.bridge import Bridge
 from ki_ds.ranks.world import from_main, on_main, say
 from ki_ds.teachers.factory import TeacherFacts, identify_teachers, make_teachers, notes_on
 from ki_ds.teachers.many import Assignment, hidden_answers
 from ki_ds.teachers.questions import Questions
+from ki_ds.teachers.teacher import Teacher
 
 _REMIND_SECONDS = 30.0
 _LET_STUDENTS_LEAVE_SECONDS = 3.0  # a launcher reports the first exit code that it sees: theirs tells more
@@ -104,7 +104,7 @@ def _teach(config: RunConfig, bridge: Bridge, device: torch.device) -> None:
             number += 1
 
 
-def _head(signal: HiddenSignal) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _head(signal: Head) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The output projection and its form on their way to a student: a bias that is not there has no elements."""
     weight_VD, bias_V = signal.weight_VD, signal.bias_V
     form = torch.tensor(signal.form.numbers, dtype=torch.float64)
@@ -253,7 +253,7 @@ class RanksTeacher(Teacher):
             bias = bias_V.to(self._device) if len(bias_V) else None
             self._heads[which] = weight_VD.to(self._device), bias, LogitForm.of_numbers(*numbers.tolist())
         answers = [
-            HiddenSignal(hidden_ND.to(self._device, non_blocking=True), *self._heads[question.teacher])
+            Head(hidden_ND.to(self._device, non_blocking=True), *self._heads[question.teacher])
             for question, hidden_ND in zip(questions, hidden, strict=True)
         ]
         return self._assignment.joined(questions, answers)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ki_ds.data.batches import Batch
-from ki_ds.objective.signals import HiddenSignal, Teacher, TopKSignal
+from ki_ds.objective.types import Head, Sparse
+from ki_ds.teachers.teacher import Teacher
 
 _ROWS_AT_ONCE = 1024  # whose logits exist together
 
@@ -25,12 +26,12 @@ class TopKTeacher(Teacher):
         """As the other teacher's."""
         self._teacher.ask(batch)
 
-    def signal(self, batch: Batch) -> TopKSignal:
+    def signal(self, batch: Batch) -> Sparse:
         """The K entries of each labelled row."""
         signal = self._teacher.signal(batch)
-        assert isinstance(signal, HiddenSignal)
+        assert isinstance(signal, Head)
         ids, log_probs = largest_entries(signal, topk=self._topk, tau=self._tau, num_classes=self._num_classes)
-        return TopKSignal(ids, log_probs.exp(), self._semantics)
+        return Sparse(ids, log_probs.exp(), self._semantics)
 
     def figures(self) -> dict[str, float]:
         """As the other teacher's."""
@@ -42,7 +43,7 @@ class TopKTeacher(Teacher):
 
 
 @torch.no_grad()
-def largest_entries(signal: HiddenSignal, *, topk: int, tau: float, num_classes: int) -> tuple[Tensor, Tensor]:
+def largest_entries(signal: Head, *, topk: int, tau: float, num_classes: int) -> tuple[Tensor, Tensor]:
     """Ids (N, K) int64 and float32 log-probabilities (N, K) of softmax(logits / tau), the largest first.
 
     Args:

@@ -7,7 +7,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,7 @@ from ki_ds.engine.student import connect
 from ki_ds.errors import ResumableError, UserError, common_to_all_ranks
 from ki_ds.evaluation.perplexity import Perplexity, validate
 from ki_ds.files import write_json
-from ki_ds.objective.loss import LossOutput
-from ki_ds.objective.signals import teacher_tokens
+from ki_ds.objective.types import LossOutput
 from ki_ds.ranks.bridge import Bridge
 from ki_ds.ranks.preemption import Preemption
 from ki_ds.ranks.stragglers import Pace
@@ -36,6 +35,7 @@ from ki_ds.ranks.watchdog import Watchdog
 from ki_ds.ranks.world import is_main, on_main, rank, say, world_size
 from ki_ds.reports.metrics import Display, MetricsLog, Stopwatch
 from ki_ds.teachers.ranks import teach
+from ki_ds.teachers.teacher import teacher_tokens
 from ki_ds.training.profiling import each, part, profiled_steps
 from ki_ds.training.setup import Run, measured_domains, prepare
 

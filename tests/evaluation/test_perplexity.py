@@ -11,7 +11,7 @@ from ki_ds.data.store import open_store
 from ki_ds.errors import UserError
 from ki_ds.evaluation.perplexity import Perplexity, validate
 from ki_ds.models.presets import InheritanceModel, build_lm
-from ki_ds.objective.loss import LossOutput
+from ki_ds.objective.types import LossOutput
 from tests.tiny import tiny_corpus
 
 CPU = torch.device("cpu")

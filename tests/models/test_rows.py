@@ -9,7 +9,7 @@ from ki_ds.errors import UserError
 from ki_ds.models.presets import InheritanceModel, RowLM, Rows, build_lm
 from ki_ds.models.probe import of_one
 from ki_ds.objective.loss import topk_inheritance_loss
-from ki_ds.objective.signals import TopKSignal
+from ki_ds.objective.types import Sparse
 from tests.lms import ARCHITECTURES, SPECIAL, auto, make_batch, spread_out, tiny_preset
 
 
@@ -108,7 +108,7 @@ def test_a_top_k_signal_gives_the_top_k_loss(semantics):
     student = InheritanceModel(lm, num_classes=99, loss=LossConfig(), tau=2.0).eval()
     ids = torch.stack([torch.randperm(99)[:7] for _ in range(4)])
     probs = torch.rand(4, 7).softmax(-1) * 0.9
-    loss, ce, kl, num_rows, _ = student(batch, TopKSignal(ids, probs, semantics), 0.3)
+    loss, ce, kl, num_rows, _ = student(batch, Sparse(ids, probs, semantics), 0.3)
     hidden = student.signal(batch)
     logits = torch.nn.functional.linear(hidden.hidden_ND, hidden.weight_VD, hidden.bias_V)
     expected = topk_inheritance_loss(

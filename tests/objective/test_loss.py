@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ki_ds.errors import UserError
 from ki_ds.objective.loss import (
-    LogitForm,
     inheritance_loss,
     linear_cross_entropy,
     linear_inheritance_loss,
@@ -22,6 +21,7 @@ from ki_ds.objective.loss import (
     multi_teacher_loss,
     topk_inheritance_loss,
 )
+from ki_ds.objective.types import LogitForm
 from tests.loss_cases import ENTRIES, FORMS, Case, check, formed, relative
 from tests.loss_oracle import Oracle
 

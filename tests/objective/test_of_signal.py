@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ki_ds.objective.loss import PLAIN, LogitForm, linear_inheritance_loss, linear_topk_inheritance_loss
+from ki_ds.objective.loss import linear_inheritance_loss, linear_topk_inheritance_loss
 from ki_ds.objective.of_signal import loss_of
-from ki_ds.objective.signals import AveragedSignal, HiddenSignal, Part, RoutedSignal, TopKSignal
+from ki_ds.objective.types import PLAIN, Average, Head, LogitForm, Part, Routed, Sparse
 
 N, D, V = 9, 6, 12
 ALPHA, TAU = 0.6, 2.0
@@ -22,14 +22,14 @@ def student():
 def hidden_signal(rows, width, seed, form=PLAIN):
     draw = torch.Generator().manual_seed(seed)
     hidden_ND, weight_VD = (torch.randn(n, width, dtype=torch.float64, generator=draw) for n in (rows, V))
-    return HiddenSignal(hidden_ND, weight_VD, torch.randn(V, dtype=torch.float64, generator=draw), form)
+    return Head(hidden_ND, weight_VD, torch.randn(V, dtype=torch.float64, generator=draw), form)
 
 
 def entries_signal(rows, seed):
     draw = torch.Generator().manual_seed(seed)
     probs_NV = torch.randn(rows, V, dtype=torch.float64, generator=draw).softmax(-1)
     top = probs_NV.topk(4)
-    return TopKSignal(top.indices, top.values, "tail")
+    return Sparse(top.indices, top.values, "tail")
 
 
 A, B = torch.tensor([7, 0, 3]), torch.tensor([2, 8])
@@ -49,10 +49,10 @@ def alone(signal, student, rows, alpha):
     match signal:
         case None:
             return linear_inheritance_loss(*given, tau=TAU)
-        case HiddenSignal(h, w, b, form):
+        case Head(h, w, b, form):
             told = {"teacher_hidden": h, "teacher_weight": w, "teacher_bias": b, "teacher_form": form}
             return linear_inheritance_loss(*given, **told, alpha=alpha, tau=TAU)
-        case TopKSignal(ids, probs, semantics):
+        case Sparse(ids, probs, semantics):
             return linear_topk_inheritance_loss(
                 *given, topk_ids=ids, topk_probs=probs, semantics=semantics, alpha=alpha, tau=TAU
             )
@@ -67,7 +67,7 @@ def gradients(student, loss):
 def test_a_routed_signal_is_the_sum_of_its_parts(student, kind, as_tensor):
     """Of three teachers the second has no row here; four rows have no teacher."""
     first, second = KINDS[kind]
-    signal = RoutedSignal((Part(0, first, A, 30), Part(2, second, B, 20)), 3)
+    signal = Routed((Part(0, first, A, 30), Part(2, second, B, 20)), 3)
     alpha = torch.tensor(ALPHA) if as_tensor else ALPHA
     found = loss_of(signal, alpha)(*student, tau=TAU)
     free = torch.tensor([n for n in range(N) if n not in {*A.tolist(), *B.tolist()}])
@@ -85,7 +85,7 @@ def test_a_routed_signal_is_the_sum_of_its_parts(student, kind, as_tensor):
 
 
 def test_rows_that_nobody_teaches_are_plain_self_learning(student):
-    found = loss_of(RoutedSignal((), 2), 1.0)(*student)
+    found = loss_of(Routed((), 2), 1.0)(*student)
     expected = loss_of(None, 0.0)(*student)
     assert torch.equal(found.loss_sum, expected.loss_sum)
     assert found.teachers.tolist() == [[0] * 4] * 2
@@ -95,7 +95,7 @@ def test_rows_that_nobody_teaches_are_plain_self_learning(student):
 def test_every_row_taught_leaves_no_rest(student, kind):
     first, second = KINDS[kind]
     short = tuple(tensor[:5] if n != 1 else tensor for n, tensor in enumerate(student))
-    signal = RoutedSignal((Part(0, first, torch.tensor([4, 0, 2]), 1), Part(1, second, torch.tensor([1, 3]), 1)), 2)
+    signal = Routed((Part(0, first, torch.tensor([4, 0, 2]), 1), Part(1, second, torch.tensor([1, 3]), 1)), 2)
     found = loss_of(signal, 1.0)(*short, tau=TAU)
     assert int(found.num_rows) == 5
     torch.testing.assert_close(float(found.loss_sum.detach()), float(found.kl_sum) * TAU**2)
@@ -103,7 +103,7 @@ def test_every_row_taught_leaves_no_rest(student, kind):
 
 def test_without_alpha_no_teacher_is_counted(student):
     for first, second in KINDS.values():
-        found = loss_of(RoutedSignal((Part(0, first, A, 1), Part(1, second, B, 1)), 2), 0.0)(*student)
+        found = loss_of(Routed((Part(0, first, A, 1), Part(1, second, B, 1)), 2), 0.0)(*student)
         expected = loss_of(None, 0.0)(*student)
         torch.testing.assert_close(found.loss_sum, expected.loss_sum)
         assert found.teachers.abs().sum() == 0
@@ -111,7 +111,7 @@ def test_without_alpha_no_teacher_is_counted(student):
 
 def test_an_average_of_one_kind_is_that_teacher(student):
     one = hidden_signal(N, 4, 3)
-    found = loss_of(AveragedSignal((one, one), (1.0, 9.0)), ALPHA)(*student)
+    found = loss_of(Average((one, one), (1.0, 9.0)), ALPHA)(*student)
     torch.testing.assert_close(found.loss_sum, loss_of(one, ALPHA)(*student).loss_sum)
 
 
@@ -120,12 +120,12 @@ def test_each_teachers_logits_have_their_form(student):
     forms = LogitForm(0.5, 2.0), LogitForm(-1.5)
     formed = [hidden_signal(N, 4, seed, form) for seed, form in enumerate(forms)]
     logits = [
-        HiddenSignal(one.form.logits(one.hidden_ND, one.weight_VD, one.bias_V), torch.eye(V, dtype=torch.float64), None)
+        Head(one.form.logits(one.hidden_ND, one.weight_VD, one.bias_V), torch.eye(V, dtype=torch.float64), None)
         for one in formed
     ]
     for ours, by_hand in (
         (formed[0], logits[0]),
-        (AveragedSignal(tuple(formed), (1.0, 9.0)), AveragedSignal(tuple(logits), (1.0, 9.0))),
+        (Average(tuple(formed), (1.0, 9.0)), Average(tuple(logits), (1.0, 9.0))),
     ):
         found, expected = (
             loss_of(signal, ALPHA)(*student, tau=TAU, student_form=LogitForm(0.3, 4.0)) for signal in (ours, by_hand)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from ki_ds.objective.loss import LossOutput
+from ki_ds.objective.types import LossOutput
 from ki_ds.reports import metrics
 from ki_ds.reports.metrics import Display, Figures, MetricsLog, Stopwatch, Totals, Window, perplexity, read_log
 

@@ -11,8 +11,8 @@ import torch
 from ki_ds.data.batches import Sample, TrainBatches, collate
 from ki_ds.data.tokenize import former_tokenizer_hash
 from ki_ds.errors import UserError
-from ki_ds.objective.loss import PLAIN, LogitForm, inheritance_loss, topk_inheritance_loss
-from ki_ds.objective.signals import HiddenSignal, TopKSignal
+from ki_ds.objective.loss import inheritance_loss, topk_inheritance_loss
+from ki_ds.objective.types import PLAIN, Head, LogitForm, Sparse
 from ki_ds.teachers.cache import CachedTeacher, encode
 from ki_ds.teachers.cache_build import build_cache
 from ki_ds.teachers.cache_files import LOGIT_FORM, Manifest
@@ -61,7 +61,7 @@ def test_hidden_states_are_the_teachers(base, caches, task, dtype, tolerance):
     cached, cached_facts = teacher_of(reading(config, caches(task, kind="hidden", dtype=dtype)))
     for batch in batches_of(config):
         expected, found = online.signal(batch), cached.signal(batch)
-        assert isinstance(found, HiddenSignal)
+        assert isinstance(found, Head)
         assert torch.equal(found.weight_VD, expected.weight_VD)
         assert found.hidden_ND.dtype == expected.hidden_ND.dtype
         largest = float(expected.hidden_ND.abs().max())
@@ -78,7 +78,7 @@ def test_top_k_is_the_teachers_softmax_at_tau(base, caches, task):
     for batch in batches_of(config):
         probs_NV = (logits_of(online.signal(batch))[:, :320] / config.inherit.tau).softmax(-1)
         signal = cached.signal(batch)
-        assert isinstance(signal, TopKSignal)
+        assert isinstance(signal, Sparse)
         assert signal.ids_NK.dtype == torch.int64
         assert (signal.ids_NK.shape, signal.semantics) == ((batch.num_rows, 10), "renormalise")
         torch.testing.assert_close(signal.probs_NK, probs_NV.gather(1, signal.ids_NK), rtol=4e-3, atol=0)
@@ -121,7 +121,7 @@ def test_packed_rows_and_batches_of_another_make_up(base, tmp_path):
 
 
 def test_too_large_hidden_states_do_not_become_infinite_in_silence(base):
-    signal = HiddenSignal(torch.full((2, 4), 7e4), torch.zeros(5, 4), None)
+    signal = Head(torch.full((2, 4), 7e4), torch.zeros(5, 4), None)
     with pytest.raises(UserError, match="hidden states reach 70000, too much for float16; take --dtype fp32"):
         encode(signal, {"kind": "hidden", "dtype": "fp16"})
     assert (

@@ -14,7 +14,7 @@ from ki_ds.data.batches import TrainBatches, collate
 from ki_ds.errors import UserError
 from ki_ds.models.presets import Rows
 from ki_ds.objective.loss import inheritance_loss
-from ki_ds.objective.signals import AveragedSignal, HiddenSignal, Part, RoutedSignal, TopKSignal
+from ki_ds.objective.types import Average, Head, Part, Routed, Sparse
 from ki_ds.teachers.cache_build import build_cache, record_teacher
 from ki_ds.teachers.factory import make_teacher, make_teachers
 from ki_ds.teachers.many import Assignment, ManyTeachers, hidden_answers
@@ -186,7 +186,7 @@ class Recorder:
 
     def signal(self, batch):
         self.asked.append(batch)
-        return HiddenSignal(torch.zeros(batch.num_rows, 2), torch.zeros(5, 2), None)
+        return Head(torch.zeros(batch.num_rows, 2), torch.zeros(5, 2), None)
 
     def figures(self):
         return {}
@@ -239,7 +239,7 @@ def test_an_average_asks_every_teacher_about_everything(mixed):
     teachers = [Recorder(), Recorder()]
     many = ManyTeachers(teachers, Assignment(None, (1.0, 2.0)))
     signal = many.signal(mixed)
-    assert isinstance(signal, AveragedSignal)
+    assert isinstance(signal, Average)
     assert signal.shares == (1.0, 2.0)
     assert all(torch.equal(each.asked[0].input_ids_BL, mixed.input_ids_BL) for each in teachers)
     assert [number for number, _ in hidden_answers(signal)] == [0, 1]
@@ -258,12 +258,12 @@ def test_an_assignment_follows_from_the_entries():
 
 
 def test_hidden_answers_leave_entries_out():
-    entries = TopKSignal(torch.zeros(1, 2).long(), torch.zeros(1, 2), "tail")
-    hidden = HiddenSignal(torch.zeros(1, 2), torch.zeros(3, 2), None)
+    entries = Sparse(torch.zeros(1, 2).long(), torch.zeros(1, 2), "tail")
+    hidden = Head(torch.zeros(1, 2), torch.zeros(3, 2), None)
     rows = torch.zeros(1, dtype=torch.int64)
     assert hidden_answers(entries) == []
     assert hidden_answers(hidden) == [(0, hidden)]
-    routed = RoutedSignal((Part(0, entries, rows, 1), Part(2, hidden, rows, 1)), 3)
+    routed = Routed((Part(0, entries, rows, 1), Part(2, hidden, rows, 1)), 3)
     assert hidden_answers(routed) == [(2, hidden)]
 
 
@@ -440,7 +440,7 @@ def test_entries_are_routed_too_and_beside_hidden_states(base, both, caches, tmp
         assert torch.allclose(found[4][0], expected[4][0])
         assert found[4][:, 2].tolist() == expected[4][:, 2].tolist()
         b_rows = [part for part in signal.parts if part.teacher == 1]
-        assert all(isinstance(part.signal, TopKSignal) for part in b_rows)
+        assert all(isinstance(part.signal, Sparse) for part in b_rows)
         rest = float(found[0] - 0.7 * 4 * found[2])
         assert rest == pytest.approx(float(expected[0] - 0.7 * 4 * expected[2]), rel=1e-5)  # what the labels say
         found[0].backward()

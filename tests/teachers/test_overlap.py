@@ -8,9 +8,10 @@ import torch
 
 from ki_ds.data.batches import Batch, collate
 from ki_ds.errors import UserError
-from ki_ds.objective.signals import AveragedSignal, HiddenSignal, Part, RoutedSignal, Teacher, TopKSignal
+from ki_ds.objective.types import Average, Head, Part, Routed, Sparse
 from ki_ds.teachers import overlap
 from ki_ds.teachers.overlap import OverlappedTeacher
+from ki_ds.teachers.teacher import Teacher
 from tests.teachers.cache_cases import config_of, data_of
 from tests.tiny import inherit, records
 
@@ -29,7 +30,7 @@ class Recorder(Teacher):
         self.threads.append(threading.get_ident())
         if self.error:
             raise self.error
-        return HiddenSignal(torch.full((1, 1), float(len(self.asked))), torch.zeros(1, 1), None)
+        return Head(torch.full((1, 1), float(len(self.asked))), torch.zeros(1, 1), None)
 
     def free(self):
         self.freed = True
@@ -82,12 +83,12 @@ def test_freeing_ends_the_thread_and_frees_the_teacher(batches):
 
 
 def test_every_tensor_of_a_batch_is_known_to_the_students_stream():
-    hidden = [HiddenSignal(torch.zeros(2, 3), torch.zeros(5, 3), None) for _ in range(2)]
-    topk = TopKSignal(torch.zeros(2, 4), torch.ones(2, 4), "tail")
+    hidden = [Head(torch.zeros(2, 3), torch.zeros(5, 3), None) for _ in range(2)]
+    topk = Sparse(torch.zeros(2, 4), torch.ones(2, 4), "tail")
     rows = torch.arange(2)
-    found = overlap._tensors(RoutedSignal((Part(0, hidden[0], rows, 9), Part(1, topk, rows, 9)), 2))
+    found = overlap._tensors(Routed((Part(0, hidden[0], rows, 9), Part(1, topk, rows, 9)), 2))
     assert [id(t) for t in found] == [id(t) for t in (rows, hidden[0].hidden_ND, rows, topk.ids_NK, topk.probs_NK)]
-    averaged = overlap._tensors(AveragedSignal(tuple(hidden), (0.5, 0.5)))
+    averaged = overlap._tensors(Average(tuple(hidden), (0.5, 0.5)))
     assert [id(t) for t in averaged] == [id(h.hidden_ND) for h in hidden]
 
 

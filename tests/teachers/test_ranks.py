@@ -14,8 +14,7 @@ import torch
 from ki_ds import config as configuration
 from ki_ds.data.batches import Sample, collate
 from ki_ds.errors import EXIT_RESUMABLE, UserError
-from ki_ds.objective.loss import LogitForm
-from ki_ds.objective.signals import HiddenSignal
+from ki_ds.objective.types import Head, LogitForm
 from ki_ds.ranks.world import free_port
 from ki_ds.teachers.many import Assignment
 from ki_ds.teachers.ranks import RanksTeacher, _head
@@ -92,7 +91,7 @@ class _Wire:
 def test_a_student_gets_the_form_of_the_teachers_logits_with_the_head(form):
     sample = Sample(0, np.arange(9), np.arange(3), np.arange(3))
     batch = collate([sample], pad_id=1, seq_len=32)
-    sent = HiddenSignal(torch.randn(3, 2), torch.randn(5, 2), None, form)
+    sent = Head(torch.randn(3, 2), torch.randn(5, 2), None, form)
     messages = [
         [torch.tensor([number, batch.num_tokens, 0, 0]), sent.hidden_ND, *(_head(sent) if number == 0 else ())]
         for number in range(2)

@@ -6,8 +6,7 @@ from torch.nn import functional as F
 
 from ki_ds import config as configuration
 from ki_ds.errors import UserError
-from ki_ds.objective.loss import PLAIN, LogitForm
-from ki_ds.objective.signals import HiddenSignal
+from ki_ds.objective.types import PLAIN, Head, LogitForm
 from ki_ds.teachers.factory import make_teachers
 from ki_ds.teachers.topk import largest_entries
 from tests.teachers.cache_cases import CPU, cache_of, config_of, data_of
@@ -19,7 +18,7 @@ from tests.tiny import inherit, records, tiny_config, write_config
 def test_the_entries_are_the_largest_of_the_teachers_softmax(topk, form):
     draw = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(2100, 6, generator=draw), torch.randn(64, 6, generator=draw)
-    signal = HiddenSignal(hidden, weight, torch.randn(64, generator=draw), form)
+    signal = Head(hidden, weight, torch.randn(64, generator=draw), form)
     ids, log_probs = largest_entries(signal, topk=topk, tau=2.0, num_classes=50)
     logits = form.scale * F.linear(hidden.double(), weight.double())[:, :50] + signal.bias_V.double()[:50]
     logits = logits if form.cap is None else form.cap * torch.tanh(logits / form.cap)
@@ -29,7 +28,7 @@ def test_the_entries_are_the_largest_of_the_teachers_softmax(topk, form):
 
 
 def test_no_rows_have_no_entries():
-    signal = HiddenSignal(torch.zeros(0, 6), torch.zeros(64, 6), None)
+    signal = Head(torch.zeros(0, 6), torch.zeros(64, 6), None)
     ids, log_probs = largest_entries(signal, topk=3, tau=1.0, num_classes=50)
     assert ids.shape == log_probs.shape == (0, 3)
 
