@@ -19,9 +19,9 @@ from ki_ds.data.store import token_dtype
 from ki_ds.errors import UserError
 from ki_ds.objective.types import PLAIN, Head, LogitForm, Signal, Sparse
 from ki_ds.teachers.cache_files import HIDDEN_DTYPES, LOGIT_FORM, CacheFiles, Columns, Manifest, read_head
+from ki_ds.teachers.online import largest_entries
 from ki_ds.teachers.questions import Questions, input_hashes
 from ki_ds.teachers.teacher import Teacher
-from ki_ds.teachers.topk import largest_entries
 
 
 class CachedTeacher(Teacher):

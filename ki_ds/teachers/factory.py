@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,13 @@ from ki_ds.models.presets import (
     rows_of,
     weights_sha256,
 )
+from ki_ds.objective.types import Head, Sparse
 from ki_ds.teachers.cache import CachedTeacher, check_coverage, fitting_semantics
 from ki_ds.teachers.cache_files import CacheFiles, Manifest
 from ki_ds.teachers.many import Assignment, ManyTeachers
-from ki_ds.teachers.online import OnlineTeacher
-from ki_ds.teachers.overlap import OverlappedTeacher
+from ki_ds.teachers.online import OnlineTeacher, OverlappedTeacher, largest_entries
 from ki_ds.teachers.questions import Questions
 from ki_ds.teachers.teacher import Teacher
-from ki_ds.teachers.topk import TopKTeacher
 
 _LARGEST_PADDING = 1024  # output classes beyond the tokenizer's ids that can still be padding
 
@@ -97,6 +96,7 @@ def make_teachers(
         UserError: as `make_teacher`; or a cache holds K entries a row where all are needed.
     """
     assignment = Assignment.of(config.all_teachers, data.domains)
+    cut = _cut_to_topk(config, data.vocabulary.size)
     teachers, facts = [], []
     for number, known in enumerate(named or identify_teachers(config)):
         entry = config.all_teachers[number]
@@ -108,10 +108,11 @@ def make_teachers(
             device=device,
             questions=None if questions is None else questions.of_domains(assignment.of_teacher(number)),
             what=_field_of_path(config, number),
+            cut=cut,
             weights=known["weights_sha256"],
         )
         facts.append(replace(own, **{name: known[name] for name in ("name", "domains", "share")}))
-        teachers.append(_cut(teacher, config, data.vocabulary.size))
+        teachers.append(teacher)
     _check_topk_caches(config, assignment, facts)
     teacher = teachers[0] if config.teachers is None else ManyTeachers(teachers, assignment)
     return OverlappedTeacher(teacher, device) if config.teacher.placement == "overlap" else teacher, facts
@@ -130,14 +131,19 @@ def _names(config: RunConfig) -> list[str | None]:
     return [name if count[name] == 1 else f"{name}_{number}" for number, name in enumerate(names)]
 
 
-def _cut(teacher: Teacher, config: RunConfig, num_classes: int) -> Teacher:
-    """The teacher with its K largest entries alone, where the run asks for that."""
-    topk, semantics = config.teacher.topk, config.teacher.topk_semantics
+def _cut_to_topk(config: RunConfig, num_classes: int) -> Callable[[Head], Sparse] | None:
+    """What cuts a teacher's distribution to its K largest entries, where the run asks for that."""
+    topk, tau, semantics = config.teacher.topk, config.inherit.tau, config.teacher.topk_semantics
     if topk is None:
-        return teacher
+        return None
     if topk > num_classes:
         raise UserError(f"teacher.topk={topk} exceeds the {num_classes:,} ids of the vocabulary; lower it")
-    return TopKTeacher(teacher, topk=topk, tau=config.inherit.tau, num_classes=num_classes, semantics=semantics)
+
+    def cut(head: Head) -> Sparse:
+        ids, log_probs = largest_entries(head, topk=topk, tau=tau, num_classes=num_classes)
+        return Sparse(ids, log_probs.exp(), semantics)
+
+    return cut
 
 
 def _check_topk_caches(config: RunConfig, assignment: Assignment, facts: Sequence[TeacherFacts]) -> None:
@@ -177,6 +183,7 @@ def make_teacher(
     device: torch.device,
     questions: Questions | None = None,
     what: str = "teacher.path",
+    cut: Callable[[Head], Sparse] | None = None,
     weights: str | None = None,
 ) -> tuple[Teacher, TeacherFacts]:
     """The teacher that the configuration asks for, and its facts.
@@ -187,6 +194,7 @@ def make_teacher(
         num_classes: its ids.
         questions: the masked samples that it will be asked about; a cache wants to know.
         what: the configuration's field that names its path, for error lines.
+        cut: as of `OnlineTeacher`.
         weights: SHA-256 of its weights where it is known.
 
     Raises:
@@ -228,7 +236,7 @@ def make_teacher(
         valid_ppl=_valid_ppl(folder),
         lineage=lineage.read(Path(folder), weights),
     )
-    return OnlineTeacher(lm, device=device, rows=rows), facts
+    return OnlineTeacher(lm, device=device, rows=rows, cut=cut), facts
 
 
 def _valid_ppl(folder: str) -> float | None:

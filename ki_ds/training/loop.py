@@ -251,17 +251,12 @@ class Loop:
 
 def train_batches(run: Run, last: int) -> TrainBatches:
     """This rank's micro-batches from where the run is up to step `last`."""
-    train = run.config.train
-    return TrainBatches(
+    return TrainBatches.of_run(
+        run.config,
         run.data.train,
-        seed=run.config.seed,
-        micro_batch_size=train.micro_batch_size,
-        global_batch_size=train.global_batch_size,
+        steps=range(run.totals.step, last),
         rank=rank(),
         world_size=world_size(),
-        num_workers=run.config.data.num_workers,
-        start_step=run.totals.step,
-        num_steps=last,
         pin_memory=run.device.type == "cuda",
     )
 

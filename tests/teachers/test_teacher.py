@@ -9,8 +9,7 @@ from ki_ds.data.batches import Sample, collate
 from ki_ds.objective.types import Average, Head, Part, Routed, Signal, Sparse
 from ki_ds.teachers.cache import CachedTeacher
 from ki_ds.teachers.many import ManyTeachers
-from ki_ds.teachers.online import OnlineTeacher
-from ki_ds.teachers.overlap import OverlappedTeacher
+from ki_ds.teachers.online import OnlineTeacher, OverlappedTeacher
 from ki_ds.teachers.ranks import RanksTeacher
 from ki_ds.teachers.teacher import Teacher, teacher_tokens
 
