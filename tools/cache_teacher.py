@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from ki_ds.data.datasets import Datasets
-    from ki_ds.teachers.factory import TeacherFacts
-    from ki_ds.teachers.teacher import Teacher
+    from ki_ds.teachers.teacher import Teacher, TeacherFacts
 
 TOPK = 10  # as many as the paper caches
 

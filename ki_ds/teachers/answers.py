@@ -35,8 +35,8 @@ from ki_ds.errors import UserError
 from ki_ds.files import file_sha256, sync_folder, write_errors_are_one_line
 from ki_ds.teachers.cache_build import Recording, missing_places, topk_key
 from ki_ds.teachers.cache_files import CacheFiles, Columns
-from ki_ds.teachers.factory import TeacherFacts
 from ki_ds.teachers.questions import Questions, input_hashes, row_bounds
+from ki_ds.teachers.teacher import TeacherFacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

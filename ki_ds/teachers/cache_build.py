@@ -41,9 +41,8 @@ from ki_ds.teachers.cache_files import (
     write_chunk,
     write_head,
 )
-from ki_ds.teachers.factory import TeacherFacts
 from ki_ds.teachers.questions import Questions, input_hashes, row_bounds
-from ki_ds.teachers.teacher import Teacher
+from ki_ds.teachers.teacher import Teacher, TeacherFacts
 
 CHUNK_BYTES = 64 << 20
 _INDEX_BYTES = 20  # of a record, beside its rows

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ki_ds.checkpoints import lineage
-from ki_ds.checkpoints.lineage import Lineage
 from ki_ds.config import RunConfig, TeacherConfig
 from ki_ds.data.datasets import Datasets, check_tokenizer
 from ki_ds.errors import UserError
@@ -31,29 +30,11 @@ from ki_ds.models.presets import (
 from ki_ds.objective.types import Head, Sparse
 from ki_ds.teachers.cache import CachedTeacher, check_coverage, fitting_semantics
 from ki_ds.teachers.cache_files import CacheFiles, Manifest
-from ki_ds.teachers.many import Assignment, ManyTeachers
 from ki_ds.teachers.online import OnlineTeacher, OverlappedTeacher, largest_entries
 from ki_ds.teachers.questions import Questions
-from ki_ds.teachers.teacher import Teacher
+from ki_ds.teachers.teacher import Assignment, ManyTeachers, Teacher, TeacherFacts
 
 _LARGEST_PADDING = 1024  # output classes beyond the tokenizer's ids that can still be padding
-
-
-@dataclass(frozen=True)
-class TeacherFacts:
-    """What a run's manifest says about a teacher."""
-
-    path: str
-    weights_sha256: str | None
-    num_parameters: int
-    dense_parameters: int
-    tokenizer_checked: bool
-    valid_ppl: float | None  # of a run of ours, on its own validation set
-    lineage: Lineage | None  # of a model of ours
-    cache: dict[str, Any] | None = None  # where its signals are read from: path, key_sha256, kind, forward_flops
-    name: str | None = None  # in the metrics of a run with several teachers
-    domains: list[str] | None = None  # whose rows it teaches; None is all
-    share: float | None = None  # in the average of several teachers
 
 
 def identify_teachers(config: RunConfig) -> list[dict[str, Any]]:

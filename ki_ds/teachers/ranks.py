@@ -26,10 +26,9 @@ from ki_ds.errors import ResumableError, UserError
 from ki_ds.objective.types import Head, LogitForm, Signal
 from ki_ds.ranks.bridge import Bridge
 from ki_ds.ranks.world import from_main, on_main, say
-from ki_ds.teachers.factory import TeacherFacts, identify_teachers, make_teachers, notes_on
-from ki_ds.teachers.many import Assignment, hidden_answers
+from ki_ds.teachers.factory import identify_teachers, make_teachers, notes_on
 from ki_ds.teachers.questions import Questions
-from ki_ds.teachers.teacher import Teacher
+from ki_ds.teachers.teacher import Assignment, Teacher, TeacherFacts, hidden_answers
 
 _REMIND_SECONDS = 30.0
 _LET_STUDENTS_LEAVE_SECONDS = 3.0  # a launcher reports the first exit code that it sees: theirs tells more

@@ -24,9 +24,8 @@ from ki_ds.objective.loss import resolve_backend
 from ki_ds.ranks.bridge import Bridge
 from ki_ds.ranks.world import is_main, on_main, rank, say, world_size
 from ki_ds.reports.metrics import Totals, Window
-from ki_ds.teachers.factory import TeacherFacts
 from ki_ds.teachers.ranks import name_teachers, teachers_of_run
-from ki_ds.teachers.teacher import Teacher
+from ki_ds.teachers.teacher import Teacher, TeacherFacts
 from ki_ds.training.handover import HandOver, taught_steps
 
 

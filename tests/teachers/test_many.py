@@ -17,8 +17,8 @@ from ki_ds.objective.loss import inheritance_loss
 from ki_ds.objective.types import Average, Head, Part, Routed, Sparse
 from ki_ds.teachers.cache_build import build_cache, record_teacher
 from ki_ds.teachers.factory import make_teacher, make_teachers
-from ki_ds.teachers.many import Assignment, ManyTeachers, hidden_answers
 from ki_ds.teachers.questions import Questions
+from ki_ds.teachers.teacher import Assignment, ManyTeachers, hidden_answers
 from ki_ds.training.setup import load_data
 from tests.data.test_batches import BlockDataset, write_store
 from tests.tiny import ROOT, records, run, tiny_config, tiny_corpus, train_ranks, write_config

@@ -16,8 +16,8 @@ from ki_ds.data.batches import Sample, collate
 from ki_ds.errors import EXIT_RESUMABLE, UserError
 from ki_ds.objective.types import Head, LogitForm
 from ki_ds.ranks.world import free_port
-from ki_ds.teachers.many import Assignment
 from ki_ds.teachers.ranks import RanksTeacher, _head
+from ki_ds.teachers.teacher import Assignment
 from tests.tiny import ROOT, environment, records, tiny_config, train_ranks, write_config
 
 STEPS = {"num_steps": 20, "eval_every": 20, "save_every": 20}
