@@ -28,8 +28,8 @@ from ki_ds.models.presets import (
     weights_sha256,
 )
 from ki_ds.objective.types import Head, Sparse
-from ki_ds.teachers.cache import CachedTeacher, check_coverage, fitting_semantics
-from ki_ds.teachers.cache_files import CacheFiles, Manifest
+from ki_ds.teachers.cache import facts_of_cache, open_cache
+from ki_ds.teachers.cache_files import Manifest
 from ki_ds.teachers.online import OnlineTeacher, OverlappedTeacher, largest_entries
 from ki_ds.teachers.questions import Questions
 from ki_ds.teachers.teacher import Assignment, ManyTeachers, Teacher, TeacherFacts
@@ -50,7 +50,7 @@ def identify_teachers(config: RunConfig) -> list[dict[str, Any]]:
         if config.teacher.placement == "cache":
             manifest = Manifest.read(Path(entry.path))
             known = {name: manifest.teacher[name] for name in ("path", "weights_sha256")}
-            known["cache"] = _facts_of_cache(entry.path, manifest)
+            known["cache"] = facts_of_cache(entry.path, manifest)
         else:
             folder = model_folder(entry.path)
             read_config(folder, what=_field_of_path(config, number))
@@ -185,7 +185,7 @@ def make_teacher(
     assert config.path is not None
     if config.placement == "cache":
         assert questions is not None
-        return _cached(config, questions, device)
+        return open_cache(config, questions, device)
     assert rows.task is not None
     folder = model_folder(config.path)
     name = "fp16" if device.type == "cuda" else "fp32"
@@ -224,29 +224,3 @@ def _valid_ppl(folder: str) -> float | None:
     path = Path(folder) / "valid.json"
     fix = "restore it, or remove it: it says how good the teacher is, and nothing more"
     return read_json(path, "ppl", fix=fix)["ppl"] if path.exists() else None
-
-
-def _cached(config: TeacherConfig, questions: Questions, device: torch.device) -> tuple[Teacher, TeacherFacts]:
-    """The teacher that a cache stands for, whose facts are in its manifest."""
-    assert config.path is not None
-    folder = Path(config.path)
-    manifest = Manifest.read(folder)
-    expected = dict(questions.key)
-    if (name := manifest.key.get("vocabulary_sha256")) in questions.vocabulary_names:
-        expected["vocabulary_sha256"] = name
-    if manifest.key["kind"] == "topk":
-        expected["inherit.tau"] = questions.tau
-    if config.dtype != "auto":
-        expected["teacher.dtype"] = config.dtype
-    fix = "give the run the cache's value, or make a cache with this run's configuration (tools/cache_teacher.py)"
-    manifest.check(expected, folder=folder, fix=fix)
-    semantics = fitting_semantics(config, manifest.key)
-    files = CacheFiles.open(folder, manifest)
-    check_coverage(files, questions, folder=folder)
-    teacher = CachedTeacher(files, manifest, folder=folder, semantics=semantics, device=device)
-    return teacher, replace(TeacherFacts(**manifest.teacher), cache=_facts_of_cache(config.path, manifest))
-
-
-def _facts_of_cache(path: str, manifest: Manifest) -> dict[str, Any]:
-    own = {"key_sha256": manifest.key_sha256, "kind": manifest.key["kind"], "forward_flops": manifest.forward_flops}
-    return {"path": path, **own}

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ki_ds.config import RunConfig, schedules
+from ki_ds.config import RunConfig, TeacherConfig, schedules
 from ki_ds.data.batches import Batch, TrainBatches
 from ki_ds.data.datasets import Datasets, open_datasets
 from ki_ds.errors import ResumableError, UserError
@@ -153,7 +153,13 @@ def teachers_of_run(
     teacher: Teacher | None = None
     facts: list[TeacherFacts] = []
     if bridge is not None:
-        teacher = _connect(config, data, bridge, device, step=step if steps else config.train.num_steps)
+        start = step if steps else config.train.num_steps
+        if bridge.rank == 0:
+            bridge.put("start", start)
+        accumulation = config.train.global_batch_size // (config.train.micro_batch_size * bridge.num_students)
+        num_batches = len(_steps(config, start)) * accumulation
+        assignment = Assignment.of(config.all_teachers, data.domains)
+        teacher = RanksTeacher(config.teacher, bridge, assignment, device, num_batches=num_batches)
         facts = [TeacherFacts(**known) for known in named] if steps else []
     elif steps:
         questions = Questions.of_run(config, data, steps=steps)
@@ -166,39 +172,17 @@ def teachers_of_run(
     return teacher, facts
 
 
-def _connect(config: RunConfig, data: Datasets, bridge: Bridge, device: torch.device, *, step: int) -> RanksTeacher:
-    """The teachers behind the bridge, told to begin at `step`. Called by every student rank."""
-    if bridge.rank == 0:
-        bridge.put("start", step)
-    accumulation = config.train.global_batch_size // (config.train.micro_batch_size * bridge.num_students)
-    return RanksTeacher(
-        bridge,
-        Assignment.of(config.all_teachers, data.domains),
-        device,
-        num_batches=len(_steps(config, step)) * accumulation,
-        ahead=config.teacher.ahead,
-        patience=config.teacher.patience,
-    )
-
-
 class RanksTeacher(Teacher):
     """Receives in a thread of its own what a teacher rank sends, `ahead` micro-batches at most beforehand."""
 
     def __init__(
-        self,
-        bridge: Bridge,
-        assignment: Assignment,
-        device: torch.device,
-        *,
-        num_batches: int,
-        ahead: int,
-        patience: float,
+        self, config: TeacherConfig, bridge: Bridge, assignment: Assignment, device: torch.device, *, num_batches: int
     ) -> None:
-        self._bridge, self._assignment, self._device, self._patience = bridge, assignment, device, patience
+        self._bridge, self._assignment, self._device, self._patience = bridge, assignment, device, config.patience
         self._heads: dict[int, tuple[torch.Tensor, torch.Tensor | None, LogitForm]] = {}
         self._number, self._num_batches = 0, num_batches
         self._waited, self._busy, self._idle = 0.0, 0, 0
-        self._received: queue.Queue[list[torch.Tensor] | ConnectionError | None] = queue.Queue(maxsize=ahead)
+        self._received: queue.Queue[list[torch.Tensor] | ConnectionError | None] = queue.Queue(maxsize=config.ahead)
         threading.Thread(target=self._receive, daemon=True).start()
 
     def _receive(self) -> None:

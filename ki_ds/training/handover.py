@@ -6,6 +6,7 @@ docs/auto_handover.md has the formula, and what it was measured against.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,11 +33,18 @@ class HandOver:
         period: JSON that tells this period of teaching from others.
     """
 
-    def __init__(self, device: torch.device, *, first_step: int = 0, period: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        first_step: int = 0,
+        period: dict[str, Any] | None = None,
+        state: Sequence[float] = (0.0, 0.0, 1.0, 0.0, 0.0),
+    ):
         self.first_step, self._period = first_step, period or {}
         self._pending = torch.zeros(2, dtype=torch.float64, device=device)
         # moving sums of gaps and rows, alpha, steps in a row ahead of the teacher, steps that were taught
-        self._state = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64, device=device)
+        self._state = torch.tensor(state, dtype=torch.float64, device=device)
 
     @classmethod
     def resumed(
@@ -52,9 +60,7 @@ class HandOver:
         period = {"start_step": start_step, "teachers": teachers}
         if saved is None or any(saved.get(name, period[name]) != period[name] for name in period):
             return cls(device, first_step=max(start_step, step), period=period)
-        handover = cls(device, first_step=saved.get("first_step", start_step), period=period)
-        handover._state = torch.tensor(saved["state"], dtype=torch.float64, device=device)
-        return handover
+        return cls(device, first_step=saved.get("first_step", start_step), period=period, state=saved["state"])
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON, between two steps."""

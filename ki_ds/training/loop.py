@@ -95,9 +95,7 @@ def _train(
 
 
 class Loop:
-    """A run's steps from where it is to where it ends or stops, with what is due after each: a line of metrics, a
-    validation, a checkpoint.
-    """
+    """Takes a run's steps, and does what is due after each: a line of metrics, a validation, a checkpoint."""
 
     def __init__(self, run: Run, preemption: Preemption, watchdog: Watchdog):
         self.run, self.preemption, self.watchdog = run, preemption, watchdog

@@ -209,8 +209,14 @@ def _valid(config: RunConfig, data: Datasets) -> dict[str, ValidBatches]:
 
 def _manifest(config: RunConfig, data: Datasets, parameters: dict[str, int], device: torch.device) -> dict[str, Any]:
     """What run.json says of the run, but for its status and lineage."""
-    valid_fields = ("seq_len", "max_valid_samples", "mask_probability", "whole_words", "break_mode", "long_lines")
-    valid = {name.replace("max_valid_", "max_"): getattr(config.data, name) for name in valid_fields}
+    valid = {
+        "seed": VALID_SEED,
+        "variants": config.data.valid_mask_variants,
+        "seq_len": config.data.seq_len,
+        "max_samples": config.data.max_valid_samples,
+    }
+    for name in ("mask_probability", "whole_words", "break_mode", "long_lines"):
+        valid[name] = getattr(config.data, name)
     return {
         "name": Path(config.run_dir).name,
         "task": config.task,
@@ -229,6 +235,6 @@ def _manifest(config: RunConfig, data: Datasets, parameters: dict[str, int], dev
         "data": data.hashes,
         "domains": list(data.domains),
         "valid_domains": list(measured_domains(data)),
-        "valid_masks": {"seed": VALID_SEED, "variants": config.data.valid_mask_variants, **valid},
+        "valid_masks": valid,
         "changed_config": config.train.changed_config,
     }
