@@ -158,7 +158,8 @@ class _Finder:
     def find(self, entry: dict[str, Any], where: str) -> tuple[int, int]:
         if "input_ids" in entry and "sample_id" not in entry:
             return self._by_ids(entry["input_ids"], where)
-        mask, sample_id = entry.get("mask", self._only_mask), entry.get("sample_id")
+        mask: Any = entry.get("mask", self._only_mask)
+        sample_id: Any = entry.get("sample_id")
         if mask is None:
             raise UserError(f"{where} has no mask, but samples are asked about with several; give the request's")
         if (mask, sample_id) not in self._wanted:
