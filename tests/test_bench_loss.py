@@ -1,9 +1,10 @@
 """The benchmark of the loss runs at its smallest size and writes what it prints."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -11,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_it_prints_a_table_and_writes_json(tmp_path):
     out = tmp_path / "loss.json"
     command = [sys.executable, ROOT / "tools" / "bench_loss.py", "--size", "tiny", "--device", "cpu", "--repeats", "1"]
-    done = subprocess.run(
+    done = forked.run(
         [*command, "--dtype", "float32", "--out", out], cwd=ROOT, capture_output=True, text=True, check=True
     )
     written = json.loads(out.read_text())

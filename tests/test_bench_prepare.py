@@ -3,13 +3,13 @@
 import importlib.util
 import json
 import runpy
-import subprocess
 import sys
 
 import pytest
 
 from ki_ds.data.corpora import Document
 from ki_ds.data.tokenize import train_tokenizer
+from tests import forked
 from tests.tiny import ROOT, environment
 
 TOOL = ROOT / "tools/bench_prepare.py"
@@ -37,7 +37,7 @@ def test_it_measures_ours_and_skips_the_peer_by_name(inputs, tmp_path, monkeypat
 @pytest.mark.slow
 def test_both_count_the_same_tokens(inputs, tmp_path):
     command = [sys.executable, TOOL, *inputs, "--out", tmp_path / "rows.json"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
+    done = forked.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert list(rows) == ["ours", "datasets.map, rows are lines", "datasets.map, rows are documents"]
     assert rows["ours"]["num_tokens"] == rows["datasets.map, rows are lines"]["num_tokens"] > 0

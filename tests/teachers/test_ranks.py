@@ -19,6 +19,7 @@ from ki_ds.objective.types import Head, LogitForm
 from ki_ds.ranks.world import free_port
 from ki_ds.teachers.ranks import RanksTeacher, _head
 from ki_ds.teachers.teacher import Assignment
+from tests import forked
 from tests.tiny import ROOT, environment, records, tiny_config, train_ranks, write_config
 
 STEPS = {"num_steps": 20, "eval_every": 20, "save_every": 20}
@@ -141,7 +142,7 @@ def start(config, world):
     }
     command = [sys.executable, "launchers/train_ki.sh", "--config", str(config)]
     return [
-        subprocess.Popen(
+        forked.Popen(
             command,
             env=environment(**ranks, RANK=str(rank), LOCAL_RANK=str(rank)),
             cwd=ROOT,

@@ -9,7 +9,7 @@ from ki_ds.errors import UserError
 from ki_ds.objective.types import PLAIN, Head, LogitForm
 from ki_ds.teachers.factory import make_teachers
 from ki_ds.teachers.online import largest_entries
-from tests.teachers.cache_cases import CPU, cache_of, config_of, data_of
+from tests.teachers.cache_cases import CPU, cache_of, config_of, data_of, questions_of
 from tests.tiny import inherit, records, tiny_config, write_config
 
 
