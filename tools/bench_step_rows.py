@@ -129,7 +129,7 @@ def ours(job: Job, pace: Pace, *, taught: bool) -> None:
     from ki_ds.engine import student as engine
     from ki_ds.ranks.preemption import Preemption
     from ki_ds.ranks.stragglers import Pace as RankPace
-    from ki_ds.training.loop import train_batches, train_step
+    from ki_ds.training.loop import train_step
     from ki_ds.training.setup import prepare
 
     if job.get("give_back"):
@@ -146,7 +146,7 @@ def ours(job: Job, pace: Pace, *, taught: bool) -> None:
         done.settle()
         return done.figures(0.0).means["loss"]
 
-    for micro_batches in rank_pace.loading(each("data", train_batches(run, MAX_STEPS))):
+    for micro_batches in rank_pace.loading(each("data", run.batches(MAX_STEPS))):
         train_step(run, micro_batches, preemption, rank_pace)
         run.totals.step += 1
         if not pace.step_done(micro_batches[0].num_tokens, loss):

@@ -25,7 +25,7 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -150,7 +150,8 @@ def write_chunk(path: Path, columns: Columns, *, key_sha256: str, tokens: int) -
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    index = {name: _narrow(columns[name]) for name in _INDEX[:3]}
+    counts = {name: columns[name] for name in _INDEX[:3]}
+    index = {name: c.astype(np.min_scalar_type(int(c.max(initial=0)))) for name, c in counts.items()}
     index["input_hashes"] = columns["input_hashes"].astype(np.uint64)
     rows = {name: np.ascontiguousarray(column) for name, column in columns.items() if name not in _INDEX}
     bounds = np.cumsum([0, *columns["num_rows"].tolist()]).tolist()
@@ -160,10 +161,6 @@ def write_chunk(path: Path, columns: Columns, *, key_sha256: str, tokens: int) -
     ]
     metadata = {"cache": json.dumps({"key": key_sha256, "tokens": tokens})}
     write_atomically(path, safetensors.numpy.save({**index, "crcs": np.array(crcs, np.uint32), **rows}, metadata))
-
-
-def _narrow(values: np.ndarray) -> np.ndarray:
-    return values.astype(np.min_scalar_type(int(values.max(initial=0))))
 
 
 def _crc(index: Sequence[int], rows: Columns) -> int:
@@ -305,22 +302,18 @@ class CacheFiles:
             UserError: none of the sample's records does, or it is damaged.
         """
         chunk = None
-        for mask, chunk, record in self._candidates(sample_id):
-            if int(chunk.input_hashes[record]) == input_hash:
-                self._last_mask = mask
-                return chunk.read(record)
+        for mask in sorted(self._numbers, key=lambda mask: mask != self._last_mask):  # the one that fitted last first
+            numbers = self._numbers[mask]
+            number = int(numbers[sample_id]) if 0 <= sample_id < len(numbers) else -1
+            if number >= 0:
+                place = int(np.searchsorted(self._first, number, side="right")) - 1
+                chunk, record = self.chunks[place], number - int(self._first[place])
+                if int(chunk.input_hashes[record]) == input_hash:
+                    self._last_mask = mask
+                    return chunk.read(record)
         if chunk is None:
             raise UserError(f"the teacher cache has no record of sample {sample_id}; check the run's configuration")
         raise UserError(
             f"{chunk.path}: the record of sample {sample_id} answers another masked input than the run's "
             f"({input_hash:016x}); it is damaged, or of other data: remove that file, and {_again(chunk.path.parent)}"
         )
-
-    def _candidates(self, sample_id: int) -> Iterator[tuple[int, Chunk, int]]:
-        """(mask, chunk, record) of a sample, the mask that fitted last coming first."""
-        for mask in sorted(self._numbers, key=lambda mask: mask != self._last_mask):
-            numbers = self._numbers[mask]
-            number = int(numbers[sample_id]) if 0 <= sample_id < len(numbers) else -1
-            if number >= 0:
-                place = int(np.searchsorted(self._first, number, side="right")) - 1
-                yield mask, self.chunks[place], number - int(self._first[place])

@@ -47,20 +47,22 @@ class HandOver:
         self._state = torch.tensor(state, dtype=torch.float64, device=device)
 
     @classmethod
-    def resumed(
-        cls, saved: dict[str, Any] | None, device: torch.device, *, step: int, start_step: int, teachers: list[Any]
-    ) -> HandOver:
-        """The state that a checkpoint keeps if it is of the same start_step and teachers; else that of a new period.
+    def of_run(
+        cls, config: RunConfig, checkpoint: dict[str, Any], teachers: list[Any], device: torch.device
+    ) -> HandOver | None:
+        """The checkpoint's if it is of the same start_step and teachers, else that of a new period; None if not `auto`.
 
         Args:
-            saved: as `saved` has given it; None where the checkpoint has none.
-            step: completed updates.
+            checkpoint: the state that a run goes on from, or {"step": 0}.
             teachers: what tells the teachers from others, as JSON; a checkpoint of older versions has none.
         """
-        period = {"start_step": start_step, "teachers": teachers}
+        if config.inherit.schedule != "auto":
+            return None
+        start, saved = config.inherit.start_step, checkpoint.get("handover")
+        period = {"start_step": start, "teachers": teachers}
         if saved is None or any(saved.get(name, period[name]) != period[name] for name in period):
-            return cls(device, first_step=max(start_step, step), period=period)
-        return cls(device, first_step=saved.get("first_step", start_step), period=period, state=saved["state"])
+            return cls(device, first_step=max(start, checkpoint["step"]), period=period)
+        return cls(device, first_step=saved.get("first_step", start), period=period, state=saved["state"])
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON, between two steps."""

@@ -21,7 +21,7 @@ from ki_ds.checkpoints import checkpoint, lineage
 from ki_ds.checkpoints.checkpoint import Snapshot
 from ki_ds.checkpoints.saver import Saver, as_it_is
 from ki_ds.config import RunConfig, schedules
-from ki_ds.data.batches import Batch, TrainBatches, with_next
+from ki_ds.data.batches import Batch, with_next
 from ki_ds.engine.guard import LONGEST_ROW
 from ki_ds.engine.student import connect
 from ki_ds.errors import ResumableError, UserError, common_to_all_ranks
@@ -129,7 +129,7 @@ class Loop:
             if run.totals.step == 0:
                 self._validate()
             self._go_on()
-            batches = with_next(train_batches(run, self.last))
+            batches = with_next(run.batches(self.last))
             for micro_batches, upcoming in self.pace.loading(each("data", batches)):
                 if run.teacher is not None and run.totals.step >= run.taught.stop:
                     self._free_teacher()
@@ -247,18 +247,6 @@ class Loop:
         self.saver.save(step, run.engine, run.state(), lambda snapshot: _export(run, snapshot), at_once=at_once)
 
 
-def train_batches(run: Run, last: int) -> TrainBatches:
-    """This rank's micro-batches from where the run is up to step `last`."""
-    return TrainBatches.of_run(
-        run.config,
-        run.data.train,
-        steps=range(run.totals.step, last),
-        rank=rank(),
-        world_size=world_size(),
-        pin_memory=run.device.type == "cuda",
-    )
-
-
 def train_step(
     run: Run,
     micro_batches: list[Batch],
@@ -280,7 +268,9 @@ def train_step(
     rows = preemption.global_rows(sum(batch.num_rows for batch in micro_batches), run.device)
     following = upcoming[0] if upcoming and t + 1 in run.taught else None
     for micro_step, (batch, next_batch) in enumerate(zip(micro_batches, [*micro_batches[1:], following], strict=True)):
-        _seed_dropout(config.seed, t, micro_step)
+        # dropout is a function of (seed, step, micro step, rank), so that a resumed run drops the same
+        words = np.random.SeedSequence((config.seed, t, micro_step, rank())).generate_state(1, np.uint64)
+        torch.manual_seed(int(words[0]) >> 1)
         with part("teacher"), pace.computing(alone=config.teacher.placement != "ranks"):
             batch = batch.to(run.device, non_blocking=True)
             signal = teacher.signal(batch) if teacher is not None else None
@@ -298,12 +288,6 @@ def train_step(
     if run.handover is not None and t in run.taught:
         run.handover.settle()
     return {"alpha": alpha, "lr": lr}
-
-
-def _seed_dropout(seed: int, step: int, micro_step: int) -> None:
-    """Make dropout a function of (seed, step, micro step, rank), so that a resumed run drops the same."""
-    words = np.random.SeedSequence((seed, step, micro_step, rank())).generate_state(1, np.uint64)
-    torch.manual_seed(int(words[0]) >> 1)
 
 
 def _memory_bytes() -> int:

@@ -16,7 +16,7 @@ from ki_ds import config as configuration
 from ki_ds.checkpoints import checkpoint, lineage, run_folder
 from ki_ds.config import RunConfig, schedules
 from ki_ds.convert.student import StudentFolder
-from ki_ds.data.batches import VALID_SEED, ValidBatches
+from ki_ds.data.batches import VALID_SEED, TrainBatches, ValidBatches
 from ki_ds.data.datasets import Datasets, open_datasets
 from ki_ds.engine.student import StudentEngine
 from ki_ds.models.presets import DTYPES, build_student, count_parameters, model_folder, weights_sha256
@@ -73,6 +73,12 @@ class Run:
     def is_finished(self) -> bool:
         """Whether its last step is done."""
         return self.totals.step >= self.config.train.num_steps
+
+    def batches(self, last: int) -> TrainBatches:
+        """This rank's micro-batches of the steps from here to `last`."""
+        steps, pinned = range(self.totals.step, last), self.device.type == "cuda"
+        ranks = {"rank": rank(), "world_size": world_size()}
+        return TrainBatches.of_run(self.config, self.data.train, steps=steps, **ranks, pin_memory=pinned)
 
     def record(self) -> None:
         """Write config.yaml, and run.json with the run's status."""
@@ -131,7 +137,7 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
     exported = on_main(lambda: StudentFolder.of(model.lm, config.task, data.vocabulary, dtype=dtype))
     named = name_teachers(config, bridge)
     had = on_main(lambda: _lineage_so_far(config, data, named, parameters)) or {}
-    handover = _handover(config, saved, lineage.identities(named), device)
+    handover = HandOver.of_run(config, saved, lineage.identities(named), device)
     taught = taught_steps(config, handover)
     teacher, facts = teachers_of_run(config, data, named, device, bridge, step=saved["step"], taught=taught)
     engine = StudentEngine(model, config, device=device)
@@ -142,14 +148,6 @@ def prepare(config: RunConfig, device: torch.device, bridge: Bridge | None = Non
         run.resume(resume_from)
     run.record()
     return run
-
-
-def _handover(config: RunConfig, saved: dict[str, Any], teachers: list[Any], device: torch.device) -> HandOver | None:
-    """The state of the schedule auto; None under the others."""
-    if config.inherit.schedule != "auto":
-        return None
-    start, state = config.inherit.start_step, saved.get("handover")
-    return HandOver.resumed(state, device, step=saved["step"], start_step=start, teachers=teachers)
 
 
 def _lineage_so_far(

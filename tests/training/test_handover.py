@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from ki_ds.config import InheritConfig, RunConfig
 from ki_ds.errors import UserError
 from ki_ds.files import read_json
 from ki_ds.training.handover import DECAY, FLOOR, PATIENCE, HandOver
@@ -110,7 +111,8 @@ def test_a_restored_state_goes_on_bit_for_bit():
 
 
 def resumed(saved, *, step=30, start_step=0, teachers=("a",)):
-    return HandOver.resumed(saved, CPU, step=step, start_step=start_step, teachers=list(teachers))
+    config = RunConfig(inherit=InheritConfig(schedule="auto", start_step=start_step))
+    return HandOver.of_run(config, {"step": step, "handover": saved}, list(teachers), CPU)
 
 
 def test_a_checkpoints_state_is_of_one_period_and_its_teachers():
