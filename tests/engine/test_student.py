@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ki_ds import files
 from ki_ds.checkpoints import checkpoint
 from ki_ds.config import parse
 from ki_ds.data.batches import TrainBatches
 from ki_ds.data.store import SpecialIds
 from ki_ds.engine import student as engine
 from ki_ds.errors import UserError
+from ki_ds.files import write_json
 from ki_ds.models.presets import build_lm
 from ki_ds.training.setup import load_data
 from tests import forked
@@ -271,7 +271,7 @@ def test_a_checkpoint_that_names_what_no_training_saves_is_refused_and_not_run(c
         content["ds_version"] = Makes(tmp_path / "made")
         torch.save(content, file)
         listed = [path for path in saved.rglob("*") if path.name != "manifest.json"]
-        files.write_json(saved / "manifest.json", {"files": checkpoint._sync_and_hash(saved, listed)})
+        write_json(saved / "manifest.json", {"files": checkpoint._sync_and_hash(saved, listed)})
         with pytest.raises(UserError, match=rf"{file.name} pickles posix\.mkdir, which no training of ours has saved"):
             run(tmp_path / "run", corpus, train=train)
         file.write_bytes(whole)

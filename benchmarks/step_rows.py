@@ -1,4 +1,4 @@
-"""The rows of bench_step.py: each trains in a process of its own, step by step as it is told.
+"""The rows of step.py: each trains in a process of its own, step by step as it is told.
 
 A row is a function of a job (the configuration as JSON) and a `Pace`: it builds its models, then trains, and calls
 `pace.step_done` after every step until that says no.
@@ -304,7 +304,7 @@ def hf_trainer(job: Job, pace: Pace) -> None:
 def released(job: Job, pace: Pace) -> None:
     """The trainer, task, criterion, optimizer and iterator of the paper's code, from a checkout of it."""
     sys.path[:0] = [job["released"]]
-    from bench_data import give_numpy_its_old_names
+    from benchmarks.data import give_numpy_its_old_names
 
     give_numpy_its_old_names()
     from fairseq import options, tasks

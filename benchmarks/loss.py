@@ -1,7 +1,7 @@
 """Time, memory and error of the loss, forward and backward, next to PyTorch and other libraries; one table last.
 
-    python tools/bench_loss.py --size paper --out loss.json     # a GPU: the paper's heads, bfloat16
-    python tools/bench_loss.py --size small                     # two cores
+    python -m benchmarks.loss --size paper --out loss.json     # a GPU: the paper's heads, bfloat16
+    python -m benchmarks.loss --size small                     # two cores
 
 Rows are timed in turns, so that all of them see the same machine; times are medians with the fastest and slowest.
 Before every timing the caches are flushed. "same" rows compute CE + tau^2 KL and its gradients, "part" rows less
@@ -10,23 +10,21 @@ peak above the inputs. The error is that of the gradients against float64, on th
 Other libraries come with `pip install ki_ds[peers]`; a row that cannot run is skipped by name.
 """
 
-import argparse
-import json
-import platform
+from __future__ import annotations
+
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness import heading, markdown, parser, show, write_results
 from ki_ds.objective.linear import row_functions
 from ki_ds.objective.loss import (
     inheritance_loss,
@@ -79,7 +77,7 @@ class Inputs:
     labels: Tensor
 
     @classmethod
-    def make(cls, size: Size, dtype: torch.dtype, device: str) -> "Inputs":
+    def make(cls, size: Size, dtype: torch.dtype, device: str) -> Inputs:
         gen = torch.Generator(device).manual_seed(0)
 
         def normal(rows: int, width: int, std: float) -> Tensor:
@@ -95,7 +93,7 @@ class Inputs:
         labels = torch.randint(0, size.num_classes, (size.num_rows,), device=device, generator=gen)
         return cls(size, student[0].requires_grad_(), student[1].requires_grad_(), teacher[0], teacher[1], labels)
 
-    def rows(self, num_rows: int, dtype: torch.dtype) -> "Inputs":
+    def rows(self, num_rows: int, dtype: torch.dtype) -> Inputs:
         student = [self.hidden[:num_rows], self.weight]
         student = [t.detach().to(dtype, copy=True).requires_grad_() for t in student]
         teacher = [self.teacher_hidden[:num_rows].to(dtype), self.teacher_weight.to(dtype)]
@@ -432,51 +430,46 @@ def measure(size: Size, dtype: torch.dtype, device: str, repeats: int, pattern: 
 
 
 def table(results: list[Result]) -> str:
-    """Markdown: one line a row; ratios against PyTorch eager of the same size and start."""
-    lines = ["| size | row | objective | ms (fastest-slowest) | of eager | MiB above inputs | error | GB/s |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    """One line a row; ratios against PyTorch eager of the same size and start."""
+    columns = ["size", "row", "objective", "ms (fastest-slowest)", "of eager", "MiB above inputs", "error", "GB/s"]
     eagers = {(r.size, r.group): r.milliseconds for r in results if r.name.startswith("PyTorch eager")}
-    for r in results:
+
+    def cells(r: Result) -> list[str]:
         base = eagers.get((r.size, r.group))
-        lines.append(
-            f"| {r.size} | {r.name} | {r.kind} | {r.milliseconds:.2f} ({r.fastest:.2f}-{r.slowest:.2f}) "
-            f"| {f'{r.milliseconds / base:.2f}' if base else ''} | {r.memory_mib:.0f} "
-            f"| {'' if r.error is None else f'{r.error:.1e}'} "
-            f"| {'' if r.gigabytes_per_second is None else f'{r.gigabytes_per_second:.0f}'} |"
-        )
-    return "\n".join(lines)
+        return [
+            r.size,
+            r.name,
+            r.kind,
+            f"{r.milliseconds:.2f} ({r.fastest:.2f}-{r.slowest:.2f})",
+            f"{r.milliseconds / base:.2f}" if base else "",
+            f"{r.memory_mib:.0f}",
+            "" if r.error is None else f"{r.error:.1e}",
+            "" if r.gigabytes_per_second is None else f"{r.gigabytes_per_second:.0f}",
+        ]
+
+    return markdown(columns, map(cells, results))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Command line; see --help."""
+    options = parser(__doc__)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--size", choices=sorted(SIZES), default="paper" if on_gpu else "small")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16" if on_gpu else "float32")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--repeats", type=int, default=20 if on_gpu else 5, help="timings a row")
-    parser.add_argument("--only", default="", help="rows whose name contains this, or a group: linear, full")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    args = parser.parse_args()
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()}"
-    heading = {
-        "machine": machine,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": args.dtype,
-        "backend": resolve_backend("auto", args.device),
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": " ".join(sys.argv),
-    }
+    options.add_argument("--size", choices=sorted(SIZES), default="paper" if on_gpu else "small")
+    options.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16" if on_gpu else "float32")
+    options.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
+    options.add_argument("--repeats", type=int, default=20 if on_gpu else 5, help="timings a row")
+    options.add_argument("--only", default="", help="rows whose name contains this, or a group: linear, full")
+    args = options.parse_args()
+    threads, backend = torch.get_num_threads(), resolve_backend("auto", args.device)
+    head = heading(threads=threads, dtype=args.dtype, backend=backend)
     results: list[Result] = []
     for size in SIZES[args.size]:
         print(f"measuring {size}", flush=True)
         results += measure(size, DTYPES[args.dtype], args.device, args.repeats, args.only)
         if args.device == "cuda":
             torch.cuda.empty_cache()
-        if args.out:  # after every size: a run that is cut short keeps what it has
-            args.out.write_text(json.dumps({**heading, "results": [asdict(r) for r in results]}, indent=1))
-    print("\n" + ", ".join(f"{k} {v}" for k, v in heading.items() if k != "command") + "\n")
-    print(table(results))
+        write_results(args.out, head, results=results)
+    show(head, table(results))
     return 0
 
 

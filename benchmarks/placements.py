@@ -1,7 +1,7 @@
 """One student taught from each placement of its teacher: bytes, memory, seconds a step, losses; one table last.
 
-    python tools/bench_placements.py                                     # a small model on random text
-    python tools/bench_placements.py --corpus runs/corpus --out p.json   # on a corpus of tools/prepare_data.py
+    python -m benchmarks.placements                                     # a small model on random text
+    python -m benchmarks.placements --corpus runs/corpus --out p.json   # on a corpus of tools/prepare_data.py
 
 A teacher is trained first (`--teacher_steps`), its caches are written, then the rows are trained from the start with
 the same seed, one after another, each in fresh processes with one thread a rank, `--repeats` rounds of all. Seconds a
@@ -9,30 +9,36 @@ step are those of the second half of the steps, loading and metrics included; me
 process, everything imported counted. Losses are of the last step and of the final validation.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from bench_data import spread, write_text
-
+from benchmarks.harness import (
+    ROOT,
+    check_at_least,
+    heading,
+    in_turns,
+    markdown,
+    median_ratio,
+    parser,
+    run_ranks,
+    show,
+    spread,
+    words,
+    write_results,
+)
+from benchmarks.text import write_splits
 from ki_ds.cli import ends_cleanly
 from ki_ds.errors import UserError
-from ki_ds.ranks.world import free_port
 from ki_ds.reports.metrics import read_log
 from ki_ds.teachers.cache_files import Manifest
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -87,39 +93,10 @@ def fields(size: Size, width: int, num_layers: int, args: argparse.Namespace, fo
     }
 
 
-def words(options: dict[str, Any]) -> list[str]:
-    """A command line of them."""
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
-def start(command: list[str], *, num_ranks: int = 1) -> list[float]:
-    """Run a command of ours once a rank until all end; the largest resident set of each, in MiB."""
-    ranks = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
-    ranks |= {"MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    with tempfile.TemporaryFile("w+") as log:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, *command],
-                env={**os.environ, **ranks, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=log,
-                stderr=log,
-            )
-            for rank in range(num_ranks)
-        ]
-        ended = [os.wait4(process.pid, 0) for process in processes]
-        for process, (_, status, _) in zip(processes, ended, strict=True):
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if any(process.returncode for process in processes):
-            log.seek(0)
-            lines = [line for line in log.read().splitlines() if line.strip()] or ["no word"]
-            raise UserError(f"{' '.join(command[:3])} failed: {lines[-1][:300]}")
-    return [usage.ru_maxrss / 1024 for _, _, usage in ended]
-
-
 def train(row: Row, options: dict[str, Any], run_dir: Path, num_steps: int) -> None:
     """Train a row once and note what it took."""
     command = ["launchers/train_ki.sh", *words(options | row.options | {"run_dir": run_dir})]
-    memory = start(command, num_ranks=row.num_ranks)
+    memory = [rss_mib for _, rss_mib in run_ranks(command, num_ranks=row.num_ranks)]
     row.student_mib.append(memory[0])
     row.teacher_mib += memory[1:]
     records = read_log(run_dir / "metrics.jsonl")
@@ -134,7 +111,7 @@ def cache(row: Row, options: dict[str, Any], out: Path, kind: list[str]) -> None
     """Write the cache that a row reads, and note its bytes."""
     teacher = {"run_dir": f"{out}_run", **row.options, "teacher.placement": "online"}
     teacher |= {"teacher.path": out.with_name("teacher")}
-    start(["tools/cache_teacher.py", "--out", str(out), *kind, *words(options | teacher)])
+    run_ranks(["tools/cache_teacher.py", "--out", str(out), *kind, *words(options | teacher)])
     num_bytes, _, num_rows, _ = map(sum, zip(*Manifest.read(out).chunks.values(), strict=True))
     row.bytes_per_row = num_bytes / num_rows
 
@@ -143,12 +120,11 @@ def measure(args: argparse.Namespace, folder: Path, keep: Callable[[list[Row]], 
     """All rows, in turns; `keep` gets them after every round."""
     size = SIZES[args.size]
     if not args.corpus:
-        write_text(folder / "text", size.num_tokens, vocab_size=size.vocab_size)
-        write_text(folder / "text", size.num_tokens // 10, split="valid", vocab_size=size.vocab_size)
+        write_splits(folder / "text", size.num_tokens, vocab_size=size.vocab_size)
     teacher = fields(size, size.teacher, 2, args, folder)
     teacher |= {"optim.lr": 2e-3, "train.num_steps": args.teacher_steps, "run_dir": folder / "teacher"}
     print("training the teacher", flush=True)
-    start(["launchers/train_ki.sh", *words(teacher)])
+    run_ranks(["launchers/train_ki.sh", *words(teacher)])
     options = fields(size, size.student, 4, args, folder) | {"optim.lr": 1e-3, "train.num_steps": args.steps}
     taught = {"teacher.path": folder / "teacher", "inherit.schedule": "linear", "inherit.steps": args.steps}
     rows = [
@@ -162,65 +138,52 @@ def measure(args: argparse.Namespace, folder: Path, keep: Callable[[list[Row]], 
     print("writing the caches", flush=True)
     cache(rows[-2], options, folder / "hidden", ["--kind", "hidden", "--dtype", "fp32"])
     cache(rows[-1], options, folder / "topk", ["--kind", "topk", "--topk", "10"])
-    for repeat in range(args.repeats):
-        for number, row in enumerate(rows):
-            print(f"{repeat + 1}/{args.repeats} {row.name}", flush=True)
-            train(row, options, folder / f"run_{number}_{repeat}", args.steps)
-        keep(rows)
+    for turn, row in in_turns(rows, args.repeats):
+        train(row, options, folder / f"run_{rows.index(row)}_{turn}", args.steps)
+        if row is rows[-1]:
+            keep(rows)
     return rows
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: one line a row; seconds as median (fastest-slowest) and against self-learning in the same round."""
-    lines = ["| teacher | bytes a labelled row | MiB, student's rank | MiB, teacher's rank | s a step "]
-    lines[0] += "| of self-learning | last loss | last CE | validation CE |"
-    lines.append("|---" * 9 + "|")
-    for row in rows:
-        ratio = statistics.median(a / b for a, b in zip(row.seconds, rows[0].seconds, strict=True))
-        moved = f"{row.bytes_per_row:,.0f}" if row.bytes_per_row else "0"
-        cells = [moved, spread(row.student_mib, 0), spread(row.teacher_mib, 0), spread(row.seconds, 3), f"{ratio:.2f}"]
-        cells += [f"{value:.6f}" for value in (row.loss, row.ce, row.valid_ce)]
-        lines.append(f"| {row.name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """One line a row; seconds as median (fastest-slowest) and against self-learning in the same round."""
+    columns = ["teacher", "bytes a labelled row", "MiB, student's rank", "MiB, teacher's rank", "s a step"]
+    columns += ["of self-learning", "last loss", "last CE", "validation CE"]
+    lines = (
+        [
+            row.name,
+            f"{row.bytes_per_row:,.0f}",
+            spread(row.student_mib, 0),
+            spread(row.teacher_mib, 0),
+            spread(row.seconds, 3),
+            median_ratio(row.seconds, rows[0].seconds),
+            *(f"{value:.6f}" for value in (row.loss, row.ce, row.valid_ce)),
+        ]
+        for row in rows
+    )
+    return markdown(columns, lines)
 
 
 @ends_cleanly
 def main() -> None:
     """Command line; see --help."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("--size", choices=sorted(SIZES), default="small", help="of the models and their rows")
     options.add_argument("--corpus", help="folder of a prepared corpus; without one the text is random")
     options.add_argument("--steps", type=int, default=40, help="steps of a row")
     options.add_argument("--teacher_steps", type=int, default=100, help="steps that the teacher is trained")
     options.add_argument("--repeats", type=int, default=3, help="rounds of all rows")
-    options.add_argument("--out", type=Path, help="JSON file for the results")
     args = options.parse_args()
-    for name in ("steps", "teacher_steps", "repeats"):
-        if getattr(args, name) < (2 if name == "steps" else 1):
-            raise UserError(f"--{name} {getattr(args, name)} is too small")
+    check_at_least(args, steps=2, teacher_steps=1, repeats=1)
     if args.corpus and not Path(args.corpus).is_dir():
         raise UserError(f"--corpus {args.corpus} is no folder; make one with tools/prepare_data.py")
     args.corpus = args.corpus and str(Path(args.corpus).resolve())
     out = args.out.resolve() if args.out else None
     os.chdir(ROOT)
-    heading = {
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "size": f"{args.size}, {asdict(SIZES[args.size])}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": " ".join(sys.argv),
-    }
-
-    def keep(rows: list[Row]) -> None:
-        """Write what there is: a run that is cut short keeps it."""
-        if out:
-            shown = [{k: v for k, v in asdict(row).items() if k != "options"} for row in rows]
-            out.write_text(json.dumps({**heading, "rows": shown}, indent=1))
-
+    head = heading(size=f"{args.size}, {asdict(SIZES[args.size])}")
     with tempfile.TemporaryDirectory(prefix="bench_placements_") as folder:
-        rows = measure(args, Path(folder), keep)
-    print("\n" + ", ".join(f"{key} {value}" for key, value in heading.items() if key != "command") + "\n")
-    print(table(rows))
+        rows = measure(args, Path(folder), lambda rows: write_results(out, head, rows=rows))
+    show(head, table(rows))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Reading a teacher's signals from a cache beside running the teacher: bytes a row, time a micro-batch; a table last.
 
-    python tools/bench_cache.py                              # RoBERTa medium, 512 tokens, 50,265 ids
-    python tools/bench_cache.py --size tiny --repeats 2
+    python -m benchmarks.cache                              # RoBERTa medium, 512 tokens, 50,265 ids
+    python -m benchmarks.cache --size tiny --repeats 2
 
 Text and weights are random. Each cache is written first (which is not timed), then all rows take turns on the same
 micro-batches; the figures are medians with the fastest and slowest. A read is what training waits for: the records
@@ -11,26 +11,24 @@ as they are where they fit into memory; they are read in their order on disk. Th
 the hidden states of the labelled rows; the loss then multiplies them with the head, which top-K records save as well.
 """
 
-import argparse
-import json
-import platform
-import statistics
+from __future__ import annotations
+
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
+from benchmarks.harness import check_at_least, heading, markdown, parser, show, spread, write_results
 from ki_ds.cli import ends_cleanly
 from ki_ds.data.mixture import Mixture
 from ki_ds.data.samples import BlockDataset
 from ki_ds.data.store import SpecialIds, StoreWriter, open_store
-from ki_ds.errors import UserError
 from ki_ds.models.presets import count_parameters
 from ki_ds.teachers.cache import CachedTeacher
 from ki_ds.teachers.cache_build import build_cache, record_teacher
@@ -145,33 +143,32 @@ def measure(
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: one line a row, times as median (fastest-slowest), the first row's forward as the measure."""
-    forward = statistics.median(rows[0].seconds)
-    lines = ["| signals from | bytes a row | ms a micro-batch | of the forward |", "|---|---|---|---|"]
-    for row in rows:
-        median = statistics.median(row.seconds)
-        cost = "" if row.bytes_per_row is None else f"{row.bytes_per_row:,.1f}"
-        spread = f"{median * 1e3:.3g} ({min(row.seconds) * 1e3:.3g}-{max(row.seconds) * 1e3:.3g})"
-        lines.append(f"| {row.name} | {cost} | {spread} | {median / forward:.4f} |")
-    return "\n".join(lines)
+    """One line a row, times as median (fastest-slowest), the first row's forward as the measure."""
+    forward = median(rows[0].seconds)
+    lines = (
+        [
+            row.name,
+            "" if row.bytes_per_row is None else f"{row.bytes_per_row:,.1f}",
+            spread([1e3 * seconds for seconds in row.seconds], 3),
+            f"{median(row.seconds) / forward:.4f}",
+        ]
+        for row in rows
+    )
+    return markdown(["signals from", "bytes a row", "ms a micro-batch", "of the forward"], lines)
 
 
 @ends_cleanly
 def main() -> None:
     """Command line; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(SIZES), default="medium", help="of the teacher and its rows")
-    parser.add_argument("--micro_batch_size", type=int, default=8, help="samples of a micro-batch")
-    parser.add_argument("--num_batches", type=int, default=4, help="different micro-batches")
-    parser.add_argument("--repeats", type=int, default=3, help="timings of each")
-    parser.add_argument("--num_threads", type=int, default=1, help="of the CPU")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    args = parser.parse_args()
-    for name in ("micro_batch_size", "num_batches", "repeats", "num_threads"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
+    options = parser(__doc__)
+    options.add_argument("--size", choices=sorted(SIZES), default="medium", help="of the teacher and its rows")
+    options.add_argument("--micro_batch_size", type=int, default=8, help="samples of a micro-batch")
+    options.add_argument("--num_batches", type=int, default=4, help="different micro-batches")
+    options.add_argument("--repeats", type=int, default=3, help="timings of each")
+    options.add_argument("--num_threads", type=int, default=1, help="of the CPU")
+    args = options.parse_args()
+    check_at_least(args, micro_batch_size=1, num_batches=1, repeats=1, num_threads=1)
     torch.set_num_threads(args.num_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="bench_cache_") as folder:
         rows = measure(
             Path(folder),
@@ -179,19 +176,12 @@ def main() -> None:
             micro_batch_size=args.micro_batch_size,
             num_batches=args.num_batches,
             repeats=args.repeats,
-            device=device,
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         )
-    heading = {
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "threads": args.num_threads,
-        "torch": torch.__version__,
-        "size": f"{args.size}, micro-batch {args.micro_batch_size} x {SIZES[args.size].seq_len}",
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    if args.out:
-        args.out.write_text(json.dumps({**heading, "rows": [asdict(row) for row in rows]}, indent=1))
-    print("\n" + ", ".join(f"{name} {value}" for name, value in heading.items()) + "\n")
-    print(table(rows))
+    size = f"{args.size}, micro-batch {args.micro_batch_size} x {SIZES[args.size].seq_len}"
+    head = heading(threads=args.num_threads, size=size)
+    write_results(args.out, head, rows=rows)
+    show(head, table(rows))
 
 
 if __name__ == "__main__":

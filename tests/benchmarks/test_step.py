@@ -1,6 +1,5 @@
 """The benchmark of whole steps: its rows compute the same thing, its accounts are right, its table is what it says."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import ROOT
+from benchmarks import step
 
 CHECKOUT = Path(os.environ.get("KI_DS_RELEASED", "/nowhere"))
 released = pytest.mark.skipif(not CHECKOUT.is_dir(), reason="the released code (KI_DS_RELEASED) is not there")
@@ -18,13 +17,8 @@ released = pytest.mark.skipif(not CHECKOUT.is_dir(), reason="the released code (
 @pytest.fixture
 def bench(monkeypatch):
     """The tool as a module."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
     monkeypatch.delenv("KI_DS_RELEASED", raising=False)
-    spec = importlib.util.spec_from_file_location("bench_step", ROOT / "tools/bench_step.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_step", module)
-    spec.loader.exec_module(module)
-    return module
+    return step
 
 
 @pytest.fixture
@@ -32,7 +26,7 @@ def command(bench, monkeypatch, capfd, tmp_path):
     def run(*args):
         options = ["--size", "tiny", "--turns", "2", "--steps", "1", "--profile_steps", "1", "--num_threads", "1"]
         options += ["--out", tmp_path / "out.json", *args]
-        monkeypatch.setattr(sys, "argv", ["bench_step.py", *map(str, options)])
+        monkeypatch.setattr(sys, "argv", ["step.py", *map(str, options)])
         code = bench.main()
         written = json.loads((tmp_path / "out.json").read_text()) if (tmp_path / "out.json").exists() else None
         return code, *capfd.readouterr(), written

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from tests import forked
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_it_prints_a_table_and_writes_json(tmp_path):
     out = tmp_path / "loss.json"
-    command = [sys.executable, ROOT / "tools" / "bench_loss.py", "--size", "tiny", "--device", "cpu", "--repeats", "1"]
+    command = [sys.executable, "-m", "benchmarks.loss", "--size", "tiny", "--device", "cpu", "--repeats", "1"]
     done = forked.run(
         [*command, "--dtype", "float32", "--out", out], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """How long training waits for a checkpoint that is saved at once and in the background; one table last.
 
-    python tools/bench_save.py                       # a GPT of 25M parameters on random text, one thread
-    python tools/bench_save.py --cores 1             # the writing thread has no core of its own
-    python tools/bench_save.py --size tiny --repeats 1
+    python -m benchmarks.save                       # a GPT of 25M parameters on random text, one thread
+    python -m benchmarks.save --cores 1             # the writing thread has no core of its own
+    python -m benchmarks.save --size tiny --repeats 1
 
 Each row trains the same steps from the start in a process of its own, in turns, `--repeats` rounds. "Held" is the time
 for which the loop stands still at a save; the save at the end of the run, which is always waited for, is not in it.
@@ -11,29 +11,34 @@ Wall and CPU time are those of the whole loop with that last save, the CPU's of 
 resident set. Ratios are taken round by round against the row that saves at its end only.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from bench_data import spread, write_text
-from bench_placements import words
-
+from benchmarks import harness
+from benchmarks.harness import (
+    ROOT,
+    check_at_least,
+    in_turns,
+    markdown,
+    median_ratio,
+    parser,
+    run_ranks,
+    show,
+    spread,
+    timed,
+    words,
+    write_results,
+)
+from benchmarks.text import write_splits
 from ki_ds.cli import ends_cleanly
-from ki_ds.errors import UserError
-from ki_ds.ranks.world import free_port
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -92,23 +97,12 @@ def arguments(size: Size, row: Row, folder: Path, args: argparse.Namespace) -> d
 
 def train(row: Row, options: dict[str, Any], run_dir: Path) -> None:
     """Train a row once in a process of its own, and note what it took."""
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    ranks |= {"MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, __file__, "--work", *words(options | {"run_dir": run_dir})]
-    process = subprocess.Popen(
-        command, env={**os.environ, **ranks}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    lines = [line for line in process.stdout.read().splitlines() if line.strip()] or ["no word"]
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise UserError(f"{row.name} failed: {lines[-1][:300]}")
-    found = json.loads(lines[-1])
-    row.held += found["held"]
-    row.wall.append(found["wall"])
-    row.cpu.append(found["cpu"])
-    row.rss_mib.append(usage.ru_maxrss / 1024)
+    ((said, rss_mib),) = run_ranks(["-m", "benchmarks.save", "--work", *words(options | {"run_dir": run_dir})])
+    took = json.loads(said)
+    row.held += took["held"]
+    row.wall.append(took["wall"])
+    row.cpu.append(took["cpu"])
+    row.rss_mib.append(rss_mib)
     (newest,) = (run_dir / "checkpoints").glob("step_*")
     row.checkpoint_mb = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()) / 1e6
 
@@ -120,56 +114,54 @@ def work(argv: list[str]) -> None:
 
     save, go = training.Loop.save, training.Loop.go
     held: list[float] = []
-    found: dict[str, Any] = {}
+    took: dict[str, Any] = {}
 
     def timed_save(loop: Any, *, at_once: bool) -> None:
-        began = time.perf_counter()
-        save(loop, at_once=at_once)
+        seconds, _ = timed(lambda: save(loop, at_once=at_once), time.perf_counter)
         if not at_once:
-            held.append(time.perf_counter() - began)
+            held.append(seconds)
 
     def timed_go(loop: Any) -> None:
-        began, cpu = time.perf_counter(), time.process_time()
-        go(loop)
-        found.update(wall=time.perf_counter() - began, cpu=time.process_time() - cpu)
+        took["wall"], (took["cpu"], _) = timed(lambda: timed(lambda: go(loop), time.process_time), time.perf_counter)
 
     training.Loop.save, training.Loop.go = timed_save, timed_go  # type: ignore[assignment, method-assign]
     training.train(configuration.parse(argv))
-    print(json.dumps({"held": held, **found}), flush=True)
+    print(json.dumps({"held": held, **took}), flush=True)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
     """All rows, in turns."""
     size = SIZES[args.size]
-    for split, share in (("train", 1), ("valid", 10)):
-        write_text(folder / "text", 200_000 // share, split=split, vocab_size=size.vocab_size)
+    write_splits(folder / "text", 200_000, vocab_size=size.vocab_size)
     rows = [
         Row("at the end only", {"train.save_every": 10**6}),
         Row("at once", {}),
         Row("in the background", {"train.save_in_background": True}),
     ]
-    for repeat in range(args.repeats):
-        for number, row in enumerate(rows):
-            print(f"{repeat + 1}/{args.repeats} {row.name}", flush=True)
-            train(row, arguments(size, row, folder, args), folder / f"run_{number}_{repeat}")
+    for turn, row in in_turns(rows, args.repeats):
+        train(row, arguments(size, row, folder, args), folder / f"run_{rows.index(row)}_{turn}")
     return rows
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: one line a row; medians (smallest-largest), and the loop's times over those of the first row."""
-    lines = ["| saved | MB a checkpoint | saves | held by a save, s | loop, s | of the first | CPU, s | of the first "]
-    lines[0] += "| MiB resident |"
-    lines.append("|---" * 9 + "|")
-    for row in rows:
-        ratios = [
-            statistics.median(a / b for a, b in zip(mine, first, strict=True))
-            for mine, first in ((row.wall, rows[0].wall), (row.cpu, rows[0].cpu))
+    """Medians (smallest-largest), and the loop's times over those of the first row."""
+    columns = ["saved", "MB a checkpoint", "saves", "held by a save, s", "loop, s", "of the first", "CPU, s"]
+    columns += ["of the first", "MiB resident"]
+    lines = (
+        [
+            row.name,
+            f"{row.checkpoint_mb:,.0f}",
+            str(len(row.held)),
+            spread(row.held, 2),
+            spread(row.wall, 1),
+            median_ratio(row.wall, rows[0].wall),
+            spread(row.cpu, 1),
+            median_ratio(row.cpu, rows[0].cpu),
+            spread(row.rss_mib, 0),
         ]
-        held = spread(row.held, 2) if row.held else ""
-        cells = [f"{row.checkpoint_mb:,.0f}", str(len(row.held)), held, spread(row.wall, 1), f"{ratios[0]:.2f}"]
-        cells += [spread(row.cpu, 1), f"{ratios[1]:.2f}", spread(row.rss_mib, 0)]
-        lines.append(f"| {row.name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for row in rows
+    )
+    return markdown(columns, lines)
 
 
 @ends_cleanly
@@ -178,37 +170,21 @@ def main() -> None:
     if sys.argv[1:2] == ["--work"]:
         work(sys.argv[2:])
         return
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("--size", choices=sorted(SIZES), default="small", help="of the model and its rows")
     options.add_argument("--zero", choices=["zero0", "zero1", "zero2", "zero3"], default="zero1", help="ZeRO stage")
     options.add_argument("--saves", type=int, default=3, help="saves of a run before its last one")
     options.add_argument("--save_every", type=int, default=4, help="steps from save to save")
     options.add_argument("--repeats", type=int, default=3, help="rounds of all rows")
     options.add_argument("--cores", type=int, help="cores that all threads of a run share (all that are there)")
-    options.add_argument("--out", type=Path, help="JSON file for the results")
     args = options.parse_args()
-    for name in ("saves", "save_every", "repeats", "cores"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
-    there = sorted(os.sched_getaffinity(0))
-    if args.cores and args.cores > len(there):
-        raise UserError(f"--cores {args.cores} is more than the {len(there)} that are there")
-    os.sched_setaffinity(0, there[: args.cores])
-    with tempfile.TemporaryDirectory(prefix="bench_save_") as folder:
+    check_at_least(args, saves=1, save_every=1, repeats=1, cores=1)
+    with harness.cores(args.cores) as cores, tempfile.TemporaryDirectory(prefix="bench_save_") as folder:
         rows = measure(args, Path(folder))
-    os.sched_setaffinity(0, there)
-    heading = {
-        "machine": platform.machine(),
-        "cores": args.cores or len(there),
-        "threads": 1,
-        "torch": torch.__version__,
-        "size": f"{args.size}, {asdict(SIZES[args.size])}, {args.zero}",
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    if args.out:
-        args.out.write_text(json.dumps({**heading, "rows": [asdict(row) for row in rows]}, indent=1))
-    print("\n" + ", ".join(f"{key} {value}" for key, value in heading.items()) + "\n")
-    print(table(rows))
+    size = f"{args.size}, {asdict(SIZES[args.size])}, {args.zero}"
+    head = harness.heading(cores=cores, threads=1, size=size)
+    write_results(args.out, head, rows=rows)
+    show(head, table(rows))
 
 
 if __name__ == "__main__":

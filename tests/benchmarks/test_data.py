@@ -1,6 +1,5 @@
 """The benchmark of the data step runs at a small size and writes what it prints; its text is what it says."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -9,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import data, text
 from ki_ds.data.describe import inspect
 from ki_ds.data.store import open_store
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CHECKOUT = Path(os.environ.get("KI_DS_RELEASED", "/nowhere"))
 released = pytest.mark.skipif(not CHECKOUT.is_dir(), reason="the released code (KI_DS_RELEASED) is not there")
 
@@ -20,20 +20,16 @@ released = pytest.mark.skipif(not CHECKOUT.is_dir(), reason="the released code (
 @pytest.fixture
 def bench(monkeypatch):
     """The tool as a module, with small texts."""
-    spec = importlib.util.spec_from_file_location("bench_data", ROOT / "tools/bench_data.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_data", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "LOADER_TOKENS", 200_000)
-    monkeypatch.setattr(module, "START_TOKENS", {"20 MB": 100_000, "2 GB": 200_000})
-    return module
+    monkeypatch.setattr(data, "LOADER_TOKENS", 200_000)
+    monkeypatch.setattr(data, "START_TOKENS", {"20 MB": 100_000, "2 GB": 200_000})
+    return data
 
 
 @pytest.fixture
 def command(bench, monkeypatch, capsys, tmp_path):
     def run(*args):
         options = ["--repeats", "1", "--seconds", "0.05", "--folder", tmp_path, "--out", tmp_path / "out.json", *args]
-        monkeypatch.setattr(sys, "argv", ["bench_data.py", *map(str, options)])
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, options)])
         code = bench.main()
         written = json.loads((tmp_path / "out.json").read_text()) if (tmp_path / "out.json").exists() else None
         return code, *capsys.readouterr(), written
@@ -49,14 +45,14 @@ def test_the_text_is_a_fairseq_folder_with_lines_like_prose(bench, tmp_path):
     assert train.num_tokens == pytest.approx(300_000, rel=0.1)
     assert valid.num_tokens == pytest.approx(20_000, rel=0.2)
     assert 25 < train.median_length < 35
-    assert (train.min_length, train.max_length) == (1, bench.MAX_LINE)
-    assert train.num_items / train.num_documents == pytest.approx(bench.LINES_A_DOCUMENT, rel=0.1)
+    assert (train.min_length, train.max_length) == (1, text.MAX_LINE)
+    assert train.num_items / train.num_documents == pytest.approx(text.LINES_A_DOCUMENT, rel=0.1)
     store = open_store(tmp_path / "train")
     ends = store.item_ends(0, len(store)) - 1
     assert (store.tokens[ends] == 2).all()
     inner = np.delete(store.tokens, ends)
     assert inner.min() >= 4
-    assert inner.max() < bench.SPECIAL_IDS.mask
+    assert inner.max() < text.SPECIAL_IDS.mask
 
 
 def test_loader_rows(command, tmp_path):
@@ -117,7 +113,7 @@ def test_the_released_iterator_beside_ours(command):
         (["--only", "start, 2 GB"], "no row has 'start, 2 GB' in its name"),
         (["--only", "gpu"], "no row has 'gpu' in its name"),
         (["--released", "{empty}"], "has no fairseq/data; name a checkout"),
-        (["--released", "{broken}", "--only", "mlm 512, in process, released"], "measuring released failed: "),
+        (["--released", "{broken}", "--only", "mlm 512, in process, released"], "failed: "),
     ],
 )
 def test_bad_input_is_one_line(command, tmp_path, options, message):

@@ -1,38 +1,45 @@
 """The planner's memory against real jobs: forecast, measured peak of a rank, and their ratio; one table last.
 
-    python tools/bench_plan.py                        # every row, two steps each
-    python tools/bench_plan.py --rows mlm_zero0 causal_zero1 --out plan.json
+    python -m benchmarks.plan                        # every row, two steps each
+    python -m benchmarks.plan --rows mlm_zero0 causal_zero1 --out plan.json
 
 On a CPU a rank's peak is that of its resident set above what it had once everything was imported. The C library is
 told to give freed memory back at once, for how much of it a process keeps depends on the order of its allocations;
 `--kept` measures as a run is, with memory kept. On a GPU it is the peak of what torch has allocated.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_data import write_text
-from bench_placements import words
 
+from benchmarks.harness import (
+    MIB,
+    ROOT,
+    check_at_least,
+    heading,
+    markdown,
+    parser,
+    run_ranks,
+    show,
+    words,
+    write_results,
+)
+from benchmarks.text import VOCAB_SIZE, write_splits
 from ki_ds import config as configuration
 from ki_ds.cli import ends_cleanly
 from ki_ds.errors import UserError
 from ki_ds.planning import planner
 from ki_ds.planning.sizes import size_of_teacher
-from ki_ds.ranks.world import free_port
 
-ROOT = Path(__file__).resolve().parent.parent
-VOCAB_SIZE = 50_265
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
@@ -103,26 +110,11 @@ def make_teacher(folder: Path, args: argparse.Namespace) -> None:
     vocabulary.export(folder / "teacher", "causal")
 
 
-def measure(row: Row, command: list[str], *, kept: bool) -> list[float]:
-    """The peak of each rank in MiB."""
-    ranks = {"WORLD_SIZE": str(row.num_ranks), "LOCAL_WORLD_SIZE": str(row.num_ranks), "MASTER_ADDR": "127.0.0.1"}
-    ranks |= {"MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    ranks |= {"KI_DS_BENCH_KEPT": "1"} if kept else GIVE_BACK
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--work", *command],
-            env={**os.environ, **ranks, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(row.num_ranks)
-    ]
-    said = [process.communicate()[0].splitlines() for process in processes]
-    if any(process.returncode for process in processes):
-        lines = [line for each in said for line in each if line.strip()] or ["no word"]
-        raise UserError(f"a job failed: {lines[-1][:300]}")
-    return [json.loads(lines[-1])["peak_mib"] for lines in said]
+def measure(row: Row, command: list[str], *, kept: bool) -> float:
+    """The largest peak of a rank in MiB."""
+    env = {"KI_DS_BENCH_KEPT": "1"} if kept else GIVE_BACK
+    ended = run_ranks(["-m", "benchmarks.plan", "--work", *command], num_ranks=row.num_ranks, env=env)
+    return max(json.loads(said)["peak_mib"] for said, _ in ended)
 
 
 def work(argv: list[str]) -> None:
@@ -136,7 +128,7 @@ def work(argv: list[str]) -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
     base = _status_mib("VmRSS")
     train(config)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else _status_mib("VmHWM") - base
+    peak = torch.cuda.max_memory_allocated() / MIB if torch.cuda.is_available() else _status_mib("VmHWM") - base
     print("\n" + json.dumps({"peak_mib": peak, "imports_mib": base}), flush=True)
     os._exit(0)
 
@@ -151,7 +143,7 @@ def forecast(row: Row, command: list[str]) -> tuple[float, str]:
     config, on_gpu = configuration.parse(command), torch.cuda.is_available()
     teachers = [size_of_teacher(entry.path, config.task, VOCAB_SIZE) for entry in config.all_teachers]
     found = planner.plan(config, num_ranks=row.num_ranks, num_classes=VOCAB_SIZE, teachers=teachers, on_gpu=on_gpu)
-    return (found.total_memory - (0 if on_gpu else planner.CPU_IMPORTS)) / 2**20, found.memory_moment
+    return (found.total_memory - (0 if on_gpu else planner.CPU_IMPORTS)) / MIB, found.memory_moment
 
 
 @ends_cleanly
@@ -159,49 +151,44 @@ def main() -> None:
     """Command line; see --help."""
     if sys.argv[1:2] == ["--work"]:
         work(sys.argv[2:])
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("--rows", nargs="+", choices=sorted(ROWS), default=list(ROWS), help="which jobs")
     options.add_argument("--layers", type=int, default=6, help="of the student; its teacher has half")
     options.add_argument("--width", type=int, default=384, help="of the student, a multiple of 12")
     options.add_argument("--steps", type=int, default=2, help="of a job; the second has everything")
     options.add_argument("--kept", action="store_true", help="measure with freed memory kept, as a run is")
-    options.add_argument("--out", type=Path, help="JSON file for the results")
     args = options.parse_args()
-    if args.steps < 2 or args.layers < 2 or args.width % 12 or args.width < 12:
-        raise UserError(f"--steps {args.steps} --layers {args.layers} --width {args.width}: at least 2, 2, 12 x n")
+    check_at_least(args, steps=2, layers=2, width=12)
+    if args.width % 12:
+        raise UserError(f"--width {args.width} is no multiple of 12")
     if torch.cuda.is_available() and torch.cuda.device_count() < max(ROWS[name].num_ranks for name in args.rows):
         raise UserError(f"{torch.cuda.device_count()} GPU is too few for these rows; take --rows of one rank")
-    results = []
+    results: list[dict[str, Any]] = []
+    head = heading(kept=args.kept)
     with tempfile.TemporaryDirectory(prefix="bench_plan_") as name:
         folder = Path(name)
-        write_text(folder / "text", 50_000, vocab_size=VOCAB_SIZE)
-        write_text(folder / "text", 5_000, split="valid", vocab_size=VOCAB_SIZE)
+        write_splits(folder / "text", 50_000)
         make_teacher(folder, args)
         for row_name in args.rows:
             row = ROWS[row_name]
             command = arguments(row, folder / row_name, args)
             expected, moment = forecast(row, command)
-            found = max(measure(row, command, kept=args.kept))
-            results.append(
-                {
-                    "row": row_name,
-                    "ranks": row.num_ranks,
-                    "forecast_mib": expected,
-                    "measured_mib": found,
-                    "ratio": expected / found,
-                    "moment": moment,
-                }
-            )
-            print(f"{row_name}: {expected:,.0f} forecast, {found:,.0f} measured", flush=True)
-            if args.out:
-                args.out.write_text(json.dumps(results, indent=1))
-    print(f"\n{platform.machine()}, torch {torch.__version__}, {datetime.now(UTC).date()}, kept: {args.kept}\n")
-    print("| job | ranks | forecast, MiB | measured, MiB | ratio | worst moment |\n|---|---|---|---|---|---|")
-    for each in results:
-        print(
-            f"| {each['row']} | {each['ranks']} | {each['forecast_mib']:,.0f} | {each['measured_mib']:,.0f} "
-            f"| {each['ratio']:.2f} | {each['moment']} |"
+            peak = measure(row, command, kept=args.kept)
+            result = {"row": row_name, "ranks": row.num_ranks, "forecast_mib": expected, "measured_mib": peak}
+            results.append(result | {"ratio": expected / peak, "moment": moment})
+            print(f"{row_name}: {expected:,.0f} forecast, {peak:,.0f} measured", flush=True)
+            write_results(args.out, head, rows=results)
+    lines = [
+        (
+            r["row"],
+            str(r["ranks"]),
+            *(f"{r[f'{k}_mib']:,.0f}" for k in ("forecast", "measured")),
+            f"{r['ratio']:.2f}",
+            r["moment"],
         )
+        for r in results
+    ]
+    show(head, markdown(["job", "ranks", "forecast, MiB", "measured, MiB", "ratio", "worst moment"], lines))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,26 @@
 """The table of what a save holds up: what it says, and that its rows train and save as they are named."""
 
 import argparse
-import importlib.util
 import json
 import sys
 
 import pytest
 
-from tests.tiny import ROOT
+from benchmarks import save
+from benchmarks.text import write_splits
 
 
 @pytest.fixture
 def bench(monkeypatch):
     """The tool as a module."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    spec = importlib.util.spec_from_file_location("bench_save", ROOT / "tools/bench_save.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_save", module)
-    spec.loader.exec_module(module)
-    return module
+    return save
 
 
 @pytest.fixture
 def command(bench, monkeypatch, capsys, tmp_path):
     def run(*args):
         options = ["--size", "tiny", "--repeats", "1", "--out", tmp_path / "out.json", *args]
-        monkeypatch.setattr(sys, "argv", ["bench_save.py", *map(str, options)])
+        monkeypatch.setattr(sys, "argv", ["save.py", *map(str, options)])
         code = bench.main()
         written = json.loads((tmp_path / "out.json").read_text()) if (tmp_path / "out.json").exists() else None
         return code, *capsys.readouterr(), written
@@ -34,8 +29,7 @@ def command(bench, monkeypatch, capsys, tmp_path):
 
 
 def test_a_row_saves_as_often_as_it_says(bench, tmp_path):
-    bench.write_text(tmp_path / "text", 20_000, vocab_size=640)
-    bench.write_text(tmp_path / "text", 2_000, split="valid", vocab_size=640)
+    write_splits(tmp_path / "text", 20_000, vocab_size=640)
     row = bench.Row("in the background", {"train.save_in_background": True})
     args = argparse.Namespace(zero="zero1", saves=2, save_every=1)
     bench.train(row, bench.arguments(bench.SIZES["tiny"], row, tmp_path, args), tmp_path / "run")

@@ -1,8 +1,8 @@
 """Whole training steps next to what else one could run: tokens/s, utilisation, memory, shares; one table last.
 
-    python tools/bench_step.py --size cpu --out step.json              # two cores, the paper's way in small
-    python tools/bench_step.py --size cpu --released KI                # with the paper's own trainer beside it
-    python tools/bench_step.py --size gpt_354m                         # a GPU
+    python -m benchmarks.step --size cpu --out step.json              # two cores, the paper's way in small
+    python -m benchmarks.step --size cpu --released KI                # with the paper's own trainer beside it
+    python -m benchmarks.step --size gpt_354m                         # a GPU
 
 Every row trains in a process of its own on the same random text (ids of a vocabulary of 50,265 in full rows). The
 rows take turns of a few steps, A B C A B C ..., while the others wait, so that all of them see the same machine;
@@ -20,24 +20,25 @@ extensions of fairseq/data built, can be imported by this Python; its own data, 
 on the same files. `--profile FOLDER` leaves a torch trace of some steps of each row there.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_data import SPECIAL_IDS, VOCAB_SIZE, spread, write_text
-from bench_step_rows import GEMM_WIDTH, NUM_WARM_STEPS, ROWS, Job, work
 from torch import nn
 
+from benchmarks.harness import MIB, ROOT, check_at_least, heading, markdown, parser, ratios, show, spread, write_results
+from benchmarks.step_rows import GEMM_WIDTH, NUM_WARM_STEPS, ROWS, Job, work
+from benchmarks.text import SPECIAL_IDS, VOCAB_SIZE, write_splits
 from ki_ds.cli import ends_cleanly
 from ki_ds.config import ModelConfig
 from ki_ds.errors import UserError
@@ -128,8 +129,7 @@ def build(size: Size, model: dict[str, Any], *, seed: int) -> Any:
 def make_inputs(size: Size, folder: Path) -> tuple[Any, Any]:
     """Text and a teacher of random weights in `folder`; the student and that teacher."""
     quieten()
-    write_text(folder / "text", size.num_tokens, vocab_size=size.vocab_size)
-    write_text(folder / "text", size.num_tokens // 10, split="valid", vocab_size=size.vocab_size)
+    write_splits(folder / "text", size.num_tokens, vocab_size=size.vocab_size)
     student, teacher = build(size, size.student, seed=1), build(size, size.teacher, seed=2)
     teacher.save_pretrained(folder / "teacher")
     return student, teacher
@@ -142,7 +142,7 @@ def teacher_memory(teacher: Account, student: Any, size: Size) -> tuple[float, f
     width = student.get_output_embeddings().weight.shape[0]
     like = torch.empty(0, dtype=torch.float16 if element == 2 else torch.float32)
     chunk = default_chunk_rows(rows, width, like.cuda() if torch.cuda.is_available() else like) * width * element
-    return teacher.bytes / 4 * element / 2**20, chunk / 2**20
+    return teacher.bytes / 4 * element / MIB, chunk / MIB
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -172,13 +172,12 @@ class Worker:
     def __init__(self, name: str, job: Job, **environment: str):
         self.row = Row(name)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
-        here = str(Path(__file__).resolve().parent)
         ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         env = {name: value for name, value in os.environ.items() if name not in ranks}
-        env |= {"PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": str(job["num_threads"])}
+        env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": str(job["num_threads"])}
         env |= environment
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
-        command = [sys.executable, __file__, "--row", name, "--job", json.dumps(job)]
+        command = [sys.executable, "-m", "benchmarks.step", "--row", name, "--job", json.dumps(job)]
         self._process = subprocess.Popen(command, env=env, text=True, **pipes)
 
     def answer(self) -> dict[str, Any]:
@@ -276,26 +275,21 @@ def start_workers(names: list[str], job: Job, size: Size, checkout: Path | None)
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def paired(first: Row, second: Row, what: str = "seconds") -> list[float]:
-    """The ratio of two rows' times, turn by turn."""
-    return [a / b for a, b in zip(getattr(first, what), getattr(second, what), strict=True)]
-
-
 def both(first: Row, second: Row, digits: int) -> str:
     """The ratio in wall time and in CPU time, which suffers less from a busy machine."""
-    return f"time {spread(paired(first, second), digits)}, CPU {spread(paired(first, second, 'cpu_seconds'), digits)}"
+    time, cpu = ratios(first.seconds, second.seconds), ratios(first.cpu_seconds, second.cpu_seconds)
+    return f"time {spread(time, digits)}, CPU {spread(cpu, digits)}"
 
 
-def share_lines(rows: list[Row]) -> list[str]:
+def share_table(rows: list[Row]) -> str:
     """Milliseconds and shares of each part of a profiled step."""
-    shown = [row for row in rows if sum(row.parts.get(name, 0.0) for name in PARTS[1:])]
-    lines = ["| ms (share) of a profiled step | " + " | ".join((*PARTS, OTHER)) + " |"]
-    lines.append("|---" * (len(PARTS) + 2) + "|")
-    for row in shown:
+    columns = ["ms (share) of a profiled step", *PARTS, OTHER]
+
+    def cells(row: Row) -> list[str]:
         whole = sum(row.parts.values())
-        cells = [f"{1e3 * row.parts[name]:.1f} ({row.parts[name] / whole:.0%})" for name in (*PARTS, OTHER)]
-        lines.append(f"| {row.name} | {' | '.join(cells)} |")
-    return lines
+        return [row.name, *(f"{1e3 * row.parts[p]:.1f} ({row.parts[p] / whole:.0%})" for p in (*PARTS, OTHER))]
+
+    return markdown(columns, (cells(row) for row in rows if sum(row.parts.get(name, 0.0) for name in PARTS[1:])))
 
 
 def ratio_lines(rows: dict[str, Row], student: Account, teacher: Account) -> list[str]:
@@ -314,33 +308,32 @@ def ratio_lines(rows: dict[str, Row], student: Account, teacher: Account) -> lis
 
 
 def table(rows: list[Row], student: Account, teacher: Account, peak_flops: float | None) -> str:
-    """Markdown: one line a row; ratios of speed against ours, inheriting."""
+    """One line a row; ratios of speed against ours, inheriting."""
     base = next((row for row in rows if row.name == OURS), None)
-    lines = ["| row | ms a step | CPU ms | tokens/s | speed of ours | of peak, student | and teacher | MiB |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        milliseconds = spread([1e3 * s for s in row.seconds], 1)
-        cpu = f"{1e3 * statistics.median(row.cpu_seconds):,.1f}"
-        cells = [milliseconds, cpu, f"{row.tokens / row.second:,.0f}"]
-        cells.append(f"{statistics.median(paired(base, row)):.2f}" if base is not None else "")
-        own, taught = 3 * student.forward, 3 * student.forward + teacher.forward
+    columns = ["row", "ms a step", "CPU ms", "tokens/s", "speed of ours", "of peak, student", "and teacher", "MiB"]
+    own, taught = 3 * student.forward, 3 * student.forward + teacher.forward
+
+    def cells(row: Row) -> list[str]:
+        speed, used, used_with_teacher = f"{row.tokens / row.second:,.0f}", "", ""
+        relative = f"{statistics.median(ratios(base.seconds, row.seconds)):.2f}" if base is not None else ""
         if row.name == GEMM:
-            cells = [milliseconds, cpu, f"{2 * GEMM_WIDTH**3 / row.second / 1e12:.3f} TFLOP/s", "", "", ""]
+            speed, relative = f"{2 * GEMM_WIDTH**3 / row.second / 1e12:.3f} TFLOP/s", ""
         elif peak_flops:
-            cells.append(f"{own / row.second / peak_flops:.1%}")
-            cells.append("" if row.name == ALONE else f"{taught / row.second / peak_flops:.1%}")
-        else:
-            cells += ["", ""]
-        lines.append(f"| {row.name} | {' | '.join(cells)} | {row.peak_mib:,.0f} |")
-    return "\n".join(lines)
+            used = f"{own / row.second / peak_flops:.1%}"
+            used_with_teacher = "" if row.name == ALONE else f"{taught / row.second / peak_flops:.1%}"
+        milliseconds = spread([1e3 * seconds for seconds in row.seconds], 1)
+        cpu = f"{1e3 * statistics.median(row.cpu_seconds):,.1f}"
+        return [row.name, milliseconds, cpu, speed, relative, used, used_with_teacher, f"{row.peak_mib:,.0f}"]
+
+    return markdown(columns, map(cells, rows))
 
 
 # ------------------------------------------------------------------------------------------------ the whole
 
 
-def parser() -> argparse.ArgumentParser:
+def options() -> argparse.ArgumentParser:
     """The command line."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     on_gpu = torch.cuda.is_available()
     options.add_argument("--size", choices=sorted(SIZES), default="gpt_354m" if on_gpu else "cpu")
     options.add_argument("--precision", choices=("fp32", "bf16"), help="of the student; default: the size's")
@@ -357,7 +350,6 @@ def parser() -> argparse.ArgumentParser:
     released = os.environ.get("KI_DS_RELEASED")
     options.add_argument("--released", type=Path, metavar="PATH", default=Path(released) if released else None)
     options.add_argument("--profile", type=Path, metavar="FOLDER", help="leave a torch trace of each row here")
-    options.add_argument("--out", type=Path, help="JSON file for the results")
     options.add_argument("--row", choices=sorted(ROWS), help=argparse.SUPPRESS)
     options.add_argument("--job", help=argparse.SUPPRESS)
     return options
@@ -365,9 +357,7 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> list[str]:
     """The names of the wanted rows. Raises UserError for values that make no sense."""
-    for name, low in (("turns", 1), ("steps", 1), ("profile_steps", 0), ("num_threads", 0), ("num_workers", 0)):
-        if getattr(args, name) < low:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least {low}")
+    check_at_least(args, turns=1, steps=1, profile_steps=0, num_threads=0, num_workers=0)
     if args.released is not None and not (args.released / "fairseq/trainer.py").is_file():
         raise UserError(f"{args.released} has no fairseq/trainer.py; name a checkout of thunlp/Knowledge-Inheritance")
     names = [name for name in ROWS if any(part in name for part in args.only.split("|"))]
@@ -405,7 +395,7 @@ def measure(args: argparse.Namespace, size: Size, names: list[str], folder: Path
 @ends_cleanly
 def main() -> None:
     """Command line; see --help."""
-    args = parser().parse_args()
+    args = options().parse_args()
     if args.row:
         work(args.row, json.loads(args.job))
         return
@@ -418,28 +408,19 @@ def main() -> None:
         size = Size(**{**asdict(size), "precision": args.precision})
     if args.profile:
         args.profile.mkdir(parents=True, exist_ok=True)
-    heading = {
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "threads": args.num_threads or len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
-        "size": f"{args.size}, {size.precision}, micro-batch {size.micro_batch_size} x {size.seq_len}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": " ".join(sys.argv),
-    }
+    threads = args.num_threads or len(os.sched_getaffinity(0))
+    shape = f"{args.size}, {size.precision}, micro-batch {size.micro_batch_size} x {size.seq_len}"
+    head = heading(threads=threads, size=shape)
     with tempfile.TemporaryDirectory(prefix="bench_step_") as folder:
         rows, student, teacher = measure(args, size, names, Path(folder))
     by_name = {row.name: row for row in rows}
     peak = 1e12 * args.peak_tflops if args.peak_tflops else None
     if peak is None and GEMM in by_name:
         peak = 2 * GEMM_WIDTH**3 / by_name[GEMM].second
-    if args.out:
-        accounts = {"student": asdict(student), "teacher": asdict(teacher), "num_warm_steps": NUM_WARM_STEPS}
-        args.out.write_text(json.dumps({**heading, **accounts, "rows": [asdict(row) for row in rows]}, indent=1))
-    print("\n" + ", ".join(f"{key} {value}" for key, value in heading.items() if key != "command") + "\n")
-    if args.profile_steps:
-        print("\n".join(share_lines(rows)) + "\n")
-    print("\n".join(ratio_lines(by_name, student, teacher)) + "\n")
-    print(table(rows, student, teacher, peak))
+    accounts = {"student": asdict(student), "teacher": asdict(teacher), "num_warm_steps": NUM_WARM_STEPS}
+    write_results(args.out, head | accounts, rows=rows)
+    shares = [share_table(rows)] if args.profile_steps else []
+    show(head, *shares, "\n".join(ratio_lines(by_name, student, teacher)), table(rows, student, teacher, peak))
 
 
 if __name__ == "__main__":

@@ -1,30 +1,25 @@
 """The benchmark of growth: it measures what it says, goes on where it was, and shows what a file holds."""
 
-import importlib.util
 import json
 import sys
+from dataclasses import asdict
 
 import pytest
 
-from tests.tiny import ROOT
+from benchmarks import growth
 
 
 @pytest.fixture
 def bench(monkeypatch):
     """The tool as a module."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
     monkeypatch.delenv("KI_DS_RELEASED", raising=False)
-    spec = importlib.util.spec_from_file_location("bench_growth", ROOT / "tools/bench_growth.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_growth", module)
-    spec.loader.exec_module(module)
-    return module
+    return growth
 
 
 @pytest.fixture
 def command(bench, monkeypatch, capfd, tmp_path):
     def run(*args):
-        monkeypatch.setattr(sys, "argv", ["bench_growth.py", *map(str, args)])
+        monkeypatch.setattr(sys, "argv", ["growth.py", *map(str, args)])
         code = bench.main()
         out = tmp_path / "out.json"
         return code, *capfd.readouterr(), json.loads(out.read_text()) if out.exists() else None
@@ -121,7 +116,7 @@ def made_up(bench):
 
 def test_a_file_is_shown_and_drawn(bench, command, tmp_path):
     points, loss = made_up(bench)
-    shown = {"points": [bench.asdict(p) for p in points], "loss": [bench.asdict(p) for p in loss], "base_flops": 2e9}
+    shown = {"points": [asdict(p) for p in points], "loss": [asdict(p) for p in loss], "base_flops": 2e9}
     (tmp_path / "there.json").write_text(json.dumps({"machine": "made up", **shown}))
     code, out, _, _ = command("--from", tmp_path / "there.json", "--figure", tmp_path / "out.svg")
     assert code == 0

@@ -1,8 +1,8 @@
 """Loader and start-up: samples per second, seconds and memory to the first batch; one table last.
 
-    python tools/bench_data.py --out data.json               # stores of 20 and 200 MB
-    python tools/bench_data.py --big --only start            # and of 2 GB
-    python tools/bench_data.py --released KI --only "mlm 512"
+    python -m benchmarks.data --out data.json               # stores of 20 and 200 MB
+    python -m benchmarks.data --big --only start            # and of 2 GB
+    python -m benchmarks.data --released KI --only "mlm 512"
 
 The text is random: ids of a vocabulary of 50,265, line lengths and documents as in prose. Every measurement is a
 process of its own with one torch thread; rows take turns, so that all of them see the same machine, and show the
@@ -15,37 +15,33 @@ blocks on disk, and with the one that the first start left.
 thunlp/Knowledge-Inheritance whose fairseq/data, extensions included, can be imported by this Python.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
-import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import types
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import torch
 
+from benchmarks.harness import heading, in_turns, markdown, parser, run_ranks, show, spread, write_results
+from benchmarks.text import SEED, SPECIAL_IDS, VOCAB_SIZE, write_text
 from ki_ds.cli import ends_cleanly
-from ki_ds.data.store import SpecialIds, open_store
-from ki_ds.data.token_index import INDEX_VERSION, MAGIC, WINDOW, pointer_windows
+from ki_ds.data.store import open_store
 from ki_ds.errors import UserError
-from ki_ds.files import check_space
 
-NUM_SYMBOLS, VOCAB_SIZE = 50_260, 50_265  # of dict.txt; with <s>, <pad>, </s>, <unk> and <mask>
-SPECIAL_IDS = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=VOCAB_SIZE - 1)
-MICRO_BATCH_SIZE, NUM_WARM_BATCHES, SEED = 16, 20, 1
-MEDIAN_LINE, SPREAD_OF_LINES, MAX_LINE = 30, 0.9, 500  # tokens: log-normal, as lines of prose are
-LINES_A_DOCUMENT = 90
+MICRO_BATCH_SIZE, NUM_WARM_BATCHES = 16, 20
 LOADER_TOKENS = 10_000_000
 START_TOKENS = {"20 MB": 10_000_000, "200 MB": 100_000_000, "2 GB": 1_000_000_000}
 RELEASED = "released"
@@ -62,36 +58,6 @@ class Row:
     def values(self, key: str) -> list[float]:
         """What the repeats say of one figure."""
         return [result[key] for result in self.results if key in result]
-
-
-# ------------------------------------------------------------------------------------------------ the text
-
-
-def write_text(folder: Path, num_tokens: int, *, split: str = "train", vocab_size: int = VOCAB_SIZE) -> None:
-    """A fairseq split of random text, `split`.bin and `split`.idx, with the dict.txt that belongs to it.
-
-    Ids have two bytes: of a larger vocabulary the first 65,536 occur.
-    """
-    num_symbols = vocab_size - (VOCAB_SIZE - NUM_SYMBOLS)
-    folder.mkdir(parents=True, exist_ok=True)
-    check_space(folder, 3 * num_tokens)
-    random = np.random.default_rng(SEED)
-    num_lines = max(num_tokens // 45, 2)  # 45 is the mean of these lengths
-    sizes = np.exp(random.normal(np.log(MEDIAN_LINE), SPREAD_OF_LINES, num_lines)).astype("<i4")
-    sizes = np.clip(sizes, 2, MAX_LINE)
-    sizes[::LINES_A_DOCUMENT] = 1  # a blank line: a lone </s>
-    with (folder / f"{split}.bin").open("wb") as file:
-        for first in range(0, num_lines, WINDOW):
-            ends = np.cumsum(sizes[first : first + WINDOW], dtype=np.int64)
-            tokens = random.integers(4, min(vocab_size - 1, 1 << 16), int(ends[-1]), np.uint16)
-            tokens[ends - 1] = SPECIAL_IDS.eos
-            file.write(tokens.astype("<u2").tobytes())
-    with (folder / f"{split}.idx").open("wb") as file:
-        file.write(MAGIC + INDEX_VERSION.to_bytes(8, "little") + b"\x08" + num_lines.to_bytes(8, "little"))
-        file.write(sizes.tobytes())
-        for starts in pointer_windows((sizes[i : i + WINDOW] for i in range(0, num_lines, WINDOW)), 2):
-            file.write(starts[:-1].astype("<i8").tobytes())
-    (folder / "dict.txt").write_text("".join(f"{i} {num_symbols - i}\n" for i in range(num_symbols)), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------- what a process measures
@@ -208,8 +174,6 @@ def start(folder: Path, *, imports_only: bool) -> dict[str, float]:
 
 def measure(job: dict[str, Any]) -> dict[str, float]:
     """What a job says, in this process."""
-    import torch
-
     torch.set_num_threads(1)
     folder = Path(job["folder"])
     if job["what"] == "start":
@@ -225,13 +189,8 @@ def measure_apart(job: dict[str, Any]) -> dict[str, float]:
     """What a job says, in a process of its own."""
     if job.get("forget"):
         shutil.rmtree(Path(job["folder"]) / "index", ignore_errors=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__, "--job", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
-        raise UserError(f"measuring {job['what']} failed: {last}")
-    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    ((said, _),) = run_ranks(["-m", "benchmarks.data", "--job", json.dumps(job)])
+    result: dict[str, float] = json.loads(said)
     return result
 
 
@@ -274,24 +233,15 @@ def write_stores(folder: Path, rows: list[Row], sizes: list[str]) -> None:
             write_text(place, 100_000, split="valid")
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Median (smallest-largest)."""
-    if not values:
-        return ""
-    low, middle, high = (f"{value:,.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
-    return middle if len(values) == 1 else f"{middle} ({low}-{high})"
-
-
 def table(rows: list[Row]) -> str:
     """One line a row; the ratio is that of the medians, to the released iterator in the same setting."""
-    lines = [
-        "| row | tokens/s | of released | tokens/CPU s | samples/s | seconds | MiB resident | MiB private |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["row", "tokens/s", "of released", "tokens/CPU s", "samples/s", "seconds", "MiB resident", "MiB private"]
     speeds = {row.name: statistics.median(row.values("tokens_per_second") or [0.0]) for row in rows}
-    for row in rows:
+
+    def cells(row: Row) -> list[str]:
         released = speeds.get(f"{row.name}, {RELEASED}")
-        cells = [
+        return [
+            row.name,
             spread(row.values("tokens_per_second"), 0),
             f"{speeds[row.name] / released:.1f}" if released else "",
             spread(row.values("tokens_per_cpu_second"), 0),
@@ -300,27 +250,27 @@ def table(rows: list[Row]) -> str:
             spread(row.values("resident_mib"), 0),
             spread(row.values("private_mib"), 0),
         ]
-        lines.append(f"| {row.name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+
+    return markdown(columns, map(cells, rows))
 
 
-def parser() -> argparse.ArgumentParser:
+def options() -> argparse.ArgumentParser:
     """The command line."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("--repeats", type=int, default=3, help="measurements a row")
     options.add_argument("--seconds", type=float, default=2.0, help="length of a measurement of the loader")
     options.add_argument("--only", default="", help="rows whose name contains this, e.g. start, mlm, 512")
     options.add_argument("--big", action="store_true", help="start from a store of 2 GB as well")
     options.add_argument("--released", type=Path, metavar="PATH", help="checkout of the paper's code to compare with")
     options.add_argument("--folder", type=Path, help="where the stores are written for the time being")
-    options.add_argument("--out", type=Path, help="JSON file for the results")
     options.add_argument("--job", help=argparse.SUPPRESS)
     return options
 
 
 @ends_cleanly
 def main() -> None:
-    args = parser().parse_args()
+    """Command line; see --help."""
+    args = options().parse_args()
     if args.job:
         print(json.dumps(measure(json.loads(args.job))))
         return
@@ -328,13 +278,7 @@ def main() -> None:
         raise UserError(f"repeats={args.repeats} and seconds={args.seconds} must be above 0")
     if args.released is not None and not (args.released / "fairseq/data").is_dir():
         raise UserError(f"{args.released} has no fairseq/data; name a checkout of thunlp/Knowledge-Inheritance")
-    heading = {
-        "machine": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": " ".join(sys.argv),
-    }
+    head = heading(python=platform.python_version(), numpy=np.__version__)
     sizes = [size for size in START_TOKENS if args.big or size != "2 GB"]
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench_data_") as temporary:
         folder = Path(temporary)
@@ -343,16 +287,12 @@ def main() -> None:
         if not rows:
             raise UserError(f"no row has {args.only!r} in its name; take e.g. start, mlm or 512")
         write_stores(folder, rows, sizes)
-        for repeat in range(args.repeats):
-            for row in rows:
-                print(f"{repeat + 1}/{args.repeats} {row.name}", flush=True)
-                row.results.append(measure_apart(row.job))
-            if args.out:  # after every repeat: a run that is cut short keeps what it has
-                args.out.write_text(json.dumps({**heading, "rows": [asdict(row) for row in rows]}, indent=1))
+        for _, row in in_turns(rows, args.repeats):
+            row.results.append(measure_apart(row.job))
+            write_results(args.out, head, rows=rows)
     if args.released is None:
         print("skipped: the released iterator (--released PATH takes a checkout of thunlp/Knowledge-Inheritance)")
-    print("\n" + ", ".join(f"{key} {value}" for key, value in heading.items() if key != "command") + "\n")
-    print(table(rows))
+    show(head, table(rows))
 
 
 if __name__ == "__main__":

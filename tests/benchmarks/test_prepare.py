@@ -2,17 +2,15 @@
 
 import importlib.util
 import json
-import runpy
 import sys
 
 import pytest
 
+from benchmarks import prepare
 from ki_ds.data.corpora import Document
 from ki_ds.data.tokenize import train_tokenizer
 from tests import forked
 from tests.tiny import ROOT, environment
-
-TOOL = ROOT / "tools/bench_prepare.py"
 
 
 @pytest.fixture
@@ -26,7 +24,7 @@ def inputs(tmp_path):
 def test_it_measures_ours_and_skips_the_peer_by_name(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["bench", *map(str, inputs), "--megabytes", "0.001"])
-    assert runpy.run_path(str(TOOL))["main"]() == 0
+    assert prepare.main() == 0
     out, err = capsys.readouterr()
     assert "skipped: datasets.map (pip install datasets)" in err
     name, *cells = [cell.strip() for cell in out.splitlines()[-1].strip("|").split("|")]
@@ -36,7 +34,7 @@ def test_it_measures_ours_and_skips_the_peer_by_name(inputs, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_both_count_the_same_tokens(inputs, tmp_path):
-    command = [sys.executable, TOOL, *inputs, "--out", tmp_path / "rows.json"]
+    command = [sys.executable, "-m", "benchmarks.prepare", *inputs, "--out", tmp_path / "rows.json"]
     done = forked.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert list(rows) == ["ours", "datasets.map, rows are lines", "datasets.map, rows are documents"]

@@ -1,31 +1,26 @@
 """The table of the teacher's placements: what it says, and that every placement trains to the same losses."""
 
-import importlib.util
 import json
 import sys
 
 import pytest
 
+from benchmarks import placements
 from tests.tiny import ROOT
 
 
 @pytest.fixture
 def bench(monkeypatch):
     """The tool as a module."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
     monkeypatch.chdir(ROOT)  # where it goes itself
-    spec = importlib.util.spec_from_file_location("bench_placements", ROOT / "tools/bench_placements.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_placements", module)
-    spec.loader.exec_module(module)
-    return module
+    return placements
 
 
 @pytest.fixture
 def command(bench, monkeypatch, capsys, tmp_path):
     def run(*args):
         options = ["--size", "tiny", "--repeats", "1", "--out", tmp_path / "out.json", *args]
-        monkeypatch.setattr(sys, "argv", ["bench_placements.py", *map(str, options)])
+        monkeypatch.setattr(sys, "argv", ["placements.py", *map(str, options)])
         code = bench.main()
         written = json.loads((tmp_path / "out.json").read_text()) if (tmp_path / "out.json").exists() else None
         return code, *capsys.readouterr(), written
@@ -63,7 +58,7 @@ def test_the_table(bench):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--steps", "1"], "--steps 1 is too small"), (["--corpus", "/nowhere"], "--corpus /nowhere is no folder")],
+    [(["--steps", "1"], "--steps 1 must be at least 2"), (["--corpus", "/nowhere"], "--corpus /nowhere is no folder")],
 )
 def test_bad_input_is_one_line(command, options, message):
     code, _, err, written = command(*options)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and memory from text to token ids on disk, next to `datasets.map` with a fast tokenizer; one table last.
 
-    python tools/bench_prepare.py --text FILE --tokenizer DIR [--num_workers N]
+    python -m benchmarks.prepare --text FILE --tokenizer DIR [--num_workers N]
 
 Each row is a process of its own on the same plain text (the first --megabytes of FILE), in turns, --repeats times.
 "work" is the wall time after imports (and, for `datasets.map`, after its tokenizer is loaded) until the ids are on
@@ -13,20 +13,21 @@ The peer takes text rows as lines or as documents (between blank lines), batches
 num_proc = N; it is skipped by name when the package datasets is not installed.
 """
 
-import argparse
+from __future__ import annotations
+
 import importlib.util
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from benchmarks.harness import heading, markdown, parser, show, write_results
 from ki_ds.cli import ends_cleanly
 from ki_ds.data.corpora import Corpus
 from ki_ds.data.tokenize import load_tokenizer, save_tokenizer
@@ -156,39 +157,45 @@ def _row(title: str, runs: list[Run]) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows in Markdown, with ratios to the first."""
+    """The rows, with ratios to the first."""
     columns = ["", "work, s (fastest-slowest)", "ratio", "CPU, s", "ratio", "whole, s"]
     columns += ["PSS, MiB", "ratio", "RSS, MiB", "ratio", "tokens"]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for row in rows:
-        first = rows[0]
-        median, fastest, slowest = row.work_seconds
-        lines.append(
-            f"| {row.name} | {median:.2f} ({fastest:.2f}-{slowest:.2f}) | {median / first.work_seconds[0]:.2f} "
-            f"| {row.cpu_seconds:.2f} | {row.cpu_seconds / first.cpu_seconds:.2f} | {row.whole_seconds:.2f} "
-            f"| {row.pss:.0f} | {row.pss / first.pss:.1f} | {row.rss:.0f} | {row.rss / first.rss:.1f} "
-            f"| {row.num_tokens:,} |"
-        )
-    return "\n".join(lines)
+
+    def cells(row: Row) -> list[str]:
+        first, (median, fastest, slowest) = rows[0], row.work_seconds
+        return [
+            row.name,
+            f"{median:.2f} ({fastest:.2f}-{slowest:.2f})",
+            f"{median / first.work_seconds[0]:.2f}",
+            f"{row.cpu_seconds:.2f}",
+            f"{row.cpu_seconds / first.cpu_seconds:.2f}",
+            f"{row.whole_seconds:.2f}",
+            f"{row.pss:.0f}",
+            f"{row.pss / first.pss:.1f}",
+            f"{row.rss:.0f}",
+            f"{row.rss / first.rss:.1f}",
+            f"{row.num_tokens:,}",
+        ]
+
+    return markdown(columns, map(cells, rows))
 
 
 @ends_cleanly
 def main() -> None:
     """Command line; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="any source of tools/prepare_data.py")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes or threads")
-    parser.add_argument("--megabytes", type=float, default=10, help="millions of characters of text to take")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each row")
-    parser.add_argument("--out", type=Path, help="JSON file for the rows")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--text", type=Path, required=True, help="any source of tools/prepare_data.py")
+    options.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer")
+    options.add_argument("--num_workers", type=int, default=2, help="processes or threads")
+    options.add_argument("--megabytes", type=float, default=10, help="millions of characters of text to take")
+    options.add_argument("--repeats", type=int, default=3, help="runs of each row")
+    args = options.parse_args()
     rows = prepare_rows(
         args.text, args.tokenizer, num_workers=args.num_workers, megabytes=args.megabytes, repeats=args.repeats
     )
-    if args.out is not None:
-        args.out.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    print(table(rows))
+    head = heading(num_workers=args.num_workers, megabytes=args.megabytes)
+    write_results(args.out, head, rows=rows)
+    show(head, table(rows))
 
 
 if __name__ == "__main__":

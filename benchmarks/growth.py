@@ -1,10 +1,10 @@
 """How time and memory of an inheriting step grow, one dimension at a time; Markdown tables and a figure last.
 
-    python tools/bench_growth.py --out growth.json --figure docs/growth.png   # all of it; called again it goes on
-    python tools/bench_growth.py --vary vocab_size num_ranks --out growth.json
-    python tools/bench_growth.py --from growth.json --figure growth.svg        # tables and figure of what is there
+    python -m benchmarks.growth --out growth.json --figure docs/growth.png   # all of it; called again it goes on
+    python -m benchmarks.growth --vary vocab_size num_ranks --out growth.json
+    python -m benchmarks.growth --from growth.json --figure growth.svg        # tables and figure of what is there
 
-Everything but the varied dimension is that of the base, a size of bench_step.py. Each point trains in a process of its
+Everything but the varied dimension is that of the base, a size of step.py. Each point trains in a process of its
 own on random text, in turns of a few steps with the base, so that ratios are taken of the same moment; times are
 medians over the turns (fastest-slowest). Points of `topk` read their teacher from a cache of K entries a row, written
 first. Points of `num_ranks` train the base's micro-batch on every rank (gloo on a CPU), one thread a rank: with fewer
@@ -13,36 +13,35 @@ cores than ranks their CPU time a rank counts, and no wall time is given; their 
 Memory is the largest of a rank above its imports, as the planner counts it: in processes of their own, which give freed
 memory back at once; the forecast is that of the worst moment of a step (validation and checkpoints are not run). "As
 run" is the peak of the timed processes, in which freed memory is kept. On a GPU both are the peak of what torch has
-allocated. FLOPs are counted as bench_step.py does: computed, and nominal in brackets.
+allocated. FLOPs are counted as step.py does: computed, and nominal in brackets.
 
 `loss` runs the loss and its gradients alone, ours and PyTorch's eager logits, over N rows times V classes growing
 64-fold: the peak above the inputs less the gradients, which every implementation has to return.
 A point that needs more memory than is free is left out by name.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import bench_loss
 import psutil
 import torch
-from bench_data import spread
-from bench_placements import start
-from bench_plan import GIVE_BACK
-from bench_step import GPU_SIZES, OURS, SIZES, Size, Worker, account, build, job_of, make_inputs
-from bench_step_rows import NUM_WARM_STEPS, Job, arguments
 
+from benchmarks import loss as bench_loss
+from benchmarks.harness import MIB, check_at_least, heading, markdown, parser, ratios, run_ranks, spread, write_results
+from benchmarks.plan import GIVE_BACK
+from benchmarks.step import GPU_SIZES, OURS, SIZES, Size, Worker, account, build, job_of, make_inputs
+from benchmarks.step_rows import NUM_WARM_STEPS, Job, arguments
 from ki_ds import config as configuration
 from ki_ds.cli import ends_cleanly
 from ki_ds.errors import UserError
@@ -51,8 +50,6 @@ from ki_ds.planning.sizes import size_of_teacher
 from ki_ds.ranks.world import free_port
 from ki_ds.reports import figures
 
-ROOT = Path(__file__).resolve().parent.parent
-MIB = 2**20
 MEMORY_STEPS = 3  # of a process that measures memory alone
 KEPT = 1.8  # resident memory of a run as it is over the forecast, at most (docs/planning.md)
 EAGER_COPIES = 9  # of N x V float32 numbers, at most, that eager logits take at once
@@ -199,8 +196,8 @@ def job_at(sweep: Sweep, point: Point) -> Job:
     job["fields"]["run_dir"] = str(sweep.folder / f"run_{where}")
     if point.dimension == "topk":
         out = sweep.folder / where
-        command = [str(ROOT / "tools/cache_teacher.py"), "--out", str(out), "--topk", str(point.value)]
-        start([*command, *arguments(job, taught=True), "--run_dir", f"{out}_run"])
+        command = ["tools/cache_teacher.py", "--out", str(out), "--topk", str(point.value)]
+        run_ranks([*command, *arguments(job, taught=True), "--run_dir", f"{out}_run"])
         job["fields"] |= {"teacher.placement": "cache", "teacher.path": str(out)}
     return job
 
@@ -292,7 +289,7 @@ def ratio_to_base(point: Point, first: Point) -> list[float]:
     """Of the base, turn by turn; of ranks the CPU time against one rank."""
     if point.dimension == "num_ranks":
         return [seconds / first.cpu_second for seconds in point.cpu_seconds]
-    return [a / b for a, b in zip(point.seconds, point.base_seconds, strict=True)]
+    return ratios(point.seconds, point.base_seconds)
 
 
 def by_dimension(points: list[Point]) -> Iterator[tuple[str, list[Point]]]:
@@ -303,33 +300,43 @@ def by_dimension(points: list[Point]) -> Iterator[tuple[str, list[Point]]]:
 
 
 def table(points: list[Point], base_flops: float) -> str:
-    """Markdown: one line a point."""
-    lines = ["| dimension | | ms a step | CPU ms a rank | time of the base's | FLOPs of the base's "]
-    lines[0] += "| GFLOP (nominal) | tokens/s | loss | MiB | forecast | ratio | as run |"
-    lines.append("|---" * 13 + "|")
-    for name, found in by_dimension(points):
-        for point in found:
-            wall = point.has_wall_time
-            cells = [TITLES[name], f"{point.value:,}", spread([1e3 * s for s in point.seconds], 0) if wall else ""]
-            cells += [spread([1e3 * s for s in point.cpu_seconds], 0), spread(ratio_to_base(point, found[0]), 2)]
-            cells += [f"{point.flops / base_flops:.2f}", f"{point.flops / 1e9:,.1f} ({point.nominal_flops / 1e9:,.1f})"]
-            cells += [f"{point.tokens / point.second:,.0f}" if wall else "", f"{point.loss_share:.0%}"]
-            cells += [f"{point.peak_mib:,.0f}", f"{point.forecast_mib:,.0f}"]
-            cells += [f"{point.forecast_mib / point.peak_mib:.2f}", f"{point.kept_mib:,.0f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += [f"\nLeft out: {TITLES[p.dimension]} {p.value:,}: {p.left_out}" for p in points if p.left_out]
-    return "\n".join(lines)
+    """One line a point."""
+    columns = ["dimension", "", "ms a step", "CPU ms a rank", "time of the base's", "FLOPs of the base's"]
+    columns += ["GFLOP (nominal)", "tokens/s", "loss", "MiB", "forecast", "ratio", "as run"]
+
+    def cells(point: Point, first: Point) -> list[str]:
+        wall = point.has_wall_time
+        return [
+            TITLES[point.dimension],
+            f"{point.value:,}",
+            spread([1e3 * seconds for seconds in point.seconds], 0) if wall else "",
+            spread([1e3 * seconds for seconds in point.cpu_seconds], 0),
+            spread(ratio_to_base(point, first), 2),
+            f"{point.flops / base_flops:.2f}",
+            f"{point.flops / 1e9:,.1f} ({point.nominal_flops / 1e9:,.1f})",
+            f"{point.tokens / point.second:,.0f}" if wall else "",
+            f"{point.loss_share:.0%}",
+            f"{point.peak_mib:,.0f}",
+            f"{point.forecast_mib:,.0f}",
+            f"{point.forecast_mib / point.peak_mib:.2f}",
+            f"{point.kept_mib:,.0f}",
+        ]
+
+    measured = markdown(columns, (cells(point, those[0]) for _, those in by_dimension(points) for point in those))
+    left_out = [f"\nLeft out: {TITLES[p.dimension]} {p.value:,}: {p.left_out}" for p in points if p.left_out]
+    return "\n".join([measured, *left_out])
 
 
 def loss_table(points: list[LossPoint]) -> str:
-    """Markdown: the loss alone."""
-    lines = ["| rows N | classes V | N x V, of the first | MiB, ours | MiB, eager logits |", "|---|---|---|---|---|"]
-    for p in points:
+    """The loss alone."""
+
+    def cells(p: LossPoint) -> list[str]:
         growth = p.num_rows * p.num_classes / (points[0].num_rows * points[0].num_classes)
-        cells = [f"{p.num_rows:,}", f"{p.num_classes:,}", f"{growth:.0f}"]
-        cells += ["left out" if mib is None else f"{mib:,.0f}" for mib in (p.ours_mib, p.eager_mib)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        peaks = ["left out" if mib is None else f"{mib:,.0f}" for mib in (p.ours_mib, p.eager_mib)]
+        return [f"{p.num_rows:,}", f"{p.num_classes:,}", f"{growth:.0f}", *peaks]
+
+    columns = ["rows N", "classes V", "N x V, of the first", "MiB, ours", "MiB, eager logits"]
+    return markdown(columns, map(cells, points))
 
 
 def panels(points: list[Point], loss: list[LossPoint]) -> list[figures.GrowthPanel]:
@@ -373,9 +380,9 @@ def write_figure(path: Path, points: list[Point], loss: list[LossPoint]) -> None
 # ------------------------------------------------------------------------------------------------ the whole
 
 
-def parser() -> argparse.ArgumentParser:
+def options() -> argparse.ArgumentParser:
     """The command line."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     on_gpu = torch.cuda.is_available()
     options.add_argument("--size", choices=sorted(SIZES), default="gpt_354m" if on_gpu else "cpu", help="the base")
     options.add_argument("--vary", nargs="+", choices=[*VALUES, "loss"], default=[*VALUES, "loss"], help="dimensions")
@@ -387,7 +394,6 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--minutes", type=float, help="begin no point after so many; called again with --out it goes on"
     )
-    options.add_argument("--out", type=Path, help="JSON file for the results; what it holds is not measured again")
     options.add_argument("--from", dest="source", type=Path, metavar="JSON", help="measure nothing, show this file")
     options.add_argument("--figure", type=Path, help="draw the results here, a .png or .svg")
     return options
@@ -395,9 +401,7 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for values that make no sense."""
-    for name, low in (("turns", 1), ("steps", 1), ("num_threads", 0), ("num_workers", 0)):
-        if getattr(args, name) < low:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least {low}")
+    check_at_least(args, turns=1, steps=1, num_threads=0, num_workers=0)
     if args.minutes is not None and not args.minutes > 0:
         raise UserError(f"--minutes {args.minutes:g} must be above 0")
     if args.figure and args.figure.suffix not in (".png", ".svg"):
@@ -456,13 +460,13 @@ def measure_all(args: argparse.Namespace, points: list[Point], loss: list[LossPo
             keep()
 
 
-def show(heading: dict[str, Any], points: list[Point], loss: list[LossPoint], figure: Path | None) -> None:
+def show(head: dict[str, Any], points: list[Point], loss: list[LossPoint], figure: Path | None) -> None:
     """The figure; on the screen where it comes from, and the tables."""
     if figure:
         write_figure(figure, points, loss)
-    print("\n" + ", ".join(f"{name} {value}" for name, value in heading.items() if name != "base_flops"))
+    print("\n" + ", ".join(f"{name} {value}" for name, value in head.items() if name not in ("base_flops", "command")))
     if points:
-        print("\n" + table(points, heading["base_flops"]))
+        print("\n" + table(points, head["base_flops"]))
     if loss:
         print("\n" + loss_table(loss))
 
@@ -470,7 +474,7 @@ def show(heading: dict[str, Any], points: list[Point], loss: list[LossPoint], fi
 @ends_cleanly
 def main() -> None:
     """Command line; see --help."""
-    args = parser().parse_args()
+    args = options().parse_args()
     check(args)
     if args.source:
         show(*read(args.source), args.figure)
@@ -478,36 +482,27 @@ def main() -> None:
     if args.size in GPU_SIZES and not torch.cuda.is_available():
         print(f"skipped: {args.size} (needs a GPU)")
         return
-    heading: dict[str, Any] = {
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": args.num_threads or len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
-        "size": f"{args.size}, {SIZES[args.size]}",
-        "base_flops": flops_of(SIZES[args.size])[0],
-        "settings": f"{args.turns} turns of {args.steps} steps, {args.ds_config}",
-    }
+    cores = len(os.sched_getaffinity(0))
+    head = heading(
+        cores=cores,
+        threads=args.num_threads or cores,
+        size=f"{args.size}, {SIZES[args.size]}",
+        base_flops=flops_of(SIZES[args.size])[0],
+        settings=f"{args.turns} turns of {args.steps} steps, {args.ds_config}",
+    )
     points: list[Point] = []
     loss: list[LossPoint] = []
     if args.out and args.out.exists():
         there, points, loss = read(args.out)
-        for name, value in heading.items():
-            if there.get(name) != value:
+        for name, value in head.items():
+            if name not in ("date", "command") and there.get(name) != value:
                 raise UserError(
                     f"{args.out} was measured with {name} {there.get(name)}, not {value}; name another file"
                 )
         print(f"{args.out} holds {len(points)} points: the others follow", flush=True)
         points = [point for point in points if not point.left_out]  # there may be more memory now
-    heading["date"] = datetime.now(UTC).date().isoformat()
-
-    def keep() -> None:
-        """A run that is cut short keeps what it has."""
-        if args.out:
-            shown = {"points": [asdict(p) for p in points], "loss": [asdict(p) for p in loss]}
-            args.out.write_text(json.dumps(heading | shown, indent=1), encoding="utf-8")
-
-    measure_all(args, points, loss, keep)
-    show(heading, points, loss, args.figure)
+    measure_all(args, points, loss, lambda: write_results(args.out, head, points=points, loss=loss))
+    show(head, points, loss, args.figure)
 
 
 if __name__ == "__main__":
