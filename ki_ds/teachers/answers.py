@@ -54,22 +54,22 @@ def _asked(questions: Questions) -> Iterator[tuple[int, int]]:
 def export_requests(path: Path, questions: Questions, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """Write what a teacher is to be asked, whole or not at all; the number of requests. UserError on a full disk."""
     temporary, num_requests = path.with_name(path.name + ".tmp"), 0
+    with write_errors_are_one_line(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with write_errors_are_one_line(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w", encoding="utf-8") as file:
-                for mask, sample_id in _asked(questions):
-                    sample = questions.train.sample(sample_id, seed=questions.seed, epoch=mask)
-                    request = {"sample_id": sample_id, "mask": mask, "input_ids": sample.input_ids_T.tolist()}
-                    request["positions"] = sample.positions_N.tolist()
-                    if tokenizer is not None:
-                        request["text"] = tokenizer.decode(request["input_ids"])
-                    file.write(json.dumps(request, ensure_ascii=False) + "\n")
-                    num_requests += 1
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
+        with write_errors_are_one_line(path), temporary.open("w", encoding="utf-8") as file:
+            for mask, sample_id in _asked(questions):
+                sample = questions.train.sample(sample_id, seed=questions.seed, epoch=mask)
+                request = {"sample_id": sample_id, "mask": mask, "input_ids": sample.input_ids_T.tolist()}
+                request["positions"] = sample.positions_N.tolist()
+                if tokenizer is not None:
+                    request["text"] = tokenizer.decode(request["input_ids"])
+                file.write(json.dumps(request, ensure_ascii=False) + "\n")
+                num_requests += 1
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
     return num_requests

@@ -28,7 +28,6 @@ from ki_ds.errors import ResumableError, UserError, common_to_all_ranks
 from ki_ds.evaluation.perplexity import Perplexity, validate
 from ki_ds.files import write_json
 from ki_ds.objective.types import LossOutput
-from ki_ds.ranks.bridge import Bridge
 from ki_ds.ranks.preemption import Preemption
 from ki_ds.ranks.stragglers import Pace
 from ki_ds.ranks.watchdog import Watchdog
@@ -58,25 +57,14 @@ def train(config: RunConfig, *, started: float | None = None) -> None:
         config.engine.watchdog_seconds,
         teaches=bridge is not None and bridge.is_teacher,
     )
-    with watchdog, watchdog.naming_lost_ranks():
+    run_dir = Path(config.run_dir)
+    with watchdog, watchdog.naming_lost_ranks(), contextlib.ExitStack() as stack:
         if bridge is not None and bridge.is_teacher:
             watchdog.at(0, "teaching", watched=False)
             with preemption.handled():  # its students learn of it and stop; then it leaves too
                 teach(config, bridge, device)
-        else:
-            _train(config, device, bridge, preemption, watchdog, started)
-
-
-def _train(
-    config: RunConfig,
-    device: torch.device,
-    bridge: Bridge | None,
-    preemption: Preemption,
-    watchdog: Watchdog,
-    started: float | None,
-) -> None:
-    run_dir = Path(config.run_dir)
-    with checkpoint.naming_a_full_disk(run_dir), contextlib.ExitStack() as stack:
+            return
+        stack.enter_context(checkpoint.naming_a_full_disk(run_dir))
         on_main(lambda: stack.enter_context(checkpoint.claimed(run_dir)))
         with common_to_all_ranks():
             run = prepare(config, device, bridge)
