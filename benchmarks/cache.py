@@ -33,10 +33,9 @@ from ki_ds.models.presets import count_parameters
 from ki_ds.teachers.cache import CachedTeacher
 from ki_ds.teachers.cache_build import build_cache, record_teacher
 from ki_ds.teachers.cache_files import CacheFiles
-from ki_ds.teachers.factory import TeacherFacts
 from ki_ds.teachers.online import OnlineTeacher
 from ki_ds.teachers.questions import Questions
-from ki_ds.teachers.teacher import Teacher
+from ki_ds.teachers.teacher import Teacher, TeacherFacts
 
 LINE_TOKENS = 30
 

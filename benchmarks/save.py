@@ -112,21 +112,19 @@ def work(argv: list[str]) -> None:
     from ki_ds import config as configuration
     from ki_ds.training import loop as training
 
-    save, loop = training._save, training._loop
+    save, go = training.Loop.save, training.Loop.go
     held: list[float] = []
     took: dict[str, Any] = {}
 
-    def timed_save(run: Any, saver: Any, *, at_once: bool) -> None:
-        seconds, _ = timed(lambda: save(run, saver, at_once=at_once), time.perf_counter)
+    def timed_save(loop: Any, *, at_once: bool) -> None:
+        seconds, _ = timed(lambda: save(loop, at_once=at_once), time.perf_counter)
         if not at_once:
             held.append(seconds)
 
-    def timed_loop(*given: Any) -> None:
-        took["wall"], (took["cpu"], _) = timed(
-            lambda: timed(lambda: loop(*given), time.process_time), time.perf_counter
-        )
+    def timed_go(loop: Any) -> None:
+        took["wall"], (took["cpu"], _) = timed(lambda: timed(lambda: go(loop), time.process_time), time.perf_counter)
 
-    training._save, training._loop = timed_save, timed_loop  # type: ignore[assignment]
+    training.Loop.save, training.Loop.go = timed_save, timed_go  # type: ignore[assignment, method-assign]
     training.train(configuration.parse(argv))
     print(json.dumps({"held": held, **took}), flush=True)
 

@@ -129,8 +129,7 @@ def ours(job: Job, pace: Pace, *, taught: bool) -> None:
     from ki_ds.engine import student as engine
     from ki_ds.ranks.preemption import Preemption
     from ki_ds.ranks.stragglers import Pace as RankPace
-    from ki_ds.reports.metrics import Window
-    from ki_ds.training.loop import _batches, train_step
+    from ki_ds.training.loop import train_step
     from ki_ds.training.setup import prepare
 
     if job.get("give_back"):
@@ -140,17 +139,15 @@ def ours(job: Job, pace: Pace, *, taught: bool) -> None:
     Path(config.run_dir).mkdir(exist_ok=True)
     device, _ = engine.connect(config.engine)
     run = prepare(config, device)
-    window, num_teachers = Window(device, num_teachers=len(run.facts)), len(run.facts)
     preemption, rank_pace = Preemption(), RankPace(device)
 
     def loss() -> float:
-        nonlocal window
-        done, window = window, Window(device, num_teachers=num_teachers)
+        done, run.window = run.window, run.new_window()
         done.settle()
-        return done.figures().means["loss"]
+        return done.figures(0.0).means["loss"]
 
-    for micro_batches in rank_pace.loading(each("data", _batches(run, MAX_STEPS))):
-        train_step(run, micro_batches, window, preemption, rank_pace)
+    for micro_batches in rank_pace.loading(each("data", run.batches(MAX_STEPS))):
+        train_step(run, micro_batches, preemption, rank_pace)
         run.totals.step += 1
         if not pace.step_done(micro_batches[0].num_tokens, loss):
             break
