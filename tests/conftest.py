@@ -43,9 +43,8 @@ def trained(tmp_path_factory, worker_id):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "made").exists():
             corpus = tiny_corpus(folder / "corpus")
-            groups = {"data": {"max_valid_samples": None}, "model": {"hidden_size": 16}, "train": {"num_steps": 8}}
             for task in ("mlm", "causal"):
-                run(folder / f"{task}_teacher", corpus, task=task, **groups)
+                run(folder / f"{task}_teacher", corpus, task=task, model={"hidden_size": 16}, train={"num_steps": 8})
             (folder / "made").touch()
     return folder
 

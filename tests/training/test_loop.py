@@ -59,9 +59,10 @@ def test_validation_is_the_exported_models_own_perplexity(base, task):
     auto = AutoModelForMaskedLM if task == "mlm" else AutoModelForCausalLM
     lm = auto.from_pretrained(run_dir / "best").double().eval()
     assert AutoTokenizer.from_pretrained(run_dir / "best")("the cat").input_ids
-    data = load_data(configuration.load(run_dir / "config.yaml"))
+    config = configuration.load(run_dir / "config.yaml")
+    data = load_data(config)
     ce_sum, num_rows = 0.0, 0
-    for batch in ValidBatches(data.valid["corpus"], micro_batch_size=3):
+    for batch in ValidBatches(data.valid["corpus"], micro_batch_size=3, max_samples=config.data.max_valid_samples):
         with torch.no_grad():
             logits = lm(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits
         rows = logits.flatten(0, 1)[batch.rows_N][:, : data.vocabulary.size]
