@@ -28,14 +28,13 @@ from ki_ds.config import ModelConfig, Task
 from ki_ds.config.paper import PRESETS
 from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
-from ki_ds.models.rows import InheritanceModel, RowLM, Rows, StudentOutput
+from ki_ds.models.rows import InheritanceModel, RowLM, Rows
 
 __all__ = [
     "DTYPES",
     "InheritanceModel",
     "RowLM",
     "Rows",
-    "StudentOutput",
     "build_lm",
     "check_vocabulary",
     "count_parameters",

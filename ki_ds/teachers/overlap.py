@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ki_ds.data.batches import Batch
-from ki_ds.objective.types import Average, Head, Routed, Signal, Sparse
+from ki_ds.objective.types import Average, Head, Logits, Routed, Signal, Sparse
 from ki_ds.teachers.teacher import Teacher
 
 
@@ -70,8 +70,8 @@ class OverlappedTeacher(Teacher):
 def _tensors(signal: Signal) -> list[Tensor]:
     """What the teacher's stream has made for this batch; a head stays where it is."""
     match signal:
-        case Head(hidden_ND):
-            return [hidden_ND]
+        case Head(rows_ND) | Logits(rows_ND):
+            return [rows_ND]
         case Sparse(ids_NK, probs_NK):
             return [ids_NK, probs_NK]
         case Routed(parts):

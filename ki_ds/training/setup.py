@@ -32,7 +32,7 @@ from ki_ds.models.presets import (
     model_folder,
     weights_sha256,
 )
-from ki_ds.objective.loss import resolve_backend
+from ki_ds.objective.backend import resolve_backend
 from ki_ds.ranks.bridge import Bridge
 from ki_ds.ranks.world import from_main, is_main, on_main, rank, say, world_size
 from ki_ds.reports.metrics import Totals, Window
