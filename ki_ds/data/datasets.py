@@ -400,17 +400,8 @@ class _Opener:
         cache, (bin_path, idx_path) = self._cache(store), store.paths
         if not cache.knows(idx_path):
             open_store(store.prefix)  # with every check
-        found = self.digests[bin_path], self.digests[idx_path] = cache.sha256(bin_path), cache.sha256(idx_path)
-        if store.manifest is None:
-            return
-        for path, digest, said in zip(
-            store.paths, found, (store.manifest.bin_sha256, store.manifest.idx_sha256), strict=True
-        ):
-            if digest != said:
-                raise UserError(
-                    f"{path} has SHA-256 {digest[:12]}, its manifest says {said[:12]}; the file was changed: "
-                    "prepare the data again"
-                )
+        self.digests[bin_path], self.digests[idx_path] = cache.sha256(bin_path), cache.sha256(idx_path)
+        store.verify(self.digests.__getitem__)
 
     def _hashes(self, stores: list[TokenStore]) -> list[str]:
         return [self.digests[path] for store in stores for path in store.paths]

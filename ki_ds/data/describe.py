@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ki_ds.data.prepare import open_corpus
-from ki_ds.data.store import Manifest, TokenStore, is_fairseq_folder, open_shards, store_prefix, verify_store
+from ki_ds.data.store import Manifest, TokenStore, is_fairseq_folder, open_shards, store_prefix
 from ki_ds.data.tokenize import former_tokenizer_hash, load_tokenizer, read_fairseq_dict, tokenizer_hash
 from ki_ds.errors import UserError
 
@@ -133,7 +133,7 @@ def _facts(
 ) -> StoreFacts:
     stores = open_shards(prefix)
     first = stores[0]
-    num_verified = sum(verify_store(store.prefix) is not None for store in stores) if verify else None
+    num_verified = sum(store.verify() is not None for store in stores) if verify else None
     manifest = next((store.manifest for store in stores if store.manifest is not None), None)
     decoder, vocab_size = _decoder(first, manifest, tokenizer)
     for store in stores:
