@@ -27,8 +27,7 @@ import torch
 from transformers import PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
 from ki_ds.cli import ends_cleanly
-from ki_ds.data.mixture import Mixture
-from ki_ds.data.samples import BlockDataset
+from ki_ds.data.samples import BlockDataset, Mixture
 from ki_ds.data.store import SpecialIds, StoreWriter, open_store
 from ki_ds.errors import UserError
 from ki_ds.models.presets import count_parameters
