@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from ki_ds import config as configuration
-from ki_ds.config import RunConfig, parse
+from ki_ds.config import RunConfig, parse, schema
 from ki_ds.config.operational import OPERATIONAL_FIELDS
 from ki_ds.config.ranges import RANGES
 from ki_ds.config.teacher_entries import TeacherEntry
@@ -103,7 +103,7 @@ def test_an_unknown_key_in_a_file_is_refused_with_its_name(tmp_path):
 
 
 def test_every_field_is_explained_in_the_help():
-    text = " ".join(configuration._parser().format_help().split())
+    text = " ".join(schema._parser().format_help().split())
     for group in (RunConfig, *(f.default_factory for f in dataclasses.fields(RunConfig))):
         if group is dataclasses.MISSING:
             continue
