@@ -6,12 +6,15 @@ from setuptools import find_packages, setup
 
 setup(
     name="ki_ds",
-    version="0.1.0",
+    version="0.2.0",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     description="Knowledge inheritance for pre-training language models, on DeepSpeed",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     package_data={"ki_ds.data": ["*.tsv"]},
     python_requires=">=3.11",
+    entry_points={"console_scripts": ["ki-ds = ki_ds.__main__:main"]},
     packages=find_packages(include=["ki_ds", "ki_ds.*"]),
     install_requires=[
         "torch>=2.11",
@@ -44,6 +47,7 @@ setup(
             *("accelerate", "scikit-learn", "scipy"),
             *("ruff", "mypy", "import-linter", "types-PyYAML", "types-psutil"),
         ],
+        "docs": ["mkdocs", "mkdocstrings[python]"],
         "peers": ["accelerate", "liger-kernel", "flash-linear-attention", "quack-kernels", "cut-cross-entropy"],
     },
 )

@@ -1,3 +1,3 @@
 """Knowledge inheritance for pre-trained language models, on DeepSpeed."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 ''':'
-# Train a language model, alone or inheriting from a smaller one. bash and Python both read this file, so that
+# Train a language model, alone or inheriting from a smaller one.
+# bash and Python both read this file, so that
 #
 #   deepspeed launchers/train_ki.sh                          the demo's inheriting run, resumed or fresh
 #   deepspeed --num_gpus 2 launchers/train_ki.sh --config launchers/recipes/NAME.yaml --optim.lr 3e-4

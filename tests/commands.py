@@ -8,6 +8,7 @@ import time
 import pytest
 
 from ki_ds.ranks.world import free_port
+from tests import forked
 from tests.tiny import ROOT, environment, records
 
 
@@ -39,7 +40,7 @@ def start(config, world, program=("launchers/train_ki.sh", "--config"), **extra)
         command = [sys.executable, *program, str(config)]
         group = processes[0].pid if processes else 0
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=env, cwd=ROOT, process_group=group, **pipes))
+        processes.append(forked.Popen(command, env=env, cwd=ROOT, process_group=group, **pipes))
     return processes
 
 

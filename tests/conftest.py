@@ -1,9 +1,14 @@
 import os
 import shutil
 
+# Two workers share two cores: read by torch at its import, here and in every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings
+
+from tests import forked
 
 # Without a GPU Triton's kernels run in its interpreter, which must be said before Triton is imported.
 if not torch.cuda.is_available():
@@ -14,6 +19,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True)
+def no_forked_process_outlives_its_test():
+    """Nor does a failing test's, which its traceback would hold."""
+    before = set(forked.running)
+    yield
+    for process in set(forked.running) - before:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")

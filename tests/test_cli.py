@@ -15,6 +15,7 @@ from ki_ds import cli as launcher
 from ki_ds.config import parse
 from ki_ds.errors import UserError
 from ki_ds.ranks.world import free_port
+from tests import forked
 from tests.tiny import ROOT, environment, tiny_config, tiny_corpus, write_config
 
 SCRIPT = "launchers/train_ki.sh"
@@ -359,7 +360,7 @@ def alone(tmp_path_factory):
     }
     env = environment(KI_DS_ARGS="--no_such_option")  # deepspeed would fail on it
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = {name: subprocess.Popen(command, env=env, cwd=cwd, **pipes) for name, (command, cwd) in commands.items()}
+    started = {name: forked.Popen(command, env=env, cwd=cwd, **pipes) for name, (command, cwd) in commands.items()}
     said = {name: process.communicate(timeout=120) for name, process in started.items()}
     return {name: subprocess.CompletedProcess(p.args, p.returncode, *said[name]) for name, p in started.items()}
 

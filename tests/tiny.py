@@ -13,6 +13,7 @@ import yaml
 
 from ki_ds.data.prepare import TokenizerSpec, build_store
 from ki_ds.ranks.world import free_port
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 SUBJECTS = "the cat|a dog|one old man|her sister|the tall tree|every child|our teacher|some student|the small model"
@@ -96,7 +97,7 @@ def run_ranks(command: list[str], *, world: int, timeout: float = 300) -> list[s
             MASTER_PORT=port,
         )
         processes.append(
-            subprocess.Popen(
+            forked.Popen(
                 [sys.executable, *command], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
         )

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from ki_ds.data.datasets import Datasets
-    from ki_ds.teachers.factory import TeacherFacts
-    from ki_ds.teachers.teacher import Teacher
+    from ki_ds.teachers.teacher import Teacher, TeacherFacts
 
 TOPK = 10  # as many as the paper caches
 
@@ -93,7 +92,7 @@ def run(argv: list[str]) -> None:
 
 def _work(args: argparse.Namespace, config: RunConfig, device: "torch.device") -> None:
     from ki_ds.config.schedules import taught_steps
-    from ki_ds.data.datasets import open_datasets
+    from ki_ds.data.datasets import Datasets, open_datasets
     from ki_ds.ranks.world import on_main, say
     from ki_ds.teachers import answers, cache_build
     from ki_ds.teachers.questions import Questions
@@ -102,8 +101,11 @@ def _work(args: argparse.Namespace, config: RunConfig, device: "torch.device") -
     if not taught:
         raise UserError("inherit.schedule=none asks no teacher; give the run's own --config with its schedule")
     elsewhere = (args.out or args.export_requests.parent) / "index"
-    on_main(lambda: open_datasets(config.data, config.task, other_index_dir=elsewhere))
-    data = open_datasets(config.data, config.task, other_index_dir=elsewhere)
+
+    def open_data() -> Datasets:
+        return open_datasets(config.data, config.task, other_index_dir=elsewhere)
+
+    data = on_main(open_data) or open_data()
     steps = range(taught.start, taught.start + args.steps) if args.steps else taught
     questions = Questions.of_run(config, data, steps=steps).of_domains(_domain_ids(args, config, data))
     if args.epochs is not None:
@@ -171,6 +173,7 @@ def _teacher(
     args: argparse.Namespace, config: RunConfig, data: "Datasets", device: "torch.device"
 ) -> "tuple[Teacher, TeacherFacts]":
     """The running teacher, from --teacher or from the run's configuration."""
+    from ki_ds.models.presets import rows_of
     from ki_ds.teachers.factory import make_teacher
 
     if args.teacher is None and config.teacher.placement == "cache":
@@ -178,13 +181,9 @@ def _teacher(
     path = args.teacher or config.teacher.path
     return make_teacher(
         dataclasses.replace(config.teacher, placement="online", path=path),
-        config.task,
+        rows_of(config, data),
         tokenizer_sha256=data.vocabulary.sha256,
         num_classes=data.vocabulary.size,
-        seq_len=config.data.seq_len,
-        packing=config.data.packing,
-        padded=data.padded,
-        pad_id=data.train.pad_id,
         device=device,
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 from rich.tree import Tree
 
 from ki_ds.errors import UserError
+from ki_ds.files import read_json
 
 FILE_NAME = "lineage.json"
 VERSION = 1
@@ -45,6 +46,71 @@ def teachers_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 def identities(teachers: Sequence[dict[str, Any]]) -> list[Any]:
     """What tells teachers, by their facts, from others: weights (or a hub's name), domains and share of each."""
     return [[known["weights_sha256"] or known["path"], known["domains"], known["share"]] for known in teachers]
+
+
+def check_run(
+    run_dir: Path, data: dict[str, str], teachers: Sequence[dict[str, Any]], *, other_teachers: bool
+) -> dict[str, Any]:
+    """What run.json says of a run's teachers, those that it had, and the model that it started from; {} of a new run.
+
+    Args:
+        data: hashes of the run's vocabulary and data, now.
+        teachers: facts of the teachers that the configuration names, asked or not.
+        other_teachers: whether they may be others than before.
+
+    Raises:
+        UserError: data, tokenizer or a teacher changed under the run.
+    """
+    if not (run_dir / "run.json").exists():
+        return {}
+    before = read_json(run_dir / "run.json", "data")
+    for name, digest in data.items():
+        if before["data"][name] != digest:
+            raise UserError(
+                f"run_dir={run_dir}: {name} was {before['data'][name][:12]}, data.corpus has {digest[:12]}; "
+                "give the run its own data back, or start in another run_dir"
+            )
+    had = teachers_of(before)
+    if had and teachers and not other_teachers:
+        check_teachers(run_dir, had, teachers)
+    return {
+        "teachers": had,
+        "former_teachers": before.get("former_teachers", []),
+        "started_from": before.get("started_from"),
+    }
+
+
+def check_teachers(run_dir: Path, old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> None:
+    """UserError when the teachers of a run that goes on are not, one by one, those that it had."""
+    allow = "--train.changed_config allow"
+    if len(old) != len(new):
+        raise UserError(
+            f"run_dir={run_dir} inherited from {len(old)} teachers, now there are {len(new)}; give the same, or {allow}"
+        )
+    for number, (before, now) in enumerate(zip(old, new, strict=True)):
+        hub_names = {known["path"] for known in (before, now) if known["weights_sha256"] is None}
+        if before["weights_sha256"] != now["weights_sha256"] or len(hub_names) > 1:
+            field_name = "teacher.path" if now["name"] is None else f"teachers.{number}.path"
+            raise UserError(
+                f"run_dir={run_dir} inherited from {before['path']}, {field_name}={now['path']} has other weights; "
+                f"give the same teacher, or {allow}"
+            )
+        # the same teacher would say something else: from another cache, or all where it said its top K
+        old_cache, new_cache = before.get("cache"), now["cache"]
+        other_key = old_cache and new_cache and old_cache["key_sha256"] != new_cache["key_sha256"]
+        if other_key or _is_topk(old_cache) != _is_topk(new_cache):
+            raise UserError(
+                f"run_dir={run_dir} inherited from {_speaker(old_cache)}, now it is {_speaker(new_cache)}; give the "
+                f"same, or {allow}"
+            )
+
+
+def _is_topk(cache: dict[str, Any] | None) -> bool:
+    return cache is not None and cache["kind"] == "topk"
+
+
+def _speaker(cache: dict[str, Any] | None) -> str:
+    return f"the cache {cache['path']} ({cache['kind']}, key {cache['key_sha256'][:12]})" if cache else "the teacher"
 
 
 def describe(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from ki_ds.config import RunConfig
 from ki_ds.data.mixture import Mixture
 from ki_ds.data.randomness import permute
 from ki_ds.data.samples import BlockDataset, Sample
@@ -264,6 +265,24 @@ class TrainBatches:
         self.num_steps = num_steps
         self.pin_memory = pin_memory
         self.accumulation_steps = global_batch_size // per_micro_step
+
+    @classmethod
+    def of_run(
+        cls, config: RunConfig, dataset: Mixture, *, steps: range, rank: int, world_size: int, pin_memory: bool
+    ) -> Self:
+        """One rank's micro-batches of some steps of a run."""
+        return cls(
+            dataset,
+            seed=config.seed,
+            micro_batch_size=config.train.micro_batch_size,
+            global_batch_size=config.train.global_batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=config.data.num_workers,
+            start_step=steps.start,
+            num_steps=steps.stop,
+            pin_memory=pin_memory,
+        )
 
     def __iter__(self) -> Iterator[list[Batch]]:
         first = self.start_step * self.accumulation_steps

@@ -24,11 +24,13 @@ from transformers import (
     RobertaConfig,
 )
 
-from ki_ds.config import ModelConfig, Task
+from ki_ds.config import ModelConfig, RunConfig, Task
 from ki_ds.config.paper import PRESETS
+from ki_ds.data.datasets import Datasets
 from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
 from ki_ds.models.rows import InheritanceModel, RowLM, Rows, StudentOutput
+from ki_ds.ranks.world import say
 
 __all__ = [
     "DTYPES",
@@ -37,6 +39,7 @@ __all__ = [
     "Rows",
     "StudentOutput",
     "build_lm",
+    "build_student",
     "check_vocabulary",
     "count_parameters",
     "lm_config",
@@ -46,6 +49,7 @@ __all__ = [
     "model_folder",
     "quieten",
     "read_config",
+    "rows_of",
     "weights_sha256",
 ]
 
@@ -90,6 +94,39 @@ def build_lm(
     check_padding(lm, special_ids, what=f"model.name={model.name}")
     lm.config.use_cache = False
     return lm
+
+
+def build_student(config: RunConfig, data: Datasets) -> InheritanceModel:
+    """A run's student with its objective, float32 on the CPU, checked against the rows that it will meet.
+
+    Raises:
+        UserError: as `build_lm` and the model's checks; or rows are longer than its positions.
+    """
+    vocabulary = data.vocabulary
+    lm = build_lm(
+        config.model,
+        config.task,
+        num_classes=vocabulary.size,
+        special_ids=vocabulary.special_ids,
+        seed=config.seed,
+    )
+    limit = max_positions(lm)
+    if limit is not None and config.data.seq_len > limit:
+        raise UserError(
+            f"data.seq_len={config.data.seq_len} exceeds the student's {limit} positions; "
+            "lower it or take a longer model"
+        )
+    model = InheritanceModel(lm, num_classes=vocabulary.size, loss=config.loss, tau=config.inherit.tau)
+    rows = rows_of(config, data)
+    model.check(rows)
+    for note in model.check_training(rows):
+        say(note)
+    return model
+
+
+def rows_of(config: RunConfig, data: Datasets) -> Rows:
+    """The rows that a run's student and teachers meet."""
+    return Rows(config.task, config.data.seq_len, data.padded, config.data.packing, data.train.pad_id)
 
 
 def lm_config(model: ModelConfig, task: Task, *, num_classes: int, special_ids: SpecialIds) -> PreTrainedConfig:

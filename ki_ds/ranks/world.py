@@ -408,15 +408,16 @@ def together(error: UserError | None) -> None:
         raise error
 
 
-def on_main(check: Callable[[], object]) -> None:
-    """Run a check on rank 0 alone; its UserError is raised on every rank."""
-    error = None
+def on_main(work: Callable[[], Value]) -> Value | None:
+    """What `work` gives on rank 0, which alone does it; None on the others. Its UserError is raised on every rank."""
+    error = value = None
     if is_main():
         try:
-            check()
-        except UserError as found:
-            error = found
+            value = work()
+        except UserError as refused:
+            error = refused
     together(error)
+    return value
 
 
 def leave(code: int) -> None:

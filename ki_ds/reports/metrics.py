@@ -43,19 +43,17 @@ class Totals:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a window comes to over all ranks.
+    """What a window comes to over all ranks, by the names of the metrics.
 
-    `means` has loss, ce and kl a row; `aux_loss` is what the architecture added to the loss itself, the average of the
-    micro-batches (None where it adds nothing). `teachers` says for each teacher over the rows that it taught: kl, ce
-    and its own teacher_ce a row (left out where it is not known), and rows; 0 rows where the run's teachers are
-    averaged.
+    `means` has loss, ce and kl a row. `others` has tokens_per_second; aux_loss, what the architecture added to the loss
+    itself, as the average of the micro-batches, where it adds something; and teacher_ce a row, where it is known of the
+    only teacher. `teachers` says for each teacher over the rows that it taught: kl, ce and its own teacher_ce a row
+    (left out where it is not known), rows (0 where the run's teachers are averaged), and the tokens of its forward.
     """
 
     means: dict[str, float]
-    tokens: int
-    teacher_tokens: list[int]  # that each teacher's forward saw
+    others: dict[str, float]
     teachers: list[dict[str, float]]
-    aux_loss: float | None = None
 
 
 class Window:
@@ -66,11 +64,9 @@ class Window:
     """
 
     def __init__(self, device: torch.device, *, num_teachers: int = 0, seconds: float = 0.0):
-        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
-        self._aux = torch.zeros(2, dtype=torch.float64, device=device)  # the sum over micro-batches, and their number
-        self._teachers_T4 = torch.zeros(num_teachers, 4, dtype=torch.float64, device=device)
-        self._tokens = np.zeros(1 + num_teachers)
-        shapes = {"sums": 5, "aux": 2, "teachers": (num_teachers, 4), "tokens": 1 + num_teachers}
+        shapes = {"sums": (5,), "aux": (2,), "teachers": (num_teachers, 4), "tokens": (1 + num_teachers,)}
+        self._local = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+        self._local["tokens"] = self._local["tokens"].cpu()
         self._settled = {name: np.zeros(shape) for name, shape in shapes.items()}  # over all ranks
         self.seconds = seconds
 
@@ -86,56 +82,60 @@ class Window:
 
         One whose loss is no number is left out of the means.
         """
+        local = self._local
         row = torch.stack([value.detach().double() for value in (out.loss_sum, out.ce_sum, out.kl_sum, out.num_rows)])
         finite = row.isfinite().all()
-        self._sums[:4] += torch.where(finite, row, 0)
-        self._sums[4] += ~finite
-        if aux_loss is not None:
-            self._aux += torch.where(finite, torch.stack([aux_loss.detach().double(), finite.double()]), 0)
-        if out.teachers.shape == self._teachers_T4.shape:  # not those of an average
-            self._teachers_T4 += torch.where(finite, out.teachers, 0)
-        self._tokens[: 1 + len(teacher_tokens)] += [num_tokens, *teacher_tokens]
+        local["sums"][:4] += torch.where(finite, row, 0)
+        local["sums"][4] += ~finite
+        if aux_loss is not None:  # the sum over micro-batches, and their number
+            local["aux"] += torch.where(finite, torch.stack([aux_loss.detach().double(), finite.double()]), 0)
+        if out.teachers.shape == local["teachers"].shape:  # not those of an average
+            local["teachers"] += torch.where(finite, out.teachers, 0)
+        local["tokens"][: 1 + len(teacher_tokens)] += torch.tensor([num_tokens, *teacher_tokens])
 
     def settle(self) -> tuple[int, list[int]]:
         """Tokens over all ranks since it was settled last, and those of each teacher's forward. Waits for the device.
 
         Called by all ranks.
         """
-        local: Sequence[Any] = (self._sums, self._aux, self._teachers_T4, self._tokens)
-        flat = all_sum(torch.cat([torch.as_tensor(values).to(self._sums).view(-1) for values in local]))
-        parts = np.split(np.array(flat.tolist()), np.cumsum([values.size for values in self._settled.values()])[:-1])
-        for here, part, settled in zip(local, parts, self._settled.values(), strict=True):
-            settled += part.reshape(settled.shape)
-            here[:] = 0
+        flat = all_sum(torch.cat([values.to(self._local["sums"]).view(-1) for values in self._local.values()]))
+        parts = np.split(np.array(flat.tolist()), np.cumsum([total.size for total in self._settled.values()])[:-1])
+        for local, total, part in zip(self._local.values(), self._settled.values(), parts, strict=True):
+            total += part.reshape(total.shape)
+            local.zero_()
         tokens, *teacher_tokens = map(int, parts[-1])
         return tokens, teacher_tokens
 
-    def figures(self) -> Figures:
-        """What has been settled comes to."""
-        loss, ce, kl, rows, bad = map(float, self._settled["sums"].flat)
+    def figures(self, seconds: float) -> Figures:
+        """The means over what has been settled; `seconds` of training when it ended (`Totals.seconds`)."""
+        loss, ce, kl, rows, bad = self._settled["sums"].tolist()
         rows = math.nan if bad and not rows else max(rows, 1.0)
         tokens, *teacher_tokens = map(int, self._settled["tokens"])
-        teachers = [_told(*row) for row in self._settled["teachers"].tolist()]
-        means = {"loss": loss / rows, "ce": ce / rows, "kl": kl / rows}
+        others = {"tokens_per_second": tokens / max(seconds - self.seconds, 1e-9)}
         aux_sum, num_aux = self._settled["aux"].tolist()
-        return Figures(means, tokens, teacher_tokens, teachers, aux_sum / num_aux if num_aux else None)
+        if num_aux:
+            others["aux_loss"] = aux_sum / num_aux
+        teachers = []
+        for sums, asked in zip(self._settled["teachers"].tolist(), teacher_tokens, strict=True):
+            taught = sums[2]
+            named = {"kl": sums[0], "ce": sums[3], "teacher_ce": sums[1]}
+            means = {name: value / max(taught, 1.0) for name, value in named.items() if not math.isnan(value)}
+            teachers.append(means | {"rows": int(taught), "tokens": asked})
+        if len(teachers) == 1 and teachers[0]["rows"] and "teacher_ce" in teachers[0]:
+            others["teacher_ce"] = teachers[0]["teacher_ce"]
+        return Figures({"loss": loss / rows, "ce": ce / rows, "kl": kl / rows}, others, teachers)
 
     def state(self) -> dict[str, Any]:
         """What has been settled, as JSON, for a checkpoint between two lines."""
-        return {name: values.tolist() for name, values in self._settled.items()} | {"seconds": self.seconds}
+        return {name: total.tolist() for name, total in self._settled.items()} | {"seconds": self.seconds}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state; what it says of teachers is left out if those of now are not as many."""
         self.seconds = state["seconds"]
         self._settled["tokens"][0] = state["tokens"][0]
-        for name, values in self._settled.items():
-            if values.shape == np.shape(state[name]):
-                values[:] = state[name]
-
-
-def _told(kl_sum: float, teacher_ce_sum: float, num_rows: float, ce_sum: float) -> dict[str, float]:
-    means = {"kl": kl_sum, "ce": ce_sum, "teacher_ce": teacher_ce_sum}
-    return {n: v / max(num_rows, 1.0) for n, v in means.items() if not math.isnan(v)} | {"rows": int(num_rows)}
+        for name, total in self._settled.items():
+            if total.shape == np.shape(state[name]):
+                total[:] = state[name]
 
 
 def perplexity(ce_sum: float, num_rows: float) -> float:
@@ -148,7 +148,8 @@ class Stopwatch:
     """Seconds of training, over all resumes; paused while something else is done."""
 
     def __init__(self, seconds: float = 0.0):
-        self._seconds, self._since = seconds, None  # type: float, float | None
+        self._seconds = seconds
+        self._since: float | None = None
 
     def run(self) -> None:
         """Count from now on, unless it counts already."""
@@ -222,30 +223,26 @@ class Display:
 
     def figures(self, step: int, figures: dict[str, float]) -> None:
         """Show a line of training figures."""
-        parts = [f"{figures['tokens_per_second']:,.0f} tokens/s", f"alpha {figures['alpha']:.2f}"]
-        parts += [f"ce {figures['ce']:.3f}", f"kl {figures['kl']:.3f}", f"lr {figures['lr']:.1e}"]
-        self._figures = "  ".join(parts)
-        self._refresh()
-        if self._lines:
-            done = max(step - self._start_step, 1)
-            eta = (time.monotonic() - self._started) / done * (self._num_steps - step)
-            print(
-                f"{self._title} step {step}/{self._num_steps}  eta {eta:.0f} s  {self._figures}{self._valid}",
-                flush=True,
-            )
+        self._figures = (
+            f"{figures['tokens_per_second']:,.0f} tokens/s  alpha {figures['alpha']:.2f}  ce {figures['ce']:.3f}  "
+            f"kl {figures['kl']:.3f}  lr {figures['lr']:.1e}"
+        )
+        seconds_per_step = (time.monotonic() - self._started) / max(step - self._start_step, 1)
+        eta = seconds_per_step * (self._num_steps - step)
+        self._show(f"{self._title} step {step}/{self._num_steps}  eta {eta:.0f} s  {self._figures}{self._valid}")
 
     def validation(self, step: int, ppl: float, domains: dict[str, float]) -> None:
         """Show a validation perplexity (and those of several domains), which then stays beside the other figures."""
         self._valid = f"  valid ppl {ppl:.2f}"
         if len(domains) > 1:
             self._valid += " (" + ", ".join(f"{name} {value:.2f}" for name, value in domains.items()) + ")"
-        self._refresh()
-        if self._lines:
-            print(f"{self._title} step {step}/{self._num_steps}{self._valid}", flush=True)
+        self._show(f"{self._title} step {step}/{self._num_steps}{self._valid}")
 
-    def _refresh(self) -> None:
+    def _show(self, line: str) -> None:
         if self._live:
             self._live.update(Group(self._progress, Text(self._figures + self._valid)))
+        elif self._lines:
+            print(line, flush=True)
 
     def close(self) -> None:
         """Leave the terminal in order."""

@@ -32,11 +32,11 @@ import numpy as np
 from ki_ds.data.batches import Batch
 from ki_ds.data.store import token_dtype
 from ki_ds.errors import UserError
-from ki_ds.files import sync_folder, write_errors_are_one_line
+from ki_ds.files import file_sha256, sync_folder, write_errors_are_one_line
 from ki_ds.teachers.cache_build import Recording, missing_places, topk_key
 from ki_ds.teachers.cache_files import CacheFiles, Columns
-from ki_ds.teachers.factory import TeacherFacts
 from ki_ds.teachers.questions import Questions, input_hashes, row_bounds
+from ki_ds.teachers.teacher import TeacherFacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,39 +46,33 @@ _MOST_MASS = 1.01  # of the probabilities of a row, which may be rounded
 
 def _asked(questions: Questions) -> Iterator[tuple[int, int]]:
     """(mask, sample id) of every masked sample, once, in the order of the stream."""
-    places = missing_places(questions, CacheFiles([], num_samples=len(questions.train)))
-    for part in np.array_split(places, max(1, len(places) // 100_000)):
-        for place in part.tolist():
-            epochs, ids = questions.train.stream(place, place + 1, seed=questions.seed)
-            yield int(questions.masks(epochs)[0]), int(ids[0])
+    for place in missing_places(questions, CacheFiles([], num_samples=len(questions.train))):
+        epochs, ids = questions.train.stream(int(place), int(place) + 1, seed=questions.seed)
+        yield int(questions.masks(epochs)[0]), int(ids[0])
 
 
 def export_requests(path: Path, questions: Questions, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """Write what a teacher is to be asked, whole or not at all; the number of requests. UserError on a full disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    questions_asked = list(_asked(questions))
+    temporary, num_requests = path.with_name(path.name + ".tmp"), 0
     with write_errors_are_one_line(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with write_errors_are_one_line(path), temporary.open("w", encoding="utf-8") as file:
-            for mask, sample_id in questions_asked:
-                file.write(json.dumps(_request(questions, mask, sample_id, tokenizer), ensure_ascii=False) + "\n")
+            for mask, sample_id in _asked(questions):
+                sample = questions.train.sample(sample_id, seed=questions.seed, epoch=mask)
+                request = {"sample_id": sample_id, "mask": mask, "input_ids": sample.input_ids_T.tolist()}
+                request["positions"] = sample.positions_N.tolist()
+                if tokenizer is not None:
+                    request["text"] = tokenizer.decode(request["input_ids"])
+                file.write(json.dumps(request, ensure_ascii=False) + "\n")
+                num_requests += 1
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-    return len(questions_asked)
-
-
-def _request(
-    questions: Questions, mask: int, sample_id: int, tokenizer: PreTrainedTokenizerBase | None
-) -> dict[str, Any]:
-    sample = questions.train.sample(sample_id, seed=questions.seed, epoch=mask)
-    ids = sample.input_ids_T.tolist()
-    request = {"sample_id": sample_id, "mask": mask, "input_ids": ids, "positions": sample.positions_N.tolist()}
-    return request | ({"text": tokenizer.decode(ids)} if tokenizer is not None else {})
+    return num_requests
 
 
 def record_answers(
@@ -107,20 +101,19 @@ def record_answers(
     wanted = set(_asked(questions))
     finder = _Finder(questions, wanted)
     answers: dict[int, Columns] = {}
-    answered = set()
+    lacking = set(wanted)
     for where, entry in _entries(path):
         mask, sample_id = finder.find(entry, where)
         batch = questions.one(mask, sample_id)
         answers[input_hashes(batch)[0]] = parse.rows(entry, batch.num_rows, where)
-        answered.add((mask, sample_id))
-    if lacking := sorted(wanted - answered):
-        mask, sample_id = lacking[0]
+        lacking.discard((mask, sample_id))
+    if lacking:
+        mask, sample_id = min(lacking)
         raise UserError(
             f"{path} lacks the answers to {len(lacking):,} of {len(wanted):,} requests (sample_id {sample_id}, mask "
             f"{mask}, ...); ask again for those, or cache fewer steps (--steps)"
         )
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(path)
     facts = TeacherFacts(str(path), digest, num_parameters, num_parameters, True, None, None)
     identity = {"teacher.weights_sha256": digest, "teacher.dtype": "imported"}
 
@@ -145,9 +138,9 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not isinstance(entry, dict) or not isinstance(entry.get("rows"), list):
                     raise UserError(f"{where} is no answer; give an object with sample_id (or input_ids) and rows")
                 yield where, entry
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{path} cannot be read ({error}); give JSON lines as docs/teachers.md describes them"
         ) from None
@@ -165,15 +158,15 @@ class _Finder:
     def find(self, entry: dict[str, Any], where: str) -> tuple[int, int]:
         if "input_ids" in entry and "sample_id" not in entry:
             return self._by_ids(entry["input_ids"], where)
-        mask = entry.get("mask", self._only_mask)
-        question = (mask, entry.get("sample_id"))
+        mask: Any = entry.get("mask", self._only_mask)
+        sample_id: Any = entry.get("sample_id")
         if mask is None:
             raise UserError(f"{where} has no mask, but samples are asked about with several; give the request's")
-        if question not in self._wanted:
+        if (mask, sample_id) not in self._wanted:
             raise UserError(
-                f"{where}: sample_id {question[1]} with mask {mask} is not asked about; take those of --export_requests"
+                f"{where}: sample_id {sample_id} with mask {mask} is not asked about; take those of --export_requests"
             )
-        return question
+        return mask, sample_id
 
     def _by_ids(self, input_ids: Any, where: str) -> tuple[int, int]:
         if self._by_input is None:
@@ -238,10 +231,11 @@ class _RowParser:
             )
         log_probs = log_probs * self._scale
         order = np.argsort(-log_probs, kind="stable")[: self._k]
-        ids, log_probs = ids[order], log_probs[order]
+        log_probs = log_probs[order]
         if self._normalise:
-            log_probs = log_probs - _log_sum_exp(log_probs)
-        return ids, log_probs.astype(np.float16)
+            largest = float(log_probs.max())
+            log_probs = log_probs - (largest + math.log(float(np.exp(log_probs - largest).sum())))
+        return ids[order], log_probs.astype(np.float16)
 
     def _ids_of(self, tokens: Any, where: str) -> list[int]:
         if self._vocabulary is None:
@@ -254,8 +248,3 @@ class _RowParser:
                 f"{where}: {unknown[0]!r} is no token of the vocabulary; give tokens as the tokenizer has them"
             )
         return [self._vocabulary[token] for token in tokens]
-
-
-def _log_sum_exp(values: np.ndarray) -> float:
-    largest = float(values.max())
-    return largest + math.log(float(np.exp(values - largest).sum()))

@@ -5,6 +5,7 @@ Shape suffixes: N labelled rows, D hidden size, V padded vocabulary, K teacher e
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from ki_ds.data.store import token_dtype
 from ki_ds.errors import UserError
 from ki_ds.objective.types import PLAIN, Head, LogitForm, Signal, Sparse
 from ki_ds.teachers.cache_files import HIDDEN_DTYPES, LOGIT_FORM, CacheFiles, Columns, Manifest, read_head
+from ki_ds.teachers.online import largest_entries
 from ki_ds.teachers.questions import Questions, input_hashes
-from ki_ds.teachers.teacher import Teacher
-from ki_ds.teachers.topk import largest_entries
+from ki_ds.teachers.teacher import Teacher, TeacherFacts
 
 
 class CachedTeacher(Teacher):
@@ -57,29 +58,38 @@ class CachedTeacher(Teacher):
         self._head = {}
 
 
-def check_coverage(files: CacheFiles, questions: Questions, *, folder: Path) -> None:
-    """Return silently, or raise UserError when a record is missing that the run's steps will need."""
-    lacking, needed, last_mask = 0, 0, 0
-    for _, masks, ids in questions.blocks():
-        lacking += int((~files.has(masks, ids)).sum())
-        needed += len(masks)
-        last_mask = max(last_mask, int(masks.max(initial=0)))
-    if not lacking:
-        return
-    steps, train = questions.steps, questions.train
-    text = f"{folder} lacks {lacking:,} of the {needed:,} records that steps {steps.start + 1} to {steps.stop} need"
-    again = "call tools/cache_teacher.py again with this run's configuration: what is finished stays"
-    if train.task == "mlm" and train.shares is None and last_mask not in files.masks:
-        variants = train.datasets[0].masking.num_variants
-        text += (
-            f" (masks of {last_mask + 1} {'variants' if variants else 'epochs'} are needed, it has {len(files.masks)})"
-        )
-        again += "" if variants else ", or give both data.mask_variants to reuse masks"
-    raise UserError(f"{text}; {again}")
+def open_cache(config: TeacherConfig, questions: Questions, device: torch.device) -> tuple[CachedTeacher, TeacherFacts]:
+    """The teacher that a cache stands for, and its facts, which are in the cache's manifest.
+
+    Raises:
+        UserError: the cache is damaged, was made for other samples, or lacks some.
+    """
+    assert config.path is not None
+    folder = Path(config.path)
+    manifest = Manifest.read(folder)
+    expected = dict(questions.key)
+    if (name := manifest.key.get("vocabulary_sha256")) in questions.vocabulary_names:
+        expected["vocabulary_sha256"] = name
+    if manifest.key["kind"] == "topk":
+        expected["inherit.tau"] = questions.tau
+    if config.dtype != "auto":
+        expected["teacher.dtype"] = config.dtype
+    fix = "give the run the cache's value, or make a cache with this run's configuration (tools/cache_teacher.py)"
+    manifest.check(expected, folder=folder, fix=fix)
+    _check_semantics(config, manifest.key)
+    files = CacheFiles.open(folder, manifest)
+    _check_coverage(files, questions, folder=folder)
+    teacher = CachedTeacher(files, manifest, folder=folder, semantics=config.topk_semantics, device=device)
+    return teacher, replace(TeacherFacts(**manifest.teacher), cache=facts_of_cache(config.path, manifest))
 
 
-def fitting_semantics(config: TeacherConfig, key: dict[str, Any]) -> str:
-    """How top-K records are read. UserError when the configuration asks for what they cannot give."""
+def facts_of_cache(path: str, manifest: Manifest) -> dict[str, Any]:
+    """`TeacherFacts.cache`."""
+    own = {"key_sha256": manifest.key_sha256, "kind": manifest.key["kind"], "forward_flops": manifest.forward_flops}
+    return {"path": path, **own}
+
+
+def _check_semantics(config: TeacherConfig, key: dict[str, Any]) -> None:
     semantics = config.topk_semantics
     if semantics != TeacherConfig.topk_semantics and key["kind"] != "topk":
         raise UserError(
@@ -91,7 +101,25 @@ def fitting_semantics(config: TeacherConfig, key: dict[str, Any]) -> str:
             f"teacher.topk_semantics=tail needs probabilities at inherit.tau={key['inherit.tau']}, those of "
             f"{config.path} were imported at another and normalised; take renormalise"
         )
-    return semantics
+
+
+def _check_coverage(files: CacheFiles, questions: Questions, *, folder: Path) -> None:
+    """UserError when a record is missing that the run's steps will need."""
+    lacking, needed, last_mask = 0, 0, 0
+    for _, masks, ids in questions.blocks():
+        lacking += int((~files.has(masks, ids)).sum())
+        needed += len(masks)
+        last_mask = max(last_mask, int(masks.max(initial=0)))
+    if not lacking:
+        return
+    steps, train, have = questions.steps, questions.train, len(files.masks)
+    text = f"{folder} lacks {lacking:,} of the {needed:,} records that steps {steps.start + 1} to {steps.stop} need"
+    again = "call tools/cache_teacher.py again with this run's configuration: what is finished stays"
+    if train.task == "mlm" and train.shares is None and last_mask not in files.masks:
+        variants = train.datasets[0].masking.num_variants
+        text += f" (masks of {last_mask + 1} {'variants' if variants else 'epochs'} are needed, it has {have})"
+        again += "" if variants else ", or give both data.mask_variants to reuse masks"
+    raise UserError(f"{text}; {again}")
 
 
 # ---------------------------------------------------------------------------------- signals as columns, and back

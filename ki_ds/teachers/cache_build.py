@@ -41,26 +41,22 @@ from ki_ds.teachers.cache_files import (
     write_chunk,
     write_head,
 )
-from ki_ds.teachers.factory import TeacherFacts
 from ki_ds.teachers.questions import Questions, input_hashes, row_bounds
-from ki_ds.teachers.teacher import Teacher
+from ki_ds.teachers.teacher import Teacher, TeacherFacts
 
 CHUNK_BYTES = 64 << 20
 _INDEX_BYTES = 20  # of a record, beside its rows
 _ROWS_PROBED = 1000  # records whose rows are counted for the forecast
 
-# answer(batch) -> the columns over the batch's labelled rows
-Answer = Callable[[Batch], Columns]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """A teacher that can be recorded: the cache's key, its facts, its head (safetensors bytes), and its answers."""
+    """A teacher that can be recorded."""
 
-    key: dict[str, Any]
-    teacher: dict[str, Any]
-    head: bytes | None
-    answer: Answer
+    key: dict[str, Any]  # the cache's
+    teacher: dict[str, Any]  # its facts
+    head: bytes | None  # as safetensors
+    answer: Callable[[Batch], Columns]  # the columns over the batch's labelled rows
 
 
 def record_teacher(
@@ -90,20 +86,18 @@ def record_teacher(
         return signal
 
     probe = ask(questions.one(0, 0))
-    weights = {name for name, torch_dtype in DTYPES.items() if torch_dtype == probe.weight_VD.dtype}
     identity: dict[str, Any] = {
         "teacher.weights_sha256": facts.weights_sha256 or f"of {facts.path}",
-        "teacher.dtype": weights.pop(),
+        "teacher.dtype": next(name for name, known in DTYPES.items() if known == probe.weight_VD.dtype),
     }
     if probe.form != PLAIN:
         identity[LOGIT_FORM] = list(probe.form)
+    head = None
     if kind == "topk":
         key = topk_key(questions, topk) | identity
     else:
         width = probe.hidden_ND.shape[1]
         key = questions.key | {"kind": kind, "dtype": dtype, "hidden_size": width, **identity, "format": FORMAT}
-    head = None
-    if kind == "hidden":
         tensors = {"weight": probe.weight_VD, "bias": probe.bias_V}
         head = safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items() if t is not None})
     return Recording(key=key, teacher=asdict(facts), head=head, answer=lambda batch: encode(ask(batch), key))
@@ -132,18 +126,17 @@ def build_cache(out: Path, questions: Questions, recording: Recording, *, chunk_
         on_main(lambda: stack.enter_context(_claimed(out)))
         on_main(lambda: _begin(out, recording))
         manifest = Manifest.read(out)
-        present = _open_all(out, manifest, num_samples=len(questions.train))
+        present = _open_all(out, manifest, questions)
         places = missing_places(questions, present)
-        plan = _plan(places, questions, manifest.key, chunk_bytes=chunk_bytes)
-        num_bytes = _forecast(out, questions, places, plan, key=manifest.key, present=present.num_records)
+        plan, num_bytes = _plan(out, questions, places, manifest.key, chunk_bytes=chunk_bytes, present=present)
         on_main(lambda: check_space(out, num_bytes))
         error = None
         try:
-            _write_all(out, questions, recording, manifest.key_sha256, plan)
-        except UserError as found:
-            error = found
+            _write_all(out, questions, recording, manifest.key_sha256, plan[rank() :: world_size()])
+        except UserError as refused:
+            error = refused
         together(error)
-        written = _open_all(out, manifest, num_samples=len(questions.train))
+        written = _open_all(out, manifest, questions)
         manifest = replace(manifest, chunks={chunk.path.name: chunk.facts for chunk in written.chunks})
         on_main(lambda: manifest.write(out))
     return manifest
@@ -179,16 +172,16 @@ def _begin(out: Path, recording: Recording) -> None:
     Manifest(key=recording.key, teacher=recording.teacher, head_sha256=head, chunks={}).write(out)
 
 
-def _open_all(out: Path, manifest: Manifest, *, num_samples: int) -> CacheFiles:
+def _open_all(out: Path, manifest: Manifest, questions: Questions) -> CacheFiles:
     """All chunks of the folder, listed in the manifest or not; the same on every rank."""
     names = from_main(sorted(path.name for path in out.glob("chunk_*.safetensors")))
-    return CacheFiles([Chunk(out / name, manifest) for name in names], num_samples=num_samples)
+    return CacheFiles([Chunk(out / name, manifest) for name in names], num_samples=len(questions.train))
 
 
 def missing_places(questions: Questions, present: CacheFiles) -> np.ndarray:
     """int64 [P], ascending: the places whose masked sample comes there for the first time and has no record yet."""
     seen: dict[int, np.ndarray] = {}
-    found = []
+    missing = [np.zeros(0, np.int64)]
     for places, masks, ids in questions.blocks():
         new = ~present.has(masks, ids)
         for mask in np.unique(masks[new]).tolist():
@@ -197,19 +190,36 @@ def missing_places(questions: Questions, present: CacheFiles) -> np.ndarray:
             mine = mine[~flags[ids[mine]]]
             mine = mine[np.unique(ids[mine], return_index=True)[1]]
             flags[ids[mine]] = True
-            found.append(places[mine])
-    return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
+            missing.append(places[mine])
+    return np.sort(np.concatenate(missing))
 
 
-def _plan(places: np.ndarray, questions: Questions, key: dict[str, Any], *, chunk_bytes: int) -> list[np.ndarray]:
-    """The places of each chunk to be written: whole micro-batches, and something for every rank."""
+def _plan(
+    out: Path,
+    questions: Questions,
+    places: np.ndarray,
+    key: dict[str, Any],
+    *,
+    chunk_bytes: int,
+    present: CacheFiles,
+) -> tuple[list[np.ndarray], int]:
+    """(places of each chunk to be written: whole micro-batches, and something for every rank; their bytes). Says it."""
+    steps = f"steps 1 to {questions.steps.stop:,}"
     if not len(places):
-        return []
+        say(f"{out}: all records for {steps} are there ({present.num_records:,})")
+        return [], 0
+    mean_rows, row_bytes = _mean_rows(questions, places), bytes_per_row(key)
+    num_bytes = int(len(places) * (mean_rows * row_bytes + _INDEX_BYTES))
     numbers, starts = np.unique(places // questions.micro_batch_size, return_index=True)
-    per_record = _mean_rows(questions, places) * bytes_per_row(key) + _INDEX_BYTES
-    per_micro_batch = per_record * len(places) / len(numbers)
+    per_micro_batch = (mean_rows * row_bytes + _INDEX_BYTES) * len(places) / len(numbers)
     size = int(max(1, min(chunk_bytes // per_micro_batch, -(-len(numbers) // world_size()))))
-    return np.split(places, starts[size::size])
+    plan = np.split(places, starts[size::size])
+    say(
+        f"{out}: {len(places):,} records for {steps} ({present.num_records:,} are there), about "
+        f"{mean_rows * len(places):,.0f} rows of {row_bytes} bytes, {num_bytes / 1e6:,.2f} MB in {len(plan):,} chunks, "
+        f"{world_size()} ranks"
+    )
+    return plan, num_bytes
 
 
 def _mean_rows(questions: Questions, places: np.ndarray) -> float:
@@ -222,69 +232,40 @@ def _mean_rows(questions: Questions, places: np.ndarray) -> float:
     return float(np.mean(rows))
 
 
-def _forecast(
-    out: Path,
-    questions: Questions,
-    places: np.ndarray,
-    plan: Sequence[np.ndarray],
-    *,
-    key: dict[str, Any],
-    present: int,
-) -> int:
-    """Say what will be written; its bytes."""
-    steps = f"steps 1 to {questions.steps.stop:,}"
-    if not len(places):
-        say(f"{out}: all records for {steps} are there ({present:,})")
-        return 0
-    rows = _mean_rows(questions, places) * len(places)
-    num_bytes = int(rows * bytes_per_row(key) + len(places) * _INDEX_BYTES)
-    say(
-        f"{out}: {len(places):,} records for {steps} ({present:,} are there), about {rows:,.0f} rows of "
-        f"{bytes_per_row(key)} bytes, {num_bytes / 1e6:,.2f} MB in {len(plan):,} chunks, {world_size()} ranks"
-    )
-    return num_bytes
-
-
 def _write_all(
-    out: Path, questions: Questions, recording: Recording, key_sha256: str, plan: Sequence[np.ndarray]
+    out: Path, questions: Questions, recording: Recording, key_sha256: str, chunks: Sequence[np.ndarray]
 ) -> None:
-    """Write this rank's chunks of the plan."""
-    mine = plan[rank() :: world_size()]
-    micro_batches = sum(len(np.unique(places // questions.micro_batch_size)) for places in mine)
+    """Write this rank's chunks."""
+    micro_batches = sum(len(np.unique(places // questions.micro_batch_size)) for places in chunks)
     started = time.monotonic()
-    with _progress_bar(is_main() and sys.stdout.isatty()) as progress:
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    show = is_main() and sys.stdout.isatty()
+    with Progress(*bar, console=Console(file=sys.stdout), disable=not show) as progress:
         task = progress.add_task("micro-batches" + (" of rank 0" if world_size() > 1 else ""), total=micro_batches)
-        for number, places in enumerate(mine):
+        for number, places in enumerate(chunks):
             columns, tokens = _record(questions, recording, places, lambda: progress.advance(task))
             write_chunk(out / f"chunk_{places[0]:012d}.safetensors", columns, key_sha256=key_sha256, tokens=tokens)
             if number == 0:
                 seconds = time.monotonic() - started
-                say(f"first chunk after {seconds:.1f} s, about {seconds * (len(mine) - 1) / 60:.1f} minutes to go")
-
-
-def _progress_bar(show: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(file=sys.stdout), disable=not show)
+                say(f"first chunk after {seconds:.1f} s, about {seconds * (len(chunks) - 1) / 60:.1f} minutes to go")
 
 
 def _record(
     questions: Questions, recording: Recording, places: np.ndarray, advance: Callable[[], None]
 ) -> tuple[Columns, int]:
     """(columns of one chunk, tokens of the teacher's forward): the teacher's answers at some places."""
-    index: dict[str, list] = {name: [] for name in ("sample_ids", "masks", "num_rows", "input_hashes")}
+    index: list[tuple[int, int, int, int]] = []
     rows: dict[str, list[np.ndarray]] = {name: [] for name in row_columns(recording.key)}
     tokens = 0
     for number in np.unique(places // questions.micro_batch_size).tolist():
         asked, masks, ids, batch = questions.micro_batch(number)
-        kept = np.flatnonzero(np.isin(asked, places)).tolist()
         answers, bounds, hashes = recording.answer(batch), row_bounds(batch), input_hashes(batch)
         tokens += batch.num_tokens
-        for name, column in answers.items():
-            rows[name] += [column[bounds[i] : bounds[i + 1]] for i in kept]
-        for i in kept:
-            entry = (ids[i], masks[i], bounds[i + 1] - bounds[i], hashes[i])
-            for name, value in zip(index, entry, strict=True):
-                index[name].append(int(value))
+        for i in np.flatnonzero(np.isin(asked, places)).tolist():
+            index.append((int(ids[i]), int(masks[i]), bounds[i + 1] - bounds[i], hashes[i]))
+            for name, column in answers.items():
+                rows[name].append(column[bounds[i] : bounds[i + 1]])
         advance()
-    columns = {name: np.array(values, np.uint64) for name, values in index.items()}
+    names = ("sample_ids", "masks", "num_rows", "input_hashes")
+    columns = {name: np.array(values, np.uint64) for name, values in zip(names, zip(*index, strict=True), strict=True)}
     return columns | {name: np.concatenate(parts) for name, parts in rows.items()}, tokens

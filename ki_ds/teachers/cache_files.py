@@ -21,13 +21,11 @@ Several masks of a sample lie side by side; a batch finds its own by the input h
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-import torch
+from safetensors import SafetensorError, safe_open
 
 from ki_ds.data.store import token_dtype
 from ki_ds.errors import UserError
@@ -48,10 +46,6 @@ LOGIT_FORM = "teacher.logit_form"  # [scale, cap] in the key; not there: plain
 HIDDEN_DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 _INDEX = ("sample_ids", "masks", "num_rows", "input_hashes", "crcs")
-_NUMPY = {
-    **{"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64},
-    **{"I8": np.int8, "I32": np.int32, "F16": np.float16, "F32": np.float32},
-}
 
 Columns = dict[str, np.ndarray]
 
@@ -59,10 +53,8 @@ Columns = dict[str, np.ndarray]
 def row_columns(key: dict[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """The columns over rows of a cache with this key: {name: (dtype, shape of one row)}."""
     if key["kind"] == "topk":
-        return {
-            "ids": (token_dtype(key["num_classes"]), (key["topk"],)),
-            "log_probs": (np.dtype(np.float16), (key["topk"],)),
-        }
+        shape = (key["topk"],)
+        return {"ids": (token_dtype(key["num_classes"]), shape), "log_probs": (np.dtype(np.float16), shape)}
     hidden = {"hidden": (np.dtype(HIDDEN_DTYPES[key["dtype"]]), (key["hidden_size"],))}
     return hidden | ({"scales": (np.dtype(np.float32), ())} if key["dtype"] == "int8" else {})
 
@@ -93,7 +85,7 @@ class Manifest:
     head_sha256: str | None
     chunks: dict[str, list[int]]
 
-    @property
+    @cached_property
     def key_sha256(self) -> str:
         """SHA-256 of the key."""
         return sha256_of(self.key)
@@ -116,27 +108,21 @@ class Manifest:
             raise UserError(f"{folder} is no teacher cache (no {MANIFEST}); make one with tools/cache_teacher.py")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            digest = content.pop("sha256")
-            version = content["format"]
+            digest, version = content.pop("sha256"), content["format"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({_short(error)}); restore it, or make the cache again") from None
         if version != FORMAT:
             raise UserError(f"{path} has format {version}, this program reads {FORMAT}; make the cache again")
         if digest != sha256_of(content):
             raise UserError(f"{path} is damaged (not its SHA-256); restore it, or make the cache again")
-        for name in content["chunks"]:
-            if not is_plain_name(name):
-                raise UserError(
-                    f"{path} names the chunk {name[:100]!r}, which is no file beside it; make the cache again"
-                )
+        if strange := [name for name in content["chunks"] if not is_plain_name(name)]:
+            raise UserError(
+                f"{path} names the chunk {strange[0][:100]!r}, which is no file beside it; make the cache again"
+            )
         return cls(**{name: content[name] for name in ("key", "teacher", "head_sha256", "chunks")})
 
     def check(self, expected: dict[str, Any], *, folder: Path, fix: str) -> None:
-        """Return silently, or raise UserError for the first field of `expected` in which the key differs.
-
-        Args:
-            fix: what to do, ending the line.
-        """
+        """UserError, ending in `fix`, for the first field of `expected` in which the key differs."""
         for name, value in expected.items():
             if name not in self.key or self.key[name] != value:
                 there = _shown(self.key.get(name, "nothing"))
@@ -164,25 +150,20 @@ def write_chunk(path: Path, columns: Columns, *, key_sha256: str, tokens: int) -
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    index = {name: _narrow(columns[name]) for name in ("sample_ids", "masks", "num_rows")}
+    counts = {name: columns[name] for name in _INDEX[:3]}
+    index = {name: c.astype(np.min_scalar_type(int(c.max(initial=0)))) for name, c in counts.items()}
     index["input_hashes"] = columns["input_hashes"].astype(np.uint64)
     rows = {name: np.ascontiguousarray(column) for name, column in columns.items() if name not in _INDEX}
-    ends = np.cumsum(columns["num_rows"], dtype=np.int64).tolist()
-    starts = [0, *ends[:-1]] if ends else []
+    bounds = np.cumsum([0, *columns["num_rows"].tolist()]).tolist()
     crcs = [
-        _crc([int(index[name][r]) for name in _INDEX[:4]], {name: c[starts[r] : ends[r]] for name, c in rows.items()})
-        for r in range(len(ends))
+        _crc(record, {name: column[bounds[r] : bounds[r + 1]] for name, column in rows.items()})
+        for r, record in enumerate(zip(*(column.tolist() for column in index.values()), strict=True))
     ]
     metadata = {"cache": json.dumps({"key": key_sha256, "tokens": tokens})}
-    content = safetensors.numpy.save({**index, "crcs": np.array(crcs, np.uint32), **rows}, metadata)
-    write_atomically(path, content)
+    write_atomically(path, safetensors.numpy.save({**index, "crcs": np.array(crcs, np.uint32), **rows}, metadata))
 
 
-def _narrow(values: np.ndarray) -> np.ndarray:
-    return values.astype(np.min_scalar_type(int(values.max(initial=0))))
-
-
-def _crc(index: list[int], rows: Columns) -> int:
+def _crc(index: Sequence[int], rows: Columns) -> int:
     """CRC32 of a record: [sample id, mask, rows, input hash], then its columns by name."""
     crc = zlib.crc32(struct.pack("<4Q", *index))
     for name in sorted(rows):
@@ -216,82 +197,56 @@ class Chunk:
     def __init__(self, path: Path, manifest: Manifest, *, facts: list[int] | None = None) -> None:
         self.path = path
         try:
-            if facts is not None and self.num_bytes != facts[0]:
-                raise ValueError(f"{self.num_bytes:,} bytes instead of {facts[0]:,}")
-            raw = _mapped(path)
-            head_size = int(raw[:8].view("<u8")[0])
-            head = json.loads(raw[8 : 8 + head_size].tobytes())
-            metadata = json.loads(head.pop("__metadata__")["cache"])
-            columns = {name: _column(raw[8 + head_size :], entry) for name, entry in head.items()}
+            with safe_open(path, "pt") as file:  # whose tensors are views of the mapped file; NumPy's would be copies
+                metadata = json.loads(file.metadata()["cache"])
+                columns = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+            for column in columns.values():
+                column.flags.writeable = False
             self._rows = {name: columns.pop(name) for name in row_columns(manifest.key)}
-            self.sample_ids, self.masks, self.num_rows, self.input_hashes, self._crcs = map(columns.pop, _INDEX)
-            self.tokens: int = metadata["tokens"]
-            used = 8 + head_size + max(entry["data_offsets"][1] for entry in head.values())
-            self._check(manifest, metadata["key"], used=used)
+            index = [columns[name] for name in _INDEX]
+            self.sample_ids, self.masks, self.num_rows, self.input_hashes, self._crcs = index
+            rows = int(self.num_rows.sum(dtype=np.int64))
+            # bytes, records, rows, tokens of the teacher's forward
+            self.facts = [path.stat().st_size, len(self), rows, metadata["tokens"]]
+            if metadata["key"] != manifest.key_sha256:
+                other = metadata["key"][:12]
+                raise ValueError(f"it belongs to the cache of key {other}, not to {manifest.key_sha256[:12]}")
+            expected = {name: (dtype, (rows, *shape)) for name, (dtype, shape) in row_columns(manifest.key).items()}
+            if (
+                {name: (column.dtype, column.shape) for name, column in self._rows.items()} != expected
+                or {column.shape for column in index} != {(len(self),)}
+                or {column.dtype.kind for column in index} != {"u"}
+            ):
+                raise ValueError("its columns do not fit together")
             if facts is not None and self.facts != facts:
                 raise ValueError(f"{self.facts} bytes, records, rows and tokens instead of {facts}")
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; {_again(path.parent)}") from None
         except OSError as error:
-            what = "is missing" if error.errno == errno.ENOENT else f"cannot be read ({error.strerror})"
-            raise UserError(f"{path} {what}; {_again(path.parent)}") from None
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read ({_short(error)}); {_again(path.parent)}") from None
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({_short(error)}); remove it, and {_again(path.parent)}") from None
-
-    def _check(self, manifest: Manifest, key_sha256: str, *, used: int) -> None:
-        if key_sha256 != manifest.key_sha256:
-            raise ValueError(f"it belongs to the cache of key {key_sha256[:12]}, not to {manifest.key_sha256[:12]}")
-        if used != self.num_bytes:
-            raise ValueError(f"{self.num_bytes:,} bytes instead of {used:,}")
-        num_rows = int(self.num_rows.sum(dtype=np.int64))
-        expected = {name: (dtype, (num_rows, *shape)) for name, (dtype, shape) in row_columns(manifest.key).items()}
-        found = {name: (column.dtype, column.shape) for name, column in self._rows.items()}
-        if found != expected or any(len(column) != len(self) for column in (self.masks, self.num_rows, self._crcs)):
-            raise ValueError("its columns do not fit together")
 
     def __len__(self) -> int:
         """Number of records."""
         return len(self.sample_ids)
 
     @cached_property
-    def num_bytes(self) -> int:
-        """Size of the file."""
-        return self.path.stat().st_size
-
-    @property
-    def facts(self) -> list[int]:
-        """[bytes, records, rows, tokens of the teacher's forward]."""
-        return [self.num_bytes, len(self), int(self.num_rows.sum(dtype=np.int64)), self.tokens]
-
-    @cached_property
     def _ends(self) -> np.ndarray:
-        return np.cumsum(self.num_rows, dtype=np.int32 if self.num_bytes < 2**31 else np.int64)
+        return np.cumsum(self.num_rows, dtype=np.int32 if self.facts[0] < 2**31 else np.int64)
 
     def read(self, record: int) -> Columns:
         """The rows of one record, views of the file. UserError when its CRC32 is not theirs."""
+        index = [int(column[record]) for column in (self.sample_ids, self.masks, self.num_rows, self.input_hashes)]
         end = int(self._ends[record])
-        num_rows = int(self.num_rows[record])
-        rows = {name: column[end - num_rows : end] for name, column in self._rows.items()}
-        sample_id = int(self.sample_ids[record])
-        crc = _crc([sample_id, int(self.masks[record]), num_rows, int(self.input_hashes[record])], rows)
-        if crc != int(self._crcs[record]):
+        rows = {name: column[end - index[2] : end] for name, column in self._rows.items()}
+        crc, written = _crc(index, rows), int(self._crcs[record])
+        if crc != written:
             raise UserError(
-                f"{self.path}: the record of sample {sample_id} is damaged (CRC32 {crc:08x}, written "
-                f"{int(self._crcs[record]):08x}); remove that file, and {_again(self.path.parent)}"
+                f"{self.path}: the record of sample {index[0]} is damaged (CRC32 {crc:08x}, written {written:08x}); "
+                f"remove that file, and {_again(self.path.parent)}"
             )
         return rows
-
-
-def _mapped(path: Path) -> np.ndarray:
-    """A file as uint8, mapped and read-only. NumPy's own map would keep a file descriptor for every chunk."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-    raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy() if size else np.empty(0, "u1")
-    raw.flags.writeable = False
-    return raw
-
-
-def _column(raw: np.ndarray, entry: dict[str, Any]) -> np.ndarray:
-    first, last = entry["data_offsets"]
-    return raw[first:last].view(np.dtype(_NUMPY[entry["dtype"]]).newbyteorder("<")).reshape(entry["shape"])
 
 
 def _again(folder: Path) -> str:
@@ -334,12 +289,11 @@ class CacheFiles:
 
     def has(self, masks: np.ndarray, sample_ids: np.ndarray) -> np.ndarray:
         """bool [P]: for which of these masked samples there is a record."""
-        found = np.zeros(len(masks), bool)
-        for mask in np.unique(masks).tolist():
+        present = np.zeros(len(masks), bool)
+        for mask, numbers in self._numbers.items():
             mine = masks == mask
-            if mask in self._numbers:
-                found[mine] = self._numbers[mask][sample_ids[mine]] >= 0
-        return found
+            present[mine] = numbers[sample_ids[mine]] >= 0
+        return present
 
     def read(self, sample_id: int, input_hash: int) -> Columns:
         """The rows of the sample's record that answers this masked input.
@@ -348,23 +302,18 @@ class CacheFiles:
             UserError: none of the sample's records does, or it is damaged.
         """
         chunk = None
-        for mask, chunk, record in self._candidates(sample_id):
-            if int(chunk.input_hashes[record]) == input_hash:
-                self._last_mask = mask
-                return chunk.read(record)
+        for mask in sorted(self._numbers, key=lambda mask: mask != self._last_mask):  # the one that fitted last first
+            numbers = self._numbers[mask]
+            number = int(numbers[sample_id]) if 0 <= sample_id < len(numbers) else -1
+            if number >= 0:
+                place = int(np.searchsorted(self._first, number, side="right")) - 1
+                chunk, record = self.chunks[place], number - int(self._first[place])
+                if int(chunk.input_hashes[record]) == input_hash:
+                    self._last_mask = mask
+                    return chunk.read(record)
         if chunk is None:
             raise UserError(f"the teacher cache has no record of sample {sample_id}; check the run's configuration")
         raise UserError(
             f"{chunk.path}: the record of sample {sample_id} answers another masked input than the run's "
             f"({input_hash:016x}); it is damaged, or of other data: remove that file, and {_again(chunk.path.parent)}"
         )
-
-    def _candidates(self, sample_id: int) -> Iterator[tuple[int, Chunk, int]]:
-        """(mask, chunk, record) of a sample, the mask that fitted last coming first."""
-        masks = sorted(self._numbers, key=lambda mask: mask != self._last_mask)
-        for mask in masks:
-            numbers = self._numbers[mask]
-            number = int(numbers[sample_id]) if 0 <= sample_id < len(numbers) else -1
-            if number >= 0:
-                place = int(np.searchsorted(self._first, number, side="right")) - 1
-                yield mask, self.chunks[place], number - int(self._first[place])

@@ -9,7 +9,7 @@ Shape suffixes: B samples of a micro-batch, L padded length, P places of the str
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -58,27 +58,17 @@ class Questions:
             vocabulary_names=data.vocabulary.names,
         )
 
-    def of_steps(self, num_steps: int) -> Questions:
-        """Those of the first `num_steps` updates."""
-        return replace(self, steps=range(num_steps))
-
     def of_epochs(self, num_epochs: int) -> Questions:
         """Those of the first epochs, rounded up to whole updates. UserError for weighted sources."""
         if self.train.shares is not None:
             raise UserError(
                 f"--epochs {num_epochs}: weighted sources have epochs of different lengths; give --steps instead"
             )
-        return self.of_steps(-(-num_epochs * len(self.train) // self.global_batch_size))
+        return replace(self, steps=range(-(-num_epochs * len(self.train) // self.global_batch_size)))
 
     def of_domains(self, domain_ids: frozenset[int] | None) -> Questions:
         """Those about samples of some domains; None is all of them."""
         return replace(self, domain_ids=domain_ids)
-
-    def _chosen(self, ids: np.ndarray) -> np.ndarray:
-        """bool: which samples are of the domains that are asked about."""
-        if self.domain_ids is None:
-            return np.ones(ids.shape, bool)
-        return np.isin(self.train.domain_ids(ids), sorted(self.domain_ids))
 
     @property
     def places(self) -> range:
@@ -89,13 +79,19 @@ class Questions:
         """The masks of some epochs, int64."""
         return np.zeros_like(epochs) if self.train.task == "causal" else self.train.datasets[0].masking.variant(epochs)
 
+    def _asked(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(places, masks, sample ids) of the places from `first` to `last`, whose samples are of `domain_ids`."""
+        places = np.arange(first, last)
+        epochs, ids = self.train.stream(first, last, seed=self.seed)
+        if self.domain_ids is not None:
+            chosen = np.isin(self.train.domain_ids(ids), sorted(self.domain_ids))
+            places, epochs, ids = places[chosen], epochs[chosen], ids[chosen]
+        return places, self.masks(epochs), ids
+
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(places, masks, sample ids), int64 [P] each, block by block in the stream's order."""
-        for first in range(self.places.start, self.places.stop, _BLOCK):
-            last = min(first + _BLOCK, self.places.stop)
-            epochs, ids = self.train.stream(first, last, seed=self.seed)
-            chosen = self._chosen(ids)
-            yield np.arange(first, last)[chosen], self.masks(epochs[chosen]), ids[chosen]
+        for first in self.places[::_BLOCK]:
+            yield self._asked(first, min(first + _BLOCK, self.places.stop))
 
     def micro_batch(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Batch]:
         """(places, masks, sample ids, batch) of the stream's micro-batch of that number.
@@ -103,19 +99,16 @@ class Questions:
         Whatever the ranks, these are the run's own micro-batches (or of each the samples of `domain_ids`, at least
         one), so that a teacher computes on equal shapes.
         """
-        places = np.arange(number * self.micro_batch_size, (number + 1) * self.micro_batch_size)
-        epochs, ids = self.train.stream(int(places[0]), int(places[-1]) + 1, seed=self.seed)
-        chosen = self._chosen(ids)
-        places, masks, ids = places[chosen], self.masks(epochs[chosen]), ids[chosen]
-        samples = [
-            self.train.sample(int(i), seed=self.seed, epoch=int(mask)) for mask, i in zip(masks, ids, strict=True)
-        ]
-        return places, masks, ids, collate(samples, pad_id=self.train.pad_id, seq_len=self.train.seq_len)
+        places, masks, ids = self._asked(number * self.micro_batch_size, (number + 1) * self.micro_batch_size)
+        return places, masks, ids, self._batch(zip(masks.tolist(), ids.tolist(), strict=True))
 
     def one(self, mask: int, sample_id: int) -> Batch:
         """A batch of one masked sample."""
-        sample = self.train.sample(sample_id, seed=self.seed, epoch=mask)
-        return collate([sample], pad_id=self.train.pad_id, seq_len=self.train.seq_len)
+        return self._batch([(mask, sample_id)])
+
+    def _batch(self, masked_samples: Iterable[tuple[int, int]]) -> Batch:
+        samples = [self.train.sample(i, seed=self.seed, epoch=mask) for mask, i in masked_samples]
+        return collate(samples, pad_id=self.train.pad_id, seq_len=self.train.seq_len)
 
 
 def sample_key(config: RunConfig, data: Datasets) -> dict[str, Any]:

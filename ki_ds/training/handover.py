@@ -6,11 +6,13 @@ docs/auto_handover.md has the formula, and what it was measured against.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ki_ds.config import RunConfig, schedules
 from ki_ds.ranks.world import all_sum
 
 STEEPNESS = 4.0  # alpha a nat of a small gap: of 1, 2 and 4 the best (docs/auto_handover.md)
@@ -31,33 +33,44 @@ class HandOver:
         period: JSON that tells this period of teaching from others.
     """
 
-    def __init__(self, device: torch.device, *, first_step: int = 0, period: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        first_step: int = 0,
+        period: dict[str, Any] | None = None,
+        state: Sequence[float] = (0.0, 0.0, 1.0, 0.0, 0.0),
+    ):
         self.first_step, self._period = first_step, period or {}
         self._pending = torch.zeros(2, dtype=torch.float64, device=device)
         # moving sums of gaps and rows, alpha, steps in a row ahead of the teacher, steps that were taught
-        self._state = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64, device=device)
+        self._state = torch.tensor(state, dtype=torch.float64, device=device)
 
     @classmethod
-    def resumed(
-        cls, saved: dict[str, Any] | None, device: torch.device, *, step: int, start_step: int, teachers: list[Any]
-    ) -> HandOver:
-        """The state that a checkpoint keeps if it is of the same start_step and teachers; else that of a new period.
+    def of_run(
+        cls, config: RunConfig, checkpoint: dict[str, Any], teachers: list[Any], device: torch.device
+    ) -> HandOver | None:
+        """The checkpoint's if it is of the same start_step and teachers, else that of a new period; None if not `auto`.
 
         Args:
-            saved: as `saved` has given it; None where the checkpoint has none.
-            step: completed updates.
+            checkpoint: the state that a run goes on from, or {"step": 0}.
             teachers: what tells the teachers from others, as JSON; a checkpoint of older versions has none.
         """
-        period = {"start_step": start_step, "teachers": teachers}
+        if config.inherit.schedule != "auto":
+            return None
+        start, saved = config.inherit.start_step, checkpoint.get("handover")
+        period = {"start_step": start, "teachers": teachers}
         if saved is None or any(saved.get(name, period[name]) != period[name] for name in period):
-            return cls(device, first_step=max(start_step, step), period=period)
-        handover = cls(device, first_step=saved.get("first_step", start_step), period=period)
-        handover.restore(saved["state"])
-        return handover
+            return cls(device, first_step=max(start, checkpoint["step"]), period=period)
+        return cls(device, first_step=saved.get("first_step", start), period=period, state=saved["state"])
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON, between two steps."""
         return {**self._period, "first_step": self.first_step, "state": self.state()}
+
+    def state(self) -> list[float]:
+        """The numbers that decide, between two steps."""
+        return self._state.tolist()
 
     @property
     def alpha(self) -> Tensor:
@@ -88,10 +101,11 @@ class HandOver:
         """Steps that were taught, once the student has been left to itself; else None. Waits for the device."""
         return int(self._state[4]) if float(self._state[2]) == 0 else None
 
-    def state(self) -> list[float]:
-        """The numbers that decide, between two steps."""
-        return self._state.tolist()
 
-    def restore(self, state: list[float]) -> None:
-        """Go on from what `state` gave."""
-        self._state = torch.tensor(state, dtype=torch.float64, device=self._state.device)
+def taught_steps(config: RunConfig, handover: HandOver | None) -> range:
+    """The completed updates at which alpha can be above 0. Under `auto` waits for the device."""
+    steps = schedules.taught_steps(config)
+    if handover is None:
+        return steps
+    count = handover.taught_steps()
+    return range(handover.first_step, steps.stop if count is None else handover.first_step + count)

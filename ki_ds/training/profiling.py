@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,13 +33,10 @@ def each(name: str, items: Iterable[Item]) -> Iterator[Item]:
     iterator = iter(items)
     while True:
         with part(name):
-            item = next(iterator, _END)
-        if item is _END:
+            following = list(itertools.islice(iterator, 1))
+        if not following:
             return
-        yield item  # type: ignore[misc]
-
-
-_END = object()
+        yield following[0]
 
 
 def profiler(**options: Any) -> torch.profiler.profile:
@@ -56,51 +54,47 @@ def seconds_by_part(profile: torch.profiler.profile, seconds: float) -> dict[str
     GPU that of the kernels that were launched while the part was open, from whatever thread; idle time is `other`.
     """
     events = list(profile.events() or [])
-    spans = [(e.time_range.start, e.time_range.end, e.name.removeprefix(_PREFIX)) for e in events if _is_part(e)]
+    cpu = torch.autograd.DeviceType.CPU
+    spans = [
+        (e.time_range.start, e.time_range.end, e.name.removeprefix(_PREFIX))
+        for e in events
+        if e.name.startswith(_PREFIX) and e.device_type == cpu
+    ]
     if torch.cuda.is_available():
-        moments = [(e.time_range.start, e.self_device_time_total, e.name) for e in events if e.self_device_time_total]
-        found = _of_kernels(spans, moments)
+        kernels = [(e.time_range.start, e.self_device_time_total, e.name) for e in events if e.self_device_time_total]
+        microseconds = _of_kernels(spans, kernels)
     else:
-        spans += [(e.time_range.start, e.time_range.end, "communication") for e in events if _is_collective(e)]
-        found = _of_spans(spans)
-    by_part = {name: found.get(name, 0.0) / 1e6 for name in PARTS}
+        collectives = [e.time_range for e in events if e.name.startswith(_COLLECTIVES)]
+        microseconds = _of_spans(spans + [(times.start, times.end, "communication") for times in collectives])
+    by_part = {name: microseconds.get(name, 0.0) / 1e6 for name in PARTS}
     return {**by_part, OTHER: max(seconds - sum(by_part.values()), 0.0)}
 
 
-def _is_part(event: Any) -> bool:
-    return event.name.startswith(_PREFIX) and event.device_type == torch.autograd.DeviceType.CPU
+Span = tuple[float, float, str]  # begin, end, name
 
 
-def _is_collective(event: Any) -> bool:
-    return event.name.startswith(_COLLECTIVES)
-
-
-def _of_spans(spans: list[tuple[float, float, str]]) -> dict[str, float]:
+def _of_spans(spans: list[Span]) -> dict[str, float]:
     """Time by name: at every moment that of the span that began last among those still open."""
-    found: dict[str, float] = {}
-    edges = sorted({edge for start, end, _ in spans for edge in (start, end)})
+    times: dict[str, float] = defaultdict(float)
     waiting = sorted(spans, key=lambda span: (-span[0], span[1]))  # of two that begin together, the longer one first
-    open_spans: list[tuple[float, float, str]] = []
-    for left, right in itertools.pairwise(edges):
+    open_spans: list[Span] = []
+    for left, right in itertools.pairwise(sorted({edge for start, end, _ in spans for edge in (start, end)})):
         while waiting and waiting[-1][0] <= left:
             open_spans.append(waiting.pop())
         open_spans = [span for span in open_spans if span[1] > left]
         if open_spans:
-            name = open_spans[-1][2]
-            found[name] = found.get(name, 0.0) + right - left
-    return found
+            times[open_spans[-1][2]] += right - left
+    return times
 
 
-def _of_kernels(spans: list[tuple[float, float, str]], kernels: list[tuple[float, float, str]]) -> dict[str, float]:
-    """Device time by name: a kernel belongs to the innermost part that was open when it was launched."""
-    found: dict[str, float] = {}
+def _of_kernels(spans: list[Span], kernels: list[Span]) -> dict[str, float]:
+    """Device time by name: a kernel (launch, time, name) belongs to the innermost part open when it was launched."""
+    times: dict[str, float] = defaultdict(float)
     for moment, time, kernel in kernels:
         around = [span for span in spans if span[0] <= moment < span[1]]
         name = max(around)[2] if around else OTHER
-        if kernel.startswith(_COLLECTIVES):
-            name = "communication"
-        found[name] = found.get(name, 0.0) + time
-    return found
+        times["communication" if kernel.startswith(_COLLECTIVES) else name] += time
+    return times
 
 
 def shares_table(seconds: dict[str, float]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from rich.console import Console
 from ki_ds.checkpoints import lineage
 from ki_ds.errors import UserError
 from ki_ds.models.presets import weights_sha256
+from tests import forked
 from tests.tiny import ROOT, environment, inherit, records, run
 
 
@@ -57,7 +57,7 @@ def test_costs_add_up_and_an_ancestor_counts_once(generations):
 
 def test_the_tool_prints_the_tree(generations):
     command = [sys.executable, "tools/lineage.py", str(generations[2])]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
+    done = forked.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert done.returncode == 0
     indents = [len(line) - len(line.lstrip("│├└─ ")) for line in lines if "parameters)" in line]
@@ -66,7 +66,7 @@ def test_the_tool_prints_the_tree(generations):
     assert indents == sorted(indents)
     assert len(set(indents)) == 3
     assert "T_inherit 4, tau 2" in done.stdout
-    as_json = subprocess.run([*command, "--json"], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    as_json = forked.run([*command, "--json"], env=environment(), cwd=ROOT, capture_output=True, text=True)
     assert json.loads(as_json.stdout) == read(generations[2])
 
 

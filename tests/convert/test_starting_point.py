@@ -11,7 +11,7 @@ from ki_ds.convert.starting_point import describe
 from ki_ds.data.store import SpecialIds
 from ki_ds.data.tokenize import load_tokenizer
 from ki_ds.errors import UserError
-from ki_ds.models.presets import build_lm
+from ki_ds.models.presets import Rows, build_lm
 from ki_ds.teachers.factory import make_teacher
 from tests.lms import ARCHITECTURES, auto
 
@@ -36,8 +36,8 @@ def test_every_architecture_starts_and_teaches_from_the_lines_that_are_printed(f
     lm = build_lm(model, task, num_classes=100, special_ids=SPECIAL, seed=0)
     expected = auto(lm.config).from_pretrained(path).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in lm.state_dict().items())
-    facts = {"tokenizer_sha256": "0" * 64, "num_classes": 100, "seq_len": 16, "device": torch.device("cpu")}
-    _, found = make_teacher(TeacherConfig(**teacher["teacher"]), task, **facts)
+    facts = {"tokenizer_sha256": "0" * 64, "num_classes": 100, "device": torch.device("cpu")}
+    _, found = make_teacher(TeacherConfig(**teacher["teacher"]), Rows(task, 16), **facts)
     assert found.num_parameters == sum(p.numel() for p in lm.parameters())
     for number, part in enumerate((student, teacher | {"inherit": {"schedule": "linear", "steps": 1}})):
         written = tmp_path / f"{number}.yaml"

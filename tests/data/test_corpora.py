@@ -9,7 +9,6 @@ import io
 import json
 import lzma
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from ki_ds.data import corpora
 from ki_ds.data.corpora import Corpus, gensim_dump_path
 from ki_ds.data.processes import StoppedError
 from ki_ds.errors import UserError
+from tests import forked
 from tests.data.test_packings import wide
 from tests.tiny import ROOT, environment
 
@@ -403,9 +403,7 @@ class TestHub:
 
     def test_without_a_network_it_is_one_line(self):
         command = "from ki_ds.data.corpora import Corpus; list(Corpus(['hf:no-one/no-such-set']))"
-        done = subprocess.run(
-            [sys.executable, "-c", command], env=environment(), cwd=ROOT, capture_output=True, text=True
-        )
+        done = forked.run([sys.executable, "-c", command], env=environment(), cwd=ROOT, capture_output=True, text=True)
         assert "UserError: hf:no-one/no-such-set cannot be read" in done.stderr.splitlines()[-1]
 
 

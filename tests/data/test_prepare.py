@@ -26,6 +26,7 @@ from ki_ds.data.processes import StoppedError
 from ki_ds.data.store import open_store, verify_store
 from ki_ds.data.tokenize import former_tokenizer_hash, load_tokenizer, tokenizer_hash
 from ki_ds.errors import UserError
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 SPEC = TokenizerSpec(vocab_size=300)
@@ -444,7 +445,7 @@ class TestGoingOn:
 
     def call(self, source, out, where, *, count=1, after=0, workers=1):
         command = [sys.executable, "-c", KILLED, source, out, workers, where, count, after]
-        return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+        return forked.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
 
     @pytest.mark.parametrize(
         ("kills", "pieces_done"),

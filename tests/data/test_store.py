@@ -7,7 +7,6 @@ import pickle
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from ki_ds.data.store import (
     verify_store,
 )
 from ki_ds.errors import UserError
+from tests import forked
 
 SPECIALS = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=4)
 SHARED = Path(os.environ.get("KI_DS_SHARED", Path(__file__).parents[3] / "shared"))
@@ -488,7 +488,7 @@ class TestNothingHalfWritten:
         assert open_store(tmp_path / "s").tokens.tolist() == [1, 2]
 
     def test_a_killed_writer_leaves_no_final_name_and_can_be_followed(self, tmp_path):
-        done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "s"], check=False)
+        done = forked.run([sys.executable, "-c", KILLED, tmp_path / "s"], check=False)
         assert done.returncode == -signal.SIGKILL
         assert all(path.suffix == ".tmp" for path in tmp_path.iterdir())
         write(tmp_path / "s", DOCUMENTS)
@@ -496,7 +496,7 @@ class TestNothingHalfWritten:
 
     @pytest.mark.parametrize("limit", [100, 40_000, 79_999, 100_000])  # of 80,000 bytes .bin, 240,042 .idx
     def test_a_full_disk_is_one_line(self, tmp_path, limit):
-        done = subprocess.run(
+        done = forked.run(
             [sys.executable, "-c", FULL, tmp_path / "s", str(limit)], capture_output=True, text=True, check=False
         )
         assert done.returncode == 2

@@ -14,7 +14,6 @@ Without a manifest and without a vocabulary an edit of .bin that keeps its lengt
 
 import json
 import struct
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ import pytest
 from ki_ds.data.describe import describe_store
 from ki_ds.data.store import SpecialIds, StoreWriter, open_store, verify_store
 from ki_ds.errors import UserError
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 Files = dict[str, bytes]
@@ -357,7 +357,7 @@ def test_no_worker_trips_over_a_file_that_was_damaged_after_it_was_checked(store
 def test_the_command_says_one_line(stores, tmp_path, kind, name, change):
     files = stores[kind]
     prefix = put(tmp_path / "store", files | {name: change(files[name])})
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, ROOT / "tools/inspect_data.py", prefix], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")

@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -14,8 +13,10 @@ from ki_ds.data.batches import TrainBatches
 from ki_ds.data.store import SpecialIds
 from ki_ds.engine import student as engine
 from ki_ds.errors import UserError
+from ki_ds.files import write_json
 from ki_ds.models.presets import build_lm
 from ki_ds.training.setup import load_data
+from tests import forked
 from tests.tiny import ROOT, environment, run, run_ranks, tiny_config, tiny_corpus, write_config
 from tests.workers.split_gradients import run_config
 
@@ -169,7 +170,7 @@ def test_a_second_precision_in_one_process_is_refused(corpus):
         "try: StudentEngine(None, parse(['--run_dir', 'r', '--data.corpus', 'c']), device=None)\n"
         "except ValueError as error: print(error)"
     )
-    result = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, cwd=ROOT)
+    result = forked.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, cwd=ROOT)
     assert "engine.precision=fp32 after ['bf16'] in one process" in result.stdout, result.stderr[-2000:]
 
 
@@ -263,14 +264,14 @@ def test_a_checkpoint_that_names_what_no_training_saves_is_refused_and_not_run(c
     train = {"num_steps": 2, "stop_at_step": 1}
     folder = run(tmp_path / "run", corpus, train=train)
     (saved,) = (folder / "checkpoints").glob("step_*")
-    files = sorted((saved / "engine").glob("*.pt"))
-    assert len(files) == 2
-    for file in files:
+    states = sorted((saved / "engine").glob("*.pt"))
+    assert len(states) == 2
+    for file in states:
         whole, content = file.read_bytes(), torch.load(file, weights_only=False)
         content["ds_version"] = Makes(tmp_path / "made")
         torch.save(content, file)
         listed = [path for path in saved.rglob("*") if path.name != "manifest.json"]
-        files.write_json(saved / "manifest.json", {"files": checkpoint._sync_and_hash(saved, listed)})
+        write_json(saved / "manifest.json", {"files": checkpoint._sync_and_hash(saved, listed)})
         with pytest.raises(UserError, match=rf"{file.name} pickles posix\.mkdir, which no training of ours has saved"):
             run(tmp_path / "run", corpus, train=train)
         file.write_bytes(whole)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import pytest
@@ -15,6 +14,7 @@ from ki_ds.evaluation.downstream import MAJORITY, choose, evaluate, majority_row
 from ki_ds.evaluation.finetune import RANDOM, Candidate, Outcome
 from ki_ds.evaluation.scores import score
 from ki_ds.evaluation.tasks import Example, Grid, Settings
+from tests import forked
 from tests.evaluation.data_sets import animals, graded, tool
 from tests.tiny import ROOT, environment
 
@@ -132,7 +132,7 @@ FAST = ["--epochs", 1, "--seeds", 2, "--lr", "1e-2", "--batch_size", 8]
 
 def test_the_command_goes_on_where_it_was(base, folder, tmp_path, monkeypatch, capsys):
     arguments = ["classify", base / "mlm_teacher", "--data", folder, "--out", tmp_path, *FAST]
-    first = subprocess.run(
+    first = forked.run(
         [sys.executable, "tools/evaluate.py", *map(str, arguments)],
         cwd=ROOT,
         env=environment(CUDA_VISIBLE_DEVICES=""),

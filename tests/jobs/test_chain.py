@@ -13,6 +13,7 @@ import torch
 from ki_ds.errors import ResumableError, UserError
 from ki_ds.jobs import chain
 from ki_ds.jobs.chain import RECIPES, Job, hostfile_places, local_places, run_jobs
+from tests import forked
 from tests.tiny import ROOT, environment
 
 PYTHON = sys.executable
@@ -159,12 +160,12 @@ def test_the_first_failure_is_named_and_the_others_are_asked_to_save(tmp_path, l
 def chain_in_a_process(tmp_path, script):
     """A chain of one endless job, in a process of its own, once the job runs."""
     text = (
-        "import sys; from pathlib import Path; from ki_ds import chain\n"
+        "import sys; from pathlib import Path; from ki_ds.jobs import chain\n"
         "from ki_ds.cli import ends_cleanly\n"
         "chain.LAUNCHER = Path(sys.argv[1]); job = chain.Job('student', Path(sys.argv[2]))\n"
         "sys.exit(ends_cleanly(lambda: chain.run_jobs([job], chain.local_places()))())"
     )
-    process = subprocess.Popen([PYTHON, "-c", text, str(script), str(tmp_path / "run")], env=environment(), cwd=ROOT)
+    process = forked.Popen([PYTHON, "-c", text, str(script), str(tmp_path / "run")], env=environment(), cwd=ROOT)
     until = time.monotonic() + 300
     while not (tmp_path / "run" / "pid").exists() or not (tmp_path / "run" / "pid").read_text():
         assert time.monotonic() < until
@@ -215,7 +216,7 @@ def test_a_run_that_somebody_else_trains_is_waited_for(tmp_path, launcher, capsy
         "lock = (run / '.lock').open('w'); fcntl.flock(lock, fcntl.LOCK_EX); print('held', flush=True); time.sleep(1)\n"
         "(run / 'run.json').write_text('{\"status\": \"finished\"}')"
     )
-    process = subprocess.Popen([PYTHON, "-c", other, str(tmp_path / "run")], stdout=subprocess.PIPE)
+    process = forked.Popen([PYTHON, "-c", other, str(tmp_path / "run")], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
     run_jobs([job(tmp_path, "run")], local_places())
     assert process.wait() == 0

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from ki_ds.errors import UserError
 from ki_ds.jobs import preflight
 from ki_ds.jobs.preflight import Problem, Question, answer, carried, problems, read_hosts, write_environment
 from ki_ds.ranks.world import free_port
+from tests import forked
 from tests.tiny import ROOT, environment
 
 GOOD = {
@@ -156,7 +156,7 @@ def tool(tmp_path):
         env = environment(PYTHONPATH=str(ROOT), HOME=str(tmp_path), COLUMNS="200")
         env["PATH"] = f"{tmp_path / 'bin'}:{env['PATH']}"
         command = [sys.executable, str(ROOT / "tools" / "preflight.py"), "--run_dir", "runs", *arguments]
-        done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=120)
+        done = forked.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=120)
         assert "Traceback" not in done.stdout + done.stderr
         return done.stdout + done.stderr, done.returncode
 

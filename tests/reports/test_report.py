@@ -1,7 +1,6 @@
 """The three files and the command, on runs of known curves and on a chain that was really trained."""
 
 import csv
-import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,6 +13,7 @@ from ki_ds.reports import report
 from ki_ds.reports.results import read_run
 from ki_ds.reports.savings import compare
 from ki_ds.reports.tables import table_rows
+from tests import forked
 from tests.fake_runs import write_run
 from tests.tiny import inherit, run
 
@@ -78,10 +78,10 @@ def test_command_prints_the_table_and_errors_in_one_line(tmp_path):
     folders.append(str(write_run(tmp_path / "ki", [400, 45], inherits=True)))
     command = [sys.executable, str(ROOT / "tools" / "report.py")]
     arguments = [*folders, "--out", str(tmp_path / "r.html"), "--title", "A title"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
+    done = forked.run([*command, *arguments], capture_output=True, text=True, check=True)
     assert done.stdout.index("wrote ") < done.stdout.index("saving") < done.stdout.index("The target is")
     assert "<title>A title</title>" in (tmp_path / "r.html").read_text(encoding="utf-8")
-    failed = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, check=False)
+    failed = forked.run([*command, str(tmp_path / "none")], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: ")
     assert failed.stderr.count("\n") == 1

@@ -17,7 +17,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 SCRIPT = ROOT / "launchers" / "train_ki.sh"
 LONG = {"num_steps": 400, "eval_every": 400, "save_every": 400, "log_every": 1}
 TEMPLATES = re.findall(r"```bash\n(#!.*?)```", (ROOT / "docs" / "reliability.md").read_text(), re.DOTALL)
-MEETING = "from ki_ds.config import EngineConfig as c; from ki_ds import engine; engine.start(c()); import torch, os; "
+SBATCH = (ROOT / "launchers" / "slurm.sbatch").read_text()  # the template to copy
+MEETING = "from ki_ds.config import EngineConfig as c; from ki_ds.engine.student import start; start(c()); "
+MEETING += "import torch, os; "
 MEETING += "print('rank', os.environ['RANK'], os.environ['WORLD_SIZE'], torch.get_num_threads(), flush=True); "
 MEETING += "from ki_ds.ranks.world import leave; leave(0)"
 
@@ -44,13 +46,12 @@ def finished(result, run_dir):
 
 def batch(cluster, template, config, tmp_path):
     """A docs' batch script, on two tasks of a node, submitted; its number."""
-    text = template
-    for said, here in (("launchers/train_ki.sh", SCRIPT), ("RUN.yaml", config)):
-        assert said in text
-        text = text.replace(said, str(here))
+    assert "launchers/train_ki.sh" in template
+    text = template.replace("launchers/train_ki.sh", str(SCRIPT)).replace("RUN.yaml", str(config))
+    arguments = [] if "RUN.yaml" in template else ["--config", config]
     (tmp_path / "job.sh").write_text(text.replace("--num_gpus 8", "--num_gpus 2"))
     options = ["--parsable", "-N1", "-n2", "--ntasks-per-node=2", f"--output={tmp_path / 'job.log'}", "--job-name=tiny"]
-    submitted = cluster.run(["sbatch", *options, tmp_path / "job.sh"], PYTHON=sys.executable)
+    submitted = cluster.run(["sbatch", *options, tmp_path / "job.sh", *arguments], PYTHON=sys.executable)
     assert submitted.returncode == 0, submitted.stderr
     return submitted.stdout.strip()
 
@@ -113,7 +114,7 @@ def test_a_job_is_signalled_saves_is_queued_again_and_ends_as_if_never_stopped(c
     config, run_dir = job("stopped", **LONG)
     finished(cluster.run(["srun", "-n2", "bash", SCRIPT, "--config", whole]), whole_dir)
     log = tmp_path / "job.log"
-    number = batch(cluster, TEMPLATES[0], config, tmp_path)
+    number = batch(cluster, SBATCH, config, tmp_path)
     until(lambda: steps_done(run_dir) > 5, log)
     assert cluster.run(["scancel", "--signal=USR1", number]).returncode == 0  # as --signal=USR1@300 does it
     until(lambda: "going on from" in log.read_text(), log)

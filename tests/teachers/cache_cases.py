@@ -11,6 +11,7 @@ from ki_ds import config as configuration
 from ki_ds.config import RunConfig
 from ki_ds.config.schedules import taught_steps
 from ki_ds.data.datasets import Datasets, open_datasets
+from ki_ds.models.presets import Rows
 from ki_ds.teachers.cache_build import CHUNK_BYTES, Recording, build_cache, record_teacher
 from ki_ds.teachers.cache_files import Manifest
 from ki_ds.teachers.factory import make_teacher
@@ -53,11 +54,9 @@ def teacher_of(config: RunConfig, data: Datasets | None = None):
     data = data or data_of(config)
     return make_teacher(
         config.teacher,
-        config.task,
+        Rows(config.task, config.data.seq_len, packing=config.data.packing),
         tokenizer_sha256=data.vocabulary.sha256,
         num_classes=data.vocabulary.size,
-        seq_len=config.data.seq_len,
-        packing=config.data.packing,
         device=CPU,
         questions=questions_of(config, data),
     )

@@ -1,7 +1,6 @@
 """Writing a cache: killed and called again, on two ranks, made larger, and what is refused before it is written."""
 
 import resource
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from ki_ds.errors import UserError
 from ki_ds.teachers.cache_build import missing_places
 from ki_ds.teachers.cache_files import CacheFiles, Manifest
+from tests import forked
 from tests.teachers.cache_cases import (
     cache_of,
     config_of,
@@ -121,7 +121,7 @@ for chunks in (1, 4, 9):  # each time it is killed once that many chunks are the
 def test_killed_and_called_again(base, small, tmp_path):
     out = tmp_path / "cache"
     arguments = [str(base / "cached.yaml"), str(out), "1000"]
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", KILLER, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -12,7 +12,7 @@ from ki_ds.data.batches import Sample, collate
 from ki_ds.data.corpora import Document
 from ki_ds.data.tokenize import tokenizer_hash, train_tokenizer
 from ki_ds.errors import UserError
-from ki_ds.models.presets import count_parameters
+from ki_ds.models.presets import Rows, count_parameters
 from ki_ds.teachers.factory import identify_teachers, make_teacher, make_teachers
 from ki_ds.teachers.online import OnlineTeacher
 from tests.teachers.cache_cases import cache_of, config_of, data_of
@@ -46,9 +46,9 @@ def folder(tmp_path_factory, tokenizer):
 def make(tokenizer):
     """make_teacher for a corpus of that tokenizer; keyword arguments change one thing."""
 
-    def make(path, dtype="auto", task="causal", **changed):
-        facts = {"tokenizer_sha256": tokenizer_hash(tokenizer), "num_classes": NUM_CLASSES, "seq_len": NUM_POSITIONS}
-        return make_teacher(TeacherConfig(path=str(path), dtype=dtype), task, **(facts | changed), device=CPU)
+    def make(path, dtype="auto", task="causal", seq_len=NUM_POSITIONS, **changed):
+        facts = {"tokenizer_sha256": tokenizer_hash(tokenizer), "num_classes": NUM_CLASSES} | changed
+        return make_teacher(TeacherConfig(path=str(path), dtype=dtype), Rows(task, seq_len), **facts, device=CPU)
 
     return make
 

@@ -12,12 +12,13 @@ from ki_ds import config as configuration
 from ki_ds.config import TeacherEntry
 from ki_ds.data.batches import TrainBatches, collate
 from ki_ds.errors import UserError
+from ki_ds.models.presets import Rows
 from ki_ds.objective.loss import inheritance_loss
 from ki_ds.objective.types import Average, Head, Part, Routed, Sparse
 from ki_ds.teachers.cache_build import build_cache, record_teacher
 from ki_ds.teachers.factory import make_teacher, make_teachers
-from ki_ds.teachers.many import Assignment, ManyTeachers, hidden_answers
 from ki_ds.teachers.questions import Questions
+from ki_ds.teachers.teacher import Assignment, ManyTeachers, hidden_answers
 from ki_ds.training.setup import load_data
 from tests.data.test_batches import BlockDataset, write_store
 from tests.tiny import ROOT, records, run, tiny_config, tiny_corpus, train_ranks, write_config
@@ -385,10 +386,9 @@ def cache_of(base, groups, number, out, *, kind="hidden", dtype="fp32", steps=No
     questions = questions.of_domains(Assignment.of(config.teachers, data.domains).of_teacher(number))
     teacher, facts = make_teacher(
         configuration.TeacherConfig(entry.path),
-        "mlm",
+        Rows("mlm", 32),
         tokenizer_sha256=data.vocabulary.sha256,
         num_classes=data.vocabulary.size,
-        seq_len=32,
         device=CPU,
     )
     recording = record_teacher(teacher, facts, questions, kind=kind, topk=10, dtype=dtype, device=CPU)

@@ -129,6 +129,7 @@ import gc, json, sys, psutil, torch
 from ki_ds.config import TeacherConfig
 from ki_ds.data.batches import Sample, collate
 from ki_ds.engine.memory import keep_freed_memory
+from ki_ds.models.presets import Rows
 from ki_ds.teachers.factory import make_teacher
 
 def resident():
@@ -137,8 +138,8 @@ def resident():
 
 torch.set_num_threads(1)
 keep_freed_memory()
-limits = {"tokenizer_sha256": "", "num_classes": 8192, "seq_len": 8}
-teacher, facts = make_teacher(TeacherConfig(path=sys.argv[1]), "causal", **limits, device=torch.device("cpu"))
+limits = {"tokenizer_sha256": "", "num_classes": 8192, "device": torch.device("cpu")}
+teacher, facts = make_teacher(TeacherConfig(path=sys.argv[1]), Rows("causal", 8), **limits)
 ids = torch.arange(8).numpy()
 teacher.signal(collate([Sample(0, ids, ids, ids)], pad_id=0, seq_len=8))
 before = resident()

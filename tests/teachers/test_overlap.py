@@ -9,8 +9,8 @@ import torch
 from ki_ds.data.batches import Batch, collate
 from ki_ds.errors import UserError
 from ki_ds.objective.types import Average, Head, Part, Routed, Sparse
-from ki_ds.teachers import overlap
-from ki_ds.teachers.overlap import OverlappedTeacher
+from ki_ds.teachers import online
+from ki_ds.teachers.online import OverlappedTeacher
 from ki_ds.teachers.teacher import Teacher
 from tests.teachers.cache_cases import config_of, data_of
 from tests.tiny import inherit, records
@@ -86,9 +86,9 @@ def test_every_tensor_of_a_batch_is_known_to_the_students_stream():
     hidden = [Head(torch.zeros(2, 3), torch.zeros(5, 3), None) for _ in range(2)]
     topk = Sparse(torch.zeros(2, 4), torch.ones(2, 4), "tail")
     rows = torch.arange(2)
-    found = overlap._tensors(Routed((Part(0, hidden[0], rows, 9), Part(1, topk, rows, 9)), 2))
+    found = online._tensors(Routed((Part(0, hidden[0], rows, 9), Part(1, topk, rows, 9)), 2))
     assert [id(t) for t in found] == [id(t) for t in (rows, hidden[0].hidden_ND, rows, topk.ids_NK, topk.probs_NK)]
-    averaged = overlap._tensors(Average(tuple(hidden), (0.5, 0.5)))
+    averaged = online._tensors(Average(tuple(hidden), (0.5, 0.5)))
     assert [id(t) for t in averaged] == [id(h.hidden_ND) for h in hidden]
 
 

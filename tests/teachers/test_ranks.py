@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from ki_ds import config as configuration
+from ki_ds.config import TeacherConfig
 from ki_ds.data.batches import Sample, collate
 from ki_ds.errors import EXIT_RESUMABLE, UserError
 from ki_ds.objective.types import Head, LogitForm
 from ki_ds.ranks.world import free_port
-from ki_ds.teachers.many import Assignment
 from ki_ds.teachers.ranks import RanksTeacher, _head
+from ki_ds.teachers.teacher import Assignment
+from tests import forked
 from tests.tiny import ROOT, environment, records, tiny_config, train_ranks, write_config
 
 STEPS = {"num_steps": 20, "eval_every": 20, "save_every": 20}
@@ -96,9 +98,8 @@ def test_a_student_gets_the_form_of_the_teachers_logits_with_the_head(form):
         [torch.tensor([number, batch.num_tokens, 0, 0]), sent.hidden_ND, *(_head(sent) if number == 0 else ())]
         for number in range(2)
     ]
-    teacher = RanksTeacher(
-        _Wire(messages), Assignment(None, (1.0,)), torch.device("cpu"), num_batches=2, ahead=1, patience=0.0
-    )
+    settings = TeacherConfig(ahead=1, patience=0.0)
+    teacher = RanksTeacher(settings, _Wire(messages), Assignment(None, (1.0,)), torch.device("cpu"), num_batches=2)
     for _ in messages:
         found = teacher.signal(batch)
         assert found.form == form
@@ -141,7 +142,7 @@ def start(config, world):
     }
     command = [sys.executable, "launchers/train_ki.sh", "--config", str(config)]
     return [
-        subprocess.Popen(
+        forked.Popen(
             command,
             env=environment(**ranks, RANK=str(rank), LOCAL_RANK=str(rank)),
             cwd=ROOT,

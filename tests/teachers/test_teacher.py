@@ -8,11 +8,9 @@ import torch
 from ki_ds.data.batches import Sample, collate
 from ki_ds.objective.types import Average, Head, Part, Routed, Signal, Sparse
 from ki_ds.teachers.cache import CachedTeacher
-from ki_ds.teachers.many import ManyTeachers
-from ki_ds.teachers.online import OnlineTeacher
-from ki_ds.teachers.overlap import OverlappedTeacher
+from ki_ds.teachers.online import OnlineTeacher, OverlappedTeacher
 from ki_ds.teachers.ranks import RanksTeacher
-from ki_ds.teachers.teacher import Teacher, teacher_tokens
+from ki_ds.teachers.teacher import ManyTeachers, Teacher, teacher_tokens
 
 TEACHERS = [OnlineTeacher, CachedTeacher, RanksTeacher, ManyTeachers, OverlappedTeacher]
 HIDDEN = Head(torch.zeros(3, 2), torch.zeros(5, 2), None)

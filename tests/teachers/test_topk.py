@@ -8,8 +8,8 @@ from ki_ds import config as configuration
 from ki_ds.errors import UserError
 from ki_ds.objective.types import PLAIN, Head, LogitForm
 from ki_ds.teachers.factory import make_teachers
-from ki_ds.teachers.topk import largest_entries
-from tests.teachers.cache_cases import CPU, cache_of, config_of, data_of
+from ki_ds.teachers.online import largest_entries
+from tests.teachers.cache_cases import CPU, cache_of, config_of, data_of, questions_of
 from tests.tiny import inherit, records, tiny_config, write_config
 
 
@@ -58,7 +58,7 @@ def test_all_entries_are_the_whole_teacher(base):
 def test_what_the_entries_leave_over_may_be_a_class_of_its_own(base):
     config = config_of(base, teacher={"topk": 3, "topk_semantics": "tail"})
     teacher, _ = make_teachers(config, data_of(config), device=CPU)
-    assert teacher._semantics == "tail"
+    assert teacher.signal(questions_of(config).one(0, 0)).semantics == "tail"
     tail = inherit(base, "topk_tail", teacher=_teacher(base, topk=3, topk_semantics="tail"))
     cut = inherit(base, "topk_cut", teacher=_teacher(base, topk=3))
     assert records(tail, "train")[0]["kl"] != records(cut, "train")[0]["kl"]

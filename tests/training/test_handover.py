@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from ki_ds.config import InheritConfig, RunConfig
 from ki_ds.errors import UserError
 from ki_ds.files import read_json
 from ki_ds.training.handover import DECAY, FLOOR, PATIENCE, HandOver
@@ -101,16 +102,17 @@ def test_several_teachers_count_by_their_rows():
 
 def test_a_restored_state_goes_on_bit_for_bit():
     gaps = [0.9 - 0.02 * i for i in range(90)]
-    whole, first, second = HandOver(CPU), HandOver(CPU), HandOver(CPU)
+    whole, first = HandOver(CPU), HandOver(CPU)
     expected = after(whole, gaps)
     found = after(first, gaps[:33])
-    second.restore(json.loads(json.dumps(first.state())))
+    second = resumed(json.loads(json.dumps(first.saved())))
     assert found + after(second, gaps[33:]) == expected
     assert second.taught_steps() == whole.taught_steps() is not None
 
 
 def resumed(saved, *, step=30, start_step=0, teachers=("a",)):
-    return HandOver.resumed(saved, CPU, step=step, start_step=start_step, teachers=list(teachers))
+    config = RunConfig(inherit=InheritConfig(schedule="auto", start_step=start_step))
+    return HandOver.of_run(config, {"step": step, "handover": saved}, list(teachers), CPU)
 
 
 def test_a_checkpoints_state_is_of_one_period_and_its_teachers():

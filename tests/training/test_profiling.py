@@ -51,7 +51,7 @@ def test_kernels_belong_to_the_part_that_launched_them(monkeypatch):
 
     events = [
         event("ki_ds.student forward", 0, 100),
-        event("ki_ds.objective.loss", 50, 90),
+        event("ki_ds.loss", 50, 90),
         event("ki_ds.backward", 100, 200),
         event("aten::mm", 10, 12, 3e6),
         event("aten::mm", 60, 61, 2e6),

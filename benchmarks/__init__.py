@@ -1,0 +1,1 @@
+"""What ki_ds takes, beside what else one could run: `python -m benchmarks.NAME --help`."""
