@@ -39,6 +39,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "inherit.tau": (1e-3, 1e3, True),
     "loss.chunk_rows": (1, 2**31, True),
     "loss.label_smoothing": (0, 1, False),
+    "loss.z_weight": (0, 1e3, True),
     "optim.lr": (1e-12, 100, True),
     "optim.beta1": (0, 1, False),
     "optim.beta2": (0, 1, False),

@@ -200,17 +200,19 @@ class InheritConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """How the objective is computed; no field but label_smoothing changes its value.
+    """How the objective is computed; only label_smoothing and z_weight change its value.
 
     Args:
         backend: auto takes the Triton kernels on a GPU and chunked PyTorch elsewhere.
         chunk_rows: rows whose logits exist at once; null chooses from the sizes.
         label_smoothing: share of the label's mass spread over the other classes (Table 10; 0 in all other runs).
+        z_weight: of logsumexp(logits)^2 in each row while training, which keeps logits small (z-loss; 1e-4 in PaLM).
     """
 
     backend: Literal["auto", "triton", "torch"] = "auto"
     chunk_rows: int | None = None
     label_smoothing: float = 0.0
+    z_weight: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ ALWAYS = {
     *("data.sources.fraction", "data.sources.max_tokens", "data.valid", "data.seq_len", "data.break_mode"),
     *("data.num_workers", "data.index_dir", "data.max_valid_samples"),
     *("model.name", "model.init", "inherit.schedule", "loss.backend", "loss.chunk_rows", "loss.label_smoothing"),
+    "loss.z_weight",
     *("optim.lr", "optim.beta1", "optim.beta2", "optim.eps", "optim.weight_decay", "optim.warmup_fraction"),
     *("optim.max_grad_norm", "engine.ds_config", "engine.precision", "engine.activation_checkpointing"),
     *("engine.compile", "engine.watchdog_seconds", "engine.connect_seconds", "engine.num_threads"),
