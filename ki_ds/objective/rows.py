@@ -49,8 +49,9 @@ class Objective:
     ) -> Objective:
         """The objective of a run's configuration; an evaluation has nothing that only helps training."""
         objective = cls(num_classes=num_classes, alpha=alpha, tau=tau)
-        helps = {"label_smoothing": config.label_smoothing, "z_weight": config.z_weight}
-        return replace(objective, **helps) if training else objective
+        if not training:
+            return objective
+        return replace(objective, label_smoothing=config.label_smoothing, z_weight=config.z_weight)
 
 
 class ObjectiveOptions(TypedDict, total=False):
