@@ -70,7 +70,7 @@ def measure(
     """
     quieten()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    valid, vocabulary, _ = open_validation(data, task, other_index_dir=index_dir)
+    valid, vocabulary = open_validation(data, task, other_index_dir=index_dir)
     batches = {
         domain: ValidBatches(
             samples,
@@ -92,7 +92,7 @@ def measure(
             @torch.no_grad()
             def evaluate(batch: Batch, model: InheritanceModel = model, bar: object = bar) -> LossOutput:
                 progress.advance(bar)  # type: ignore[arg-type]
-                return LossOutput(*model(batch))
+                return model(batch)[0]
 
             domains = {domain: validate(part, evaluate, device=device) for domain, part in batches.items()}
             found.append(Measured(name, domains, checked))

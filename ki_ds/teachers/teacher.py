@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ki_ds.checkpoints.lineage import Lineage
-from ki_ds.config.teacher_entries import TeacherEntry
+from ki_ds.config import TeacherEntry
 from ki_ds.data.batches import Batch
 from ki_ds.objective.types import Average, Head, Part, Routed, Signal, Sparse
 
@@ -161,7 +161,7 @@ def hidden_answers(signal: Signal) -> list[tuple[int, Head]]:
         case Head():
             return [(0, signal)]
         case Average(parts, _):
-            return list(enumerate(parts))
+            return [(number, part) for number, part in enumerate(parts) if isinstance(part, Head)]
         case Routed(parts, _):
             return [(part.teacher, part.signal) for part in parts if isinstance(part.signal, Head)]
     return []

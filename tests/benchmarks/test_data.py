@@ -48,13 +48,14 @@ def test_the_text_is_a_fairseq_folder_with_lines_like_prose(bench, tmp_path):
     assert (train.min_length, train.max_length) == (1, text.MAX_LINE)
     assert train.num_items / train.num_documents == pytest.approx(text.LINES_A_DOCUMENT, rel=0.1)
     store = open_store(tmp_path / "train")
-    ends = store.item_ends(0, len(store)) - 1
+    ends = np.cumsum(store.sizes) - 1
     assert (store.tokens[ends] == 2).all()
     inner = np.delete(store.tokens, ends)
     assert inner.min() >= 4
     assert inner.max() < text.SPECIAL_IDS.mask
 
 
+@pytest.mark.slow
 def test_loader_rows(command, tmp_path):
     code, out, _, written = command("--only", "128, in process")
     assert code == 0
@@ -68,6 +69,7 @@ def test_loader_rows(command, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
+@pytest.mark.slow
 def test_start_rows(command):
     code, out, _, written = command("--only", "start, 2 GB", "--big")
     assert code == 0
