@@ -42,6 +42,11 @@ class TaskData:
     notes: tuple[str, ...] = ()
 
     @property
+    def title(self) -> str:
+        """The usual name of a task of GLUE; another set's own."""
+        return GLUE[self.name].title if self.name in GLUE else self.name
+
+    @property
     def is_graded(self) -> bool:
         """Whether labels are grades, for a regression."""
         return self.labels is None
