@@ -142,22 +142,20 @@ def _of_fairseq(path: Path, dictionary: Path | None, options: Mapping[str, str])
     )
 
 
+_PLAIN_LOSSES = ("masked_lm", "cross_entropy")
+_TRAINING_FLAGS = (
+    *("max_update", "lr", "max_sentences", "batch_size", "update_freq", "distributed_world_size"),
+    *("tokens_per_sample", "sample_break_mode", "mask_prob", "dropout", "weight_decay", "seed", "criterion"),
+)
+
+
 def _fairseq_facts(model: Fairseq) -> dict[str, Any]:
     flags, training = model.flags, model.training
     facts: dict[str, Any] = {"updates": training.get("num_updates"), "epoch": training.get("epoch")}
-    names: tuple[str, ...] = (
-        "max_update",
-        "lr",
-        "max_sentences",
-        "batch_size",
-        "update_freq",
-        "distributed_world_size",
-    )
-    names += ("tokens_per_sample", "sample_break_mode", "mask_prob", "dropout", "weight_decay", "seed", "criterion")
-    facts |= {name: flags.get(name) for name in names}
+    facts |= {name: flags.get(name) for name in _TRAINING_FLAGS}
     facts["data"] = Path(str(flags["data"])).name if flags.get("data") else None
     if "distil" in str(flags.get("criterion")) or "distil" in str(flags.get("task")):
-        facts |= {"taught by": flags.get("arch_distil_from")}
+        facts["taught by"] = flags.get("arch_distil_from")
         facts |= {name: flags.get(name) for name in ("temperature_distil", "max_update_distil")}
     elif isinstance(best := training.get("best"), int | float) and flags.get("criterion") in _PLAIN_LOSSES:
         facts["best validation perplexity"] = f"{2**best:.2f}"  # fairseq notes bits
@@ -165,8 +163,6 @@ def _fairseq_facts(model: Fairseq) -> dict[str, Any]:
         facts["best validation loss"] = f"{training['best']:.4f} (bits, as noted)"
     return known(facts)
 
-
-_PLAIN_LOSSES = ("masked_lm", "cross_entropy")
 
 # --- ours -------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,12 @@ class Row:
         scores = {
             part: {
                 metric: {"mean": spread.mean, "std": spread.std, "values": list(spread.values)}
-                for metric, spread in found.items()
+                for metric, spread in of_part.items()
             }
-            for part, found in self.scores.items()
+            for part, of_part in self.scores.items()
         }
-        figures = {"seconds": self.seconds, "num_parameters": self.num_parameters, "share_cut": self.share_cut}
-        settings = self.settings.as_dict() if self.settings else None
-        names = {"model": self.model, "data": self.data, "settings": settings, "seeds": list(self.seeds)}
-        return {**names, "scores": scores, **figures}
+        settings = asdict(self.settings) if self.settings else None
+        return vars(self) | {"settings": settings, "seeds": list(self.seeds), "scores": scores}
 
 
 def evaluate(

@@ -46,7 +46,7 @@ class Trial:
             "architecture": self.candidate.architecture,
             "weights": self.candidate.weights,
             "data": {"name": self.data_name, "sha256": self.data_sha256},
-            "settings": self.settings.as_dict(),
+            "settings": asdict(self.settings),
             "seed": self.seed,
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }
