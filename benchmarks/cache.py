@@ -26,8 +26,7 @@ from transformers import PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
 from benchmarks.harness import check_at_least, heading, markdown, parser, show, spread, write_results
 from ki_ds.cli import ends_cleanly
-from ki_ds.data.mixture import Mixture
-from ki_ds.data.samples import BlockDataset
+from ki_ds.data.samples import BlockDataset, Mixture
 from ki_ds.data.store import SpecialIds, StoreWriter, open_store
 from ki_ds.models.presets import count_parameters
 from ki_ds.teachers.cache import CachedTeacher

@@ -65,13 +65,14 @@ class Row:
 
 def our_batches(folder: Path, task: Any, seq_len: int, num_workers: int) -> Iterator[tuple[int, int]]:
     """(samples, tokens) of each batch of the training stream."""
-    from ki_ds.data.batches import BlockDataset, TrainBatches
+    from ki_ds.data.batches import TrainBatches
+    from ki_ds.data.samples import BlockDataset, Mixture
 
     dataset = BlockDataset(
         open_store(folder / "train"), task=task, seq_len=seq_len, vocab_size=VOCAB_SIZE, special_ids=SPECIAL_IDS
     )
     batches = TrainBatches(
-        dataset,
+        Mixture([dataset]),
         seed=SEED,
         micro_batch_size=MICRO_BATCH_SIZE,
         global_batch_size=MICRO_BATCH_SIZE,

@@ -9,8 +9,8 @@ positions, M those of some samples.
 
 import itertools
 import signal
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -18,9 +18,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ki_ds.config import RunConfig
-from ki_ds.data.mixture import Mixture
 from ki_ds.data.randomness import permute
-from ki_ds.data.samples import BlockDataset, Sample
+from ki_ds.data.samples import BlockDataset, Mixture, Sample
 from ki_ds.errors import UserError
 
 _T = TypeVar("_T")
@@ -97,16 +96,18 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch on a device."""
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved = self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         return replace(moved, host=self.host or self)
 
     def pin_memory(self) -> Self:
         """The same batch in page-locked memory; torch's loader calls this."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.map(lambda values: torch.as_tensor(values).pin_memory())
 
-    def _map(self, function: Any) -> Self:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+    def map(self, function: Callable[[Any], Any]) -> Self:
+        """The same batch with a function applied to each of its tensors (or arrays, on their way from a loader)."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        arrays = {name: value for name, value in values.items() if isinstance(value, torch.Tensor | np.ndarray)}
+        return replace(self, **{name: function(array) for name, array in arrays.items()})
 
 
 def collate(samples: list[Sample], *, pad_id: int, seq_len: int) -> Batch:
@@ -122,8 +123,10 @@ def collate(samples: list[Sample], *, pad_id: int, seq_len: int) -> Batch:
     labels_BL = np.full((len(samples), width), IGNORE_INDEX, np.int64)
     labels_BL.reshape(-1)[rows_N] = row_labels_N
     attention_mask_BL = position_ids_BL = None
-    if samples[0].position_ids_T is not None:
-        position_ids_BL = torch.from_numpy(_positions(samples, width))
+    if samples[0].position_ids_T is not None:  # several blocks in a row; its padding counts as one more
+        position_ids_BL = torch.from_numpy(np.arange(width) - lengths[:, None])
+        for positions_L, sample in zip(position_ids_BL, samples, strict=True):
+            positions_L[: len(sample.input_ids_T)] = torch.from_numpy(sample.position_ids_T)
     elif int(lengths.min()) < width:
         attention_mask_BL = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))
     return Batch(
@@ -139,81 +142,36 @@ def collate(samples: list[Sample], *, pad_id: int, seq_len: int) -> Batch:
     )
 
 
-def _positions(samples: list[Sample], width: int) -> np.ndarray:
-    """Position ids of rows that hold several blocks; the padding counts as one more block."""
-    position_ids_BL = np.empty((len(samples), width), np.int64)
-    for row, sample in enumerate(samples):
-        assert sample.position_ids_T is not None
-        length = len(sample.position_ids_T)
-        position_ids_BL[row, :length] = sample.position_ids_T
-        position_ids_BL[row, length:] = np.arange(width - length)
-    return position_ids_BL
+def _batch(dataset: Mixture | BlockDataset, sample_ids: np.ndarray, epochs: np.ndarray, *, seed: int) -> Batch:
+    """The batch of some samples as this (seed, epochs) masks them."""
+    keys = zip(sample_ids.tolist(), epochs.tolist(), strict=True)
+    samples = [dataset.sample(sample_id, seed=seed, epoch=epoch) for sample_id, epoch in keys]
+    return collate(samples, pad_id=dataset.pad_id, seq_len=dataset.seq_len)
 
 
 # ------------------------------------------------------------------------------------------------- loaders
 
 
-@dataclass(frozen=True)
-class _Parcel:
-    """A batch as one array, on its way from a loader process.
-
-    torch hands every tensor over by a file descriptor, which costs more than to copy an array of this size.
-    """
-
-    words: np.ndarray | torch.Tensor  # int64, the batch's tensors one behind the other
-    shapes: dict[str, torch.Size | None]  # of the batch's tensors, None for what it lacks
-    num_tokens: int
-
-    @classmethod
-    def pack(cls, batch: Batch) -> Self:
-        tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("num_tokens", "host")}
-        shapes = {name: None if tensor is None else tensor.shape for name, tensor in tensors.items()}
-        words = np.concatenate([tensor.numpy().reshape(-1) for tensor in tensors.values() if tensor is not None])
-        return cls(words, shapes, batch.num_tokens)
-
-    def unpack(self) -> Batch:
-        """The batch, its tensors views of the array."""
-        words = torch.as_tensor(self.words)
-        sizes = [0 if shape is None else shape.numel() for shape in self.shapes.values()]
-        parts = dict(zip(self.shapes, words.split(sizes), strict=True))
-        tensors = {name: None if shape is None else parts[name].view(shape) for name, shape in self.shapes.items()}
-        return Batch(num_tokens=self.num_tokens, **tensors)  # type: ignore[arg-type]
-
-    def pin_memory(self) -> Self:
-        """The same parcel in page-locked memory; torch's loader calls this."""
-        return replace(self, words=torch.as_tensor(self.words).pin_memory())
-
-
-class _MicroBatches(Dataset[Batch | _Parcel | UserError]):
+class _MicroBatches(Dataset[Batch | UserError]):
     """Map-style over (step * accumulation + micro step): this rank's micro-batches."""
 
-    def __init__(self, owner: "TrainBatches") -> None:
-        self.dataset = owner.dataset
-        self.seed = owner.seed
-        self.micro_batch_size = owner.micro_batch_size
-        self.rank = owner.rank
-        self.world_size = owner.world_size
+    def __init__(self, batches: "TrainBatches") -> None:
+        self.batches = batches
 
-    def __getitem__(self, index: int) -> Batch | _Parcel | UserError:
+    def __getitem__(self, index: int) -> Batch | UserError:
         """The micro-batch; an error comes back as a value, for torch puts a worker's traceback into its text."""
         try:
-            batch = self._batch(index)
-            return batch if get_worker_info() is None else _Parcel.pack(batch)
+            batch = self.batches.micro_batch(index)
         except UserError as error:
             return error
-
-    def _batch(self, index: int) -> Batch:
-        # micro step i of all ranks together is a contiguous part of the stream, as each step is
-        first = (index * self.world_size + self.rank) * self.micro_batch_size
-        epochs, ids = self.dataset.stream(first, first + self.micro_batch_size, seed=self.seed)
-        samples = [self.dataset.sample(int(i), seed=self.seed, epoch=int(e)) for e, i in zip(epochs, ids, strict=True)]
-        return collate(samples, pad_id=self.dataset.pad_id, seq_len=self.dataset.seq_len)
+        # From a process of its own as arrays: torch hands every tensor over by a file descriptor, which costs more.
+        return batch if get_worker_info() is None else batch.map(torch.Tensor.numpy)
 
 
-def _received(found: Batch | _Parcel | UserError) -> Batch:
-    if isinstance(found, UserError):
-        raise found
-    return found.unpack() if isinstance(found, _Parcel) else found
+def _received(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch.map(torch.as_tensor)
 
 
 def _leave_signals_to_the_rank(_worker: int) -> None:
@@ -222,6 +180,7 @@ def _leave_signals_to_the_rank(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@dataclass
 class TrainBatches:
     """Iterates over steps start_step..num_steps-1 (without end if `num_steps` is None), each a list of this
     rank's micro-batches, `accumulation_steps` of them.
@@ -231,40 +190,30 @@ class TrainBatches:
     Each iteration begins at start_step again.
     """
 
-    def __init__(
-        self,
-        dataset: Mixture | BlockDataset,
-        *,
-        seed: int,
-        micro_batch_size: int,
-        global_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        start_step: int = 0,
-        num_steps: int | None = None,
-        pin_memory: bool = False,
-    ) -> None:
-        per_micro_step = micro_batch_size * world_size
-        if min(micro_batch_size, global_batch_size) < 1 or global_batch_size % per_micro_step:
+    dataset: Mixture
+    _: KW_ONLY
+    seed: int
+    micro_batch_size: int
+    global_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+    start_step: int = 0
+    num_steps: int | None = None
+    pin_memory: bool = False
+    accumulation_steps: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        per_micro_step = self.micro_batch_size * self.world_size
+        if min(self.micro_batch_size, self.global_batch_size) < 1 or self.global_batch_size % per_micro_step:
             raise UserError(
-                f"global_batch_size={global_batch_size} is no multiple of micro_batch_size={micro_batch_size} "
-                f"x {world_size} ranks; change one of them"
+                f"global_batch_size={self.global_batch_size} is no multiple of "
+                f"micro_batch_size={self.micro_batch_size} x {self.world_size} ranks; change one of them"
             )
-        if seed < 0:
-            raise UserError(f"seed={seed} is negative; take one from 0 on")
-        assert 0 <= rank < world_size
-        self.dataset = dataset if isinstance(dataset, Mixture) else Mixture([dataset])
-        self.seed = seed
-        self.micro_batch_size = micro_batch_size
-        self.global_batch_size = global_batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.num_workers = num_workers
-        self.start_step = start_step
-        self.num_steps = num_steps
-        self.pin_memory = pin_memory
-        self.accumulation_steps = global_batch_size // per_micro_step
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} is negative; take one from 0 on")
+        assert 0 <= self.rank < self.world_size
+        self.accumulation_steps = self.global_batch_size // per_micro_step
 
     @classmethod
     def of_run(
@@ -283,6 +232,12 @@ class TrainBatches:
             num_steps=steps.stop,
             pin_memory=pin_memory,
         )
+
+    def micro_batch(self, index: int) -> Batch:
+        """This rank's part of a micro step; those of all ranks together are a contiguous part of the stream."""
+        first = (index * self.world_size + self.rank) * self.micro_batch_size
+        epochs, ids = self.dataset.stream(first, first + self.micro_batch_size, seed=self.seed)
+        return _batch(self.dataset, ids, epochs, seed=self.seed)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         first = self.start_step * self.accumulation_steps
@@ -318,9 +273,8 @@ class TrainBatches:
         """Labelled positions of the whole global batch of a step, all ranks together, without tokens."""
         first = step * self.global_batch_size
         epochs, ids = self.dataset.stream(first, first + self.global_batch_size, seed=self.seed)
-        return sum(
-            self.dataset.num_rows(int(i), seed=self.seed, epoch=int(e)) for e, i in zip(epochs, ids, strict=True)
-        )
+        keys = zip(ids.tolist(), epochs.tolist(), strict=True)
+        return sum(self.dataset.num_rows(sample_id, seed=self.seed, epoch=epoch) for sample_id, epoch in keys)
 
 
 def with_next(batches: Iterable[_T]) -> Iterator[tuple[_T, _T | None]]:
@@ -333,54 +287,44 @@ def with_next(batches: Iterable[_T]) -> Iterator[tuple[_T, _T | None]]:
         current = following
 
 
+@dataclass
 class ValidBatches:
     """This rank's validation micro-batches, the same samples with the same masks each time.
 
-    `num_variants` masks every sample that often, each time differently, which steadies the perplexity of a
+    `num_variants` masks every mlm sample that often, each time differently, which steadies the perplexity of a
     small set. `max_samples` takes that many samples, a fixed random choice. The batches do not depend on
     `world_size`; they go round the ranks. Every rank gets equally many (collectives of ZeRO-3 need that): what
     is missing is filled with a batch without any label, sample ids -1 and num_tokens 0.
     """
 
-    def __init__(
-        self,
-        dataset: Mixture | BlockDataset,
-        *,
-        micro_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        max_samples: int | None = None,
-        num_variants: int = 1,
-        seed: int = VALID_SEED,
-    ) -> None:
-        if micro_batch_size < 1 or num_variants < 1 or (max_samples is not None and max_samples < 1):
-            raise UserError(
-                f"validation with micro_batch_size={micro_batch_size}, num_variants={num_variants}, "
-                f"max_samples={max_samples}: each must be at least 1"
-            )
-        assert 0 <= rank < world_size
-        self.dataset = dataset
-        self.micro_batch_size = micro_batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.num_variants = num_variants if dataset.task == "mlm" else 1
-        self.seed = seed
-        self._ids = np.arange(len(dataset))
-        if max_samples is not None and max_samples < len(dataset):
-            self._ids = np.sort(permute(np.arange(max_samples), len(dataset), seed=seed, epoch=0))
+    dataset: Mixture | BlockDataset
+    _: KW_ONLY
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    max_samples: int | None = None
+    num_variants: int = 1
+    seed: int = VALID_SEED
 
-    @property
-    def num_samples(self) -> int:
-        """Masked samples of all ranks together."""
-        return len(self._ids) * self.num_variants
+    def __post_init__(self) -> None:
+        if min(self.micro_batch_size, self.num_variants) < 1 or (self.max_samples is not None and self.max_samples < 1):
+            raise UserError(
+                f"validation with micro_batch_size={self.micro_batch_size}, num_variants={self.num_variants}, "
+                f"max_samples={self.max_samples}: each must be at least 1"
+            )
+        assert 0 <= self.rank < self.world_size
+        if self.dataset.task == "causal":
+            self.num_variants = 1
+        size = len(self.dataset)
+        self._ids = np.arange(size)
+        if self.max_samples is not None and self.max_samples < size:
+            self._ids = np.sort(permute(self._ids[: self.max_samples], size, seed=self.seed, epoch=0))
+        self.num_samples = len(self._ids) * self.num_variants  # of all ranks together
+        self._num_batches = -(-self.num_samples // self.micro_batch_size)
 
     def __len__(self) -> int:
         """Number of batches of each rank."""
         return -(-self._num_batches // self.world_size)
-
-    @property
-    def _num_batches(self) -> int:
-        return -(-self.num_samples // self.micro_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         for index in range(self.rank, len(self) * self.world_size, self.world_size):
@@ -389,11 +333,7 @@ class ValidBatches:
     def _batch(self, index: int) -> Batch:
         places = np.arange(index * self.micro_batch_size, (index + 1) * self.micro_batch_size)
         variants, order = np.divmod(places[places < self.num_samples], len(self._ids))
-        samples = [
-            self.dataset.sample(int(i), seed=self.seed, epoch=int(v))
-            for v, i in zip(variants, self._ids[order], strict=True)
-        ]
-        return collate(samples, pad_id=self.dataset.pad_id, seq_len=self.dataset.seq_len)
+        return _batch(self.dataset, self._ids[order], variants, seed=self.seed)
 
 
 def _filler(batch: Batch) -> Batch:

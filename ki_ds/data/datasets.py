@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ki_ds.config import DataConfig, SourceConfig, Task
-from ki_ds.data import words
-from ki_ds.data.blocks import Blocks, MaskConfig
+from ki_ds.data.blocks import BlockConfig, Blocks, Interval, TokenView, select
 from ki_ds.data.index_cache import IndexCache
-from ki_ds.data.mixture import Mixture
 from ki_ds.data.prepare import open_corpus
-from ki_ds.data.samples import DEFAULT_BREAK_MODE, BlockConfig, BlockDataset, SampleIndex
+from ki_ds.data.randomness import MaskConfig
+from ki_ds.data.samples import DEFAULT_BREAK_MODE, BlockDataset, Mixture, index_blocks
 from ki_ds.data.store import SpecialIds, TokenStore, is_fairseq_folder, open_shards, open_store
 from ki_ds.data.tokenize import (
     former_tokenizer_hash,
@@ -28,7 +27,6 @@ from ki_ds.data.tokenize import (
     tokenizer_hash,
 )
 from ki_ds.data.tokenizer_files import Files, tokenizer_files
-from ki_ds.data.view import Interval, TokenView, select
 from ki_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,6 +84,36 @@ def dictionary_hash(path: Path) -> str:
     """SHA-256 of the symbols of a fairseq `dict.txt` in their order, its counts left out."""
     symbols, _ = read_fairseq_dict(path)
     return hashlib.sha256(json.dumps(symbols).encode()).hexdigest()
+
+
+def word_beginnings(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
+    """bool [V]: ids that begin a word, special ids among them; the others go on with the word before them.
+
+    By the mark that the tokenizer's decoder knows: a leading blank (byte-level BPE, SentencePiece) begins a word, a
+    "##" (WordPiece) goes on with one. UserError for a tokenizer with no such mark.
+    """
+    kinds = _decoder_kinds(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    if "ByteLevel" in kinds:
+        begins = [token.startswith(("Ġ", "Ċ", "ĉ")) for token in tokens]
+    elif "WordPiece" in kinds:
+        begins = [not token.startswith("##") for token in tokens]
+    elif "Metaspace" in kinds or "Replace" in kinds:
+        begins = [token.startswith("▁") for token in tokens]
+    else:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} has no mark for the beginning of a word; "
+            "take data.whole_words=false"
+        )
+    begins_V = np.array(begins)
+    begins_V[tokenizer.all_special_ids] = True
+    return begins_V
+
+
+def _decoder_kinds(decoder: dict | None) -> set[str]:
+    if decoder is None:
+        return set()
+    return {decoder["type"]}.union(*map(_decoder_kinds, decoder.get("decoders", [])))
 
 
 def check_tokenizer(folder: str, expected: str, task: Task, *, what: str) -> bool:
@@ -174,13 +202,6 @@ def _with_tokenizer(train: list[TokenStore], valid: list[TokenStore] | None, voc
     return _Corpus(train, valid, replace(vocabulary, names=names))
 
 
-def _interval(source: SourceConfig, *, held_out: float) -> Interval:
-    """The part of a corpus that a source trains on, what is held out for validation left over at the end."""
-    first, last = {None: (0.0, 1.0), "A": (0.0, 0.5), "B": (0.5, 1.0)}[source.half]
-    last = first + (last - first) * source.fraction
-    return Interval(first * (1 - held_out), last * (1 - held_out), source.max_tokens)
-
-
 _Part = tuple[list[TokenStore], Interval]
 
 # ------------------------------------------------------------------------------------------------- datasets
@@ -221,16 +242,10 @@ def open_datasets(data: DataConfig, task: Task, *, other_index_dir: Path) -> Dat
     return _Opener(data, task, other_index_dir).open()
 
 
-def open_validation(
-    data: DataConfig, task: Task, *, other_index_dir: Path
-) -> tuple[dict[str, Mixture], Vocabulary, tuple[str, ...]]:
-    """Only what a run is measured on: samples by domain, their vocabulary, and lines for the user.
-
-    Arguments and errors as in `open_datasets`.
-    """
+def open_validation(data: DataConfig, task: Task, *, other_index_dir: Path) -> tuple[dict[str, Mixture], Vocabulary]:
+    """Only what a run is measured on: samples by domain, and their vocabulary. The rest as in `open_datasets`."""
     opener = _Opener(data, task, other_index_dir)
-    valid = opener.validation(opener.valid_parts())
-    return valid, opener.vocabulary, tuple(opener.notes)
+    return opener.validation(opener.valid_parts()), opener.vocabulary
 
 
 def read_vocabulary(data: DataConfig, task: Task) -> Vocabulary:
@@ -243,46 +258,33 @@ class _Opener:
 
     def __init__(self, data: DataConfig, task: Task, other_index_dir: Path) -> None:
         self.data, self.task, self.other_index_dir = data, task, other_index_dir
+        self.trained_domains = tuple(dict.fromkeys(source.name for source in data.all_sources))
+        self.domains = tuple(dict.fromkeys([*self.trained_domains, *(data.valid or {})]))
         self.corpora: dict[str, _Corpus] = {}
         self.digests: dict[Path, str] = {}
         self.notes: list[str] = []
 
     def open(self) -> Datasets:
-        sources, domains = self.sources, self.domains
-        train_parts = [(self._corpus(s.path).train, _interval(s, held_out=self._held_out(s.path))) for _, s in sources]
+        sources = self.data.all_sources
+        train_parts = [(self._corpus(source.path).train, self._trained_interval(source)) for source in sources]
         valid_parts = self.valid_parts()
         self._check_options()
-        weights = [source.weight for _, source in sources if source.weight is not None]
-        train = Mixture(
-            [
-                self._dataset(*part, domain_id=domains.index(name))
-                for (name, _), part in zip(sources, train_parts, strict=True)
-            ],
-            weights or None,
-        )
-        valid = self.validation(valid_parts)
+        weights = [source.weight for source in sources if source.weight is not None]
+        datasets = [self._dataset(s.name, *part) for s, part in zip(sources, train_parts, strict=True)]
+        train, valid = Mixture(datasets, weights or None), self.validation(valid_parts)
         hashes = {
             "tokenizer_sha256": self.vocabulary.names[0],
             "train_sha256": self._joint_hash(train_parts),
             "valid_sha256": self._joint_hash([part for parts in valid_parts.values() for part in parts]),
         }
-        trained = tuple(dict.fromkeys(name for name, _ in sources))
-        return Datasets(train, valid, domains, trained, self.vocabulary, hashes, tuple(self.notes))
-
-    @property
-    def sources(self) -> list[tuple[str, SourceConfig]]:
-        """The sources with the names of their domains."""
-        return [(source.name, source) for source in self.data.all_sources]
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([*(name for name, _ in self.sources), *(self.data.valid or {})]))
+        notes = tuple(self.notes)
+        return Datasets(train, valid, self.domains, self.trained_domains, self.vocabulary, hashes, notes)
 
     def validation(self, parts_of: dict[str, list[_Part]]) -> dict[str, Mixture]:
         """The samples of each domain that is measured."""
         return {
-            name: Mixture([self._dataset(*part, domain_id=self.domains.index(name), valid=True) for part in parts])
-            for name, parts in parts_of.items()
+            domain: Mixture([self._dataset(domain, *part, valid=True) for part in parts])
+            for domain, parts in parts_of.items()
         }
 
     def _corpus(self, path: str) -> _Corpus:
@@ -301,12 +303,12 @@ class _Opener:
         return next(iter(self.corpora.values())).vocabulary
 
     @cached_property
-    def word_beginnings(self) -> np.ndarray | None:
+    def _word_beginnings(self) -> np.ndarray | None:
         if not self.data.whole_words:
             return None
         if self.vocabulary.tokenizer is None:
             raise UserError("data.whole_words=true needs the text of the ids; name GPT-2's folder with data.tokenizer")
-        return words.word_beginnings(self.vocabulary.tokenizer)
+        return word_beginnings(self.vocabulary.tokenizer)
 
     def _check_options(self) -> None:
         """UserError for an option that no corpus has a use for, and for text that is trained on and measured."""
@@ -319,53 +321,65 @@ class _Opener:
                 f"data.valid_fraction={data.valid_fraction} has no meaning: every corpus has a validation part; "
                 "leave it out"
             )
-        for name, path in (data.valid or {}).items():
+        for domain, path in (data.valid or {}).items():
             if self._corpus(path).valid is None and path in [source.path for source in data.all_sources]:
                 raise UserError(
-                    f"data.valid.{name}={path} is trained on and has no validation part; give other text, or "
+                    f"data.valid.{domain}={path} is trained on and has no validation part; give other text, or "
                     "data.valid_fraction instead"
                 )
 
     def _held_out(self, path: str) -> float:
-        """Share of a training part that is kept for validation."""
+        """Share of a training part, at its end, that is kept for validation."""
         return self.data.valid_fraction if self.data.valid is None and self._corpus(path).valid is None else 0.0
+
+    def _trained_interval(self, source: SourceConfig) -> Interval:
+        first, last = {None: (0.0, 1.0), "A": (0.0, 0.5), "B": (0.5, 1.0)}[source.half]
+        last = first + (last - first) * source.fraction
+        kept = 1 - self._held_out(source.path)
+        return Interval(first * kept, last * kept, source.max_tokens)
 
     def valid_parts(self) -> dict[str, list[_Part]]:
         """By domain, what it is measured on."""
         parts: dict[str, list[_Part]] = {}
         if self.data.valid is not None:
-            for name, path in self.data.valid.items():
+            for domain, path in self.data.valid.items():
                 corpus = self._corpus(path)
-                parts[name] = [(corpus.valid if corpus.valid is not None else corpus.train, Interval())]
+                parts[domain] = [(corpus.train if corpus.valid is None else corpus.valid, Interval())]
             return parts
-        for name, path in dict.fromkeys((name, source.path) for name, source in self.sources):
+        for domain, path in dict.fromkeys((source.name, source.path) for source in self.data.all_sources):
             corpus, held_out = self._corpus(path), self._held_out(path)
             if corpus.valid is None and not held_out:
                 raise UserError(
                     f"{path} has no validation part; give data.valid_fraction, or data.valid, or prepare it with one"
                 )
             part = (corpus.train, Interval(1 - held_out, 1.0)) if corpus.valid is None else (corpus.valid, Interval())
-            parts.setdefault(name, []).append(part)
+            parts.setdefault(domain, []).append(part)
         return parts
 
-    def _dataset(
-        self, stores: list[TokenStore], interval: Interval, *, domain_id: int, valid: bool = False
-    ) -> BlockDataset:
+    def _dataset(self, domain: str, stores: list[TokenStore], part: Interval, *, valid: bool = False) -> BlockDataset:
         data, cache = self.data, self._cache(stores[0])
-        blocks = BlockConfig(
+        config = BlockConfig(
             seq_len=data.seq_len,
             break_mode=DEFAULT_BREAK_MODE[self.task] if data.break_mode == "auto" else data.break_mode,
             long_lines=data.long_lines,
             packing=data.packing,
         )
-        part = {"format": 1, "files": self._hashes(stores), "interval": asdict(interval), "seed": data.subset_seed}
-        view = _cached_view(stores, interval, seed=data.subset_seed, cache=cache, key=part)
-        index = _cached_index(view, self.task, blocks, cache=cache, key=part)
-        self._note(view, index.blocks, what="validation" if valid else "training")
+        key = {"format": 1, "files": self._hashes(stores), "interval": asdict(part), "seed": data.subset_seed}
+        runs = None
+        if part != Interval():
+            runs = cache.arrays(key, lambda: {"runs": select(stores, part, seed=data.subset_seed).runs_R2})["runs"]
+        view = TokenView(stores, runs)
+        blocks = _cached_blocks(view, self.task, config, cache=cache, key=key)
+        if blocks.num_long_lines:
+            fate = f"dropped ({blocks.num_dropped_tokens:,} tokens)" if blocks.num_dropped_tokens else "split"
+            self.notes.append(
+                f"{view.name}: {blocks.num_long_lines:,} of {view.num_items:,} {'validation' if valid else 'training'} "
+                f"lines are longer than a block of data.seq_len={data.seq_len} and were {fate}"
+            )
         return BlockDataset(
             view,
             task=self.task,
-            **asdict(blocks),
+            **asdict(config),
             vocab_size=self.vocabulary.size,
             special_ids=self.vocabulary.special_ids,
             masking=MaskConfig(
@@ -375,18 +389,10 @@ class _Opener:
                 whole_words=data.whole_words,
                 num_variants=0 if valid else data.mask_variants,
             ),
-            begins_word_V=self.word_beginnings,
-            index=index,
-            domain_id=domain_id,
+            begins_word_V=self._word_beginnings,
+            blocks=blocks,
+            domain_id=self.domains.index(domain),
         )
-
-    def _note(self, view: TokenView, blocks: Blocks, *, what: str) -> None:
-        if blocks.num_long_lines:
-            fate = f"dropped ({blocks.num_dropped_tokens:,} tokens)" if blocks.num_dropped_tokens else "split"
-            self.notes.append(
-                f"{view.name}: {blocks.num_long_lines:,} of {view.num_items:,} {what} lines are longer than a block "
-                f"of data.seq_len={self.data.seq_len} and were {fate}"
-            )
 
     # -- hashes
 
@@ -397,52 +403,35 @@ class _Opener:
 
     def _verify(self, store: TokenStore) -> None:
         """UserError when a store is malformed, or not what its manifest says."""
-        cache, (bin_path, idx_path) = self._cache(store), store.paths
-        if not cache.knows(idx_path):
+        cache = self._cache(store)
+        if not cache.knows(store.paths[1]):
             open_store(store.prefix)  # with every check
-        found = self.digests[bin_path], self.digests[idx_path] = cache.sha256(bin_path), cache.sha256(idx_path)
-        if store.manifest is None:
-            return
-        for path, digest, said in zip(
-            store.paths, found, (store.manifest.bin_sha256, store.manifest.idx_sha256), strict=True
-        ):
-            if digest != said:
-                raise UserError(
-                    f"{path} has SHA-256 {digest[:12]}, its manifest says {said[:12]}; the file was changed: "
-                    "prepare the data again"
-                )
+        self.digests |= {path: cache.sha256(path) for path in store.paths}
+        store.verify(self.digests.__getitem__)
 
     def _hashes(self, stores: list[TokenStore]) -> list[str]:
         return [self.digests[path] for store in stores for path in store.paths]
 
     def _joint_hash(self, parts: Sequence[_Part]) -> str:
         """One hash of some parts; that of the `.bin` where they are just one whole store."""
-        if len(parts) == 1 and len(parts[0][0]) == 1 and parts[0][1].is_all:
+        if len(parts) == 1 and len(parts[0][0]) == 1 and parts[0][1] == Interval():
             return self._hashes(parts[0][0])[0]
         content = [(self._hashes(stores), asdict(interval)) for stores, interval in parts]
         return hashlib.sha256(json.dumps([content, self.data.subset_seed]).encode()).hexdigest()
 
 
-def _cached_view(
-    stores: list[TokenStore], interval: Interval, *, seed: int, cache: IndexCache, key: dict[str, Any]
-) -> TokenView:
-    if interval.is_all:
-        return TokenView(stores)
-    return TokenView(stores, cache.arrays(key, lambda: {"runs": select(stores, interval, seed=seed).runs_R2})["runs"])
-
-
-def _cached_index(
+def _cached_blocks(
     view: TokenView, task: Task, config: BlockConfig, *, cache: IndexCache, key: dict[str, Any]
-) -> SampleIndex:
+) -> Blocks:
     if config.break_mode == "none":  # needs no pass over the corpus
-        return SampleIndex.build(view, task, config)
+        return index_blocks(view, task, config)
 
     def build() -> dict[str, np.ndarray]:
-        index = SampleIndex.build(view, task, config)
-        counts = np.array([index.blocks.num_long_lines, index.blocks.num_dropped_tokens])
-        rows = {} if index.rows_S2 is None else {"rows": index.rows_S2}
-        return {"bounds": index.blocks.bounds_S2, "counts": counts, **rows}
+        blocks = index_blocks(view, task, config)
+        counts = np.array([blocks.num_long_lines, blocks.num_dropped_tokens])
+        rows = {} if blocks.rows_R2 is None else {"rows": blocks.rows_R2}
+        return {"bounds": blocks.bounds_S2, "counts": counts, **rows}
 
     arrays = cache.arrays({**key, "task": task, "blocks": asdict(config)}, build)
     num_long, num_dropped = arrays["counts"].tolist()
-    return SampleIndex(Blocks(arrays["bounds"], num_long, num_dropped), arrays.get("rows"))
+    return Blocks(arrays["bounds"], num_long, num_dropped, arrays.get("rows"))

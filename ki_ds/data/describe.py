@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ki_ds.data.blocks import TokenView
 from ki_ds.data.prepare import open_corpus
-from ki_ds.data.store import Manifest, TokenStore, is_fairseq_folder, open_shards, store_prefix, verify_store
+from ki_ds.data.store import Manifest, TokenStore, is_fairseq_folder, open_shards, store_prefix
 from ki_ds.data.tokenize import former_tokenizer_hash, load_tokenizer, read_fairseq_dict, tokenizer_hash
 from ki_ds.errors import UserError
 
@@ -61,15 +62,13 @@ class StoreFacts:
             tokenizer = f", tokenizer {self.tokenizer_hash}" if self.tokenizer_hash else ""
             lines.append(f"vocabulary {self.vocab_size:,}{tokenizer}")
         if self.num_verified is not None:
-            lines.append(f"hashes     {self._hashes()}")
+            outcome = f"{self.num_verified} of {self.num_shards} shards match their manifests, the others have none"
+            if self.num_verified == 0:
+                outcome = "no manifest to check with"
+            elif self.num_verified == self.num_shards:
+                outcome = "both files match the manifest" if shards == "" else "all files match their manifests"
+            lines.append(f"hashes     {outcome}")
         return lines + [f"item {item:,}: {text}" for item, text in self.samples]
-
-    def _hashes(self) -> str:
-        if self.num_verified == 0:
-            return "no manifest to check with"
-        if self.num_verified == self.num_shards:
-            return "both files match the manifest" if self.num_shards == 1 else "all files match their manifests"
-        return f"{self.num_verified} of {self.num_shards} shards match their manifests, the others have none"
 
     def to_dict(self) -> dict[str, Any]:
         """The facts for JSON."""
@@ -92,15 +91,14 @@ def inspect(
     """
     if num_samples < 0:
         raise UserError(f"num_samples={num_samples} is negative; take 0 or more")
-    return [
-        _facts(prefix, tokenizer=tokenizer, num_samples=num_samples, verify=verify, counts=counts)
-        for prefix, counts in _splits(path)
-    ]
-
-
-def describe_store(path: str | os.PathLike[str], **options: Any) -> list[str]:
-    """The lines of `inspect`, which says what may be given."""
-    return [line for facts in inspect(path, **options) for line in facts.lines()]
+    found = []
+    for prefix, counts in _splits(path):
+        facts = _facts(prefix, tokenizer, num_samples=num_samples, verify=verify)
+        told = {"documents": facts.num_documents, "items": facts.num_items, "tokens": facts.num_tokens}
+        if counts is not None and counts != told:
+            raise UserError(f"{prefix.parent}/corpus.json tells {counts} of {prefix.name}, the files have {told}")
+        found.append(facts)
+    return found
 
 
 def _splits(path: str | os.PathLike[str]) -> list[tuple[Path, dict[str, int] | None]]:
@@ -123,29 +121,25 @@ def _splits(path: str | os.PathLike[str]) -> list[tuple[Path, dict[str, int] | N
     )
 
 
-def _facts(
-    prefix: Path,
-    *,
-    tokenizer: str | os.PathLike[str] | None,
-    num_samples: int,
-    verify: bool,
-    counts: dict[str, int] | None,
-) -> StoreFacts:
+def _facts(prefix: Path, tokenizer: str | os.PathLike[str] | None, *, num_samples: int, verify: bool) -> StoreFacts:
     stores = open_shards(prefix)
-    first = stores[0]
-    num_verified = sum(verify_store(store.prefix) is not None for store in stores) if verify else None
+    view, first = TokenView(stores), stores[0]
+    num_verified = sum(store.verify() is not None for store in stores) if verify else None
     manifest = next((store.manifest for store in stores if store.manifest is not None), None)
     decoder, vocab_size = _decoder(first, manifest, tokenizer)
     for store in stores:
         _check_ids(store, vocab_size)
     sizes = np.concatenate([store.sizes for store in stores])
-    facts = StoreFacts(
+    ends = np.cumsum(sizes, dtype=np.int64)
+    shown = np.unique(np.linspace(0, len(sizes) - 1, min(num_samples, len(sizes))).astype(int)).tolist()
+    texts = [decoder(view.read(ends[i] - sizes[i], ends[i]).tolist())[:_SAMPLE_CHARACTERS] for i in shown]
+    return StoreFacts(
         prefix=str(prefix),
         kind=first.kind,
         dtype=first.dtype.name,
         num_shards=len(stores),
-        num_items=len(sizes),
-        num_tokens=sum(store.num_tokens for store in stores),
+        num_items=view.num_items,
+        num_tokens=view.num_tokens,
         num_documents=sum(store.num_documents for store in stores),
         min_length=int(sizes.min()) if len(sizes) else None,
         median_length=float(np.median(sizes)) if len(sizes) else None,
@@ -154,23 +148,8 @@ def _facts(
         vocab_size=vocab_size,
         tokenizer_hash=manifest.tokenizer_hash if manifest else None,
         num_verified=num_verified,
-        samples=_samples(stores, decoder, num_samples),
+        samples=tuple(zip(shown, texts, strict=True)),
     )
-    told = {"documents": facts.num_documents, "items": facts.num_items, "tokens": facts.num_tokens}
-    if counts is not None and counts != told:
-        raise UserError(f"{prefix.parent}/corpus.json tells {counts} of {prefix.name}, the files have {told}")
-    return facts
-
-
-def _samples(stores: list[TokenStore], decoder: Decoder, num_samples: int) -> tuple[tuple[int, str], ...]:
-    ends = np.cumsum([store.num_items for store in stores])
-    chosen = np.unique(np.linspace(0, ends[-1] - 1, min(num_samples, int(ends[-1]))).astype(int))
-    samples = []
-    for item in chosen.tolist():
-        shard = int(np.searchsorted(ends, item, side="right"))
-        tokens = stores[shard].item(item - int(ends[shard - 1] if shard else 0))
-        samples.append((item, decoder(tokens.tolist())[:_SAMPLE_CHARACTERS]))
-    return tuple(samples)
 
 
 def _decoder(

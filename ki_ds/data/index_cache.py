@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ki_ds.errors import UserError
-from ki_ds.files import write_atomically
+from ki_ds.files import file_sha256, write_json
 
 FOLDER_NAME = ".ki_ds_index"
 _SETTLED_NS = 2_000_000_000
@@ -49,15 +49,16 @@ class IndexCache:
         if (recorded := self._recorded(path)) is not None:
             return recorded
         try:
-            before = _signature(path)
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            before, digest = _signature(path), file_sha256(path)
         except OSError as error:
             raise UserError(
                 f"{path} cannot be read ({error.strerror}); a store is PREFIX.bin with PREFIX.idx"
             ) from None
-        if time.time_ns() - max(before["mtime_ns"], before["ctime_ns"]) > _SETTLED_NS:
-            self._write(self._record(path), {"signature": before, "sha256": digest})
+        settled = time.time_ns() - max(before["mtime_ns"], before["ctime_ns"]) > _SETTLED_NS
+        if settled and self.folder is not None:
+            with contextlib.suppress(OSError, UserError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(_record(self.folder, path), {"signature": before, "sha256": digest})
         return digest
 
     def arrays(self, key: dict[str, Any], build: Callable[[], Arrays]) -> Arrays:
@@ -75,27 +76,23 @@ class IndexCache:
         return arrays
 
     def _recorded(self, path: Path) -> str | None:
+        if self.folder is None:
+            return None
         try:
-            record = json.loads(self._record(path).read_text(encoding="utf-8"))
+            record = json.loads(_record(self.folder, path).read_text(encoding="utf-8"))
             return record["sha256"] if record["signature"] == _signature(path) else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def _record(self, path: Path) -> Path:
-        where = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-        return (self.folder or Path(os.devnull)) / f"{path.name}.{where}.json"
 
-    def _write(self, path: Path, content: dict[str, Any]) -> None:
-        if self.folder is not None:
-            with contextlib.suppress(OSError, UserError):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, json.dumps(content, indent=1) + "\n")
+def _record(folder: Path, path: Path) -> Path:
+    """The file in which the hash of another file is kept."""
+    return folder / f"{path.name}.{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.json"
 
 
 def _signature(path: Path) -> dict[str, int]:
-    found = path.stat()
-    names = {"bytes": "st_size", "mtime_ns": "st_mtime_ns", "ctime_ns": "st_ctime_ns", "inode": "st_ino"}
-    return {name: getattr(found, field) for name, field in names.items()}
+    of = path.stat()
+    return {"bytes": of.st_size, "mtime_ns": of.st_mtime_ns, "ctime_ns": of.st_ctime_ns, "inode": of.st_ino}
 
 
 def _save(folder: Path, key: dict[str, Any], arrays: Arrays) -> None:

@@ -71,7 +71,7 @@ def domain_words(
         if total < num_words:
             raise UserError(f"{name} has {total:,} words, fewer than num_words={num_words:,}; lower it or bring more")
         fraction = num_words / total
-    found, counts = _count(corpus, fraction=fraction)
+    num_found, counts = _count(corpus, fraction=fraction)
     for word in stop_words():
         counts.pop(word, None)
     if len(counts) < top:
@@ -79,7 +79,7 @@ def domain_words(
             f"{name} has {len(counts):,} different words without stop words, fewer than top={top:,}; "
             "bring more text or lower it"
         )
-    return DomainWords(name, found, frozenset(_most_frequent(counts, top)))
+    return DomainWords(name, num_found, frozenset(_most_frequent(counts, top)))
 
 
 def _count(corpus: Corpus, *, fraction: float) -> tuple[int, Counter[str]]:

@@ -10,11 +10,10 @@ import functools
 import glob
 import hashlib
 import json
-import operator
 import os
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy as np
 
 from ki_ds.data.token_index import DTYPES, WINDOW, TokenIndex, index_head, map_bytes, pointer_windows, read_index
 from ki_ds.errors import UserError
-from ki_ds.files import check_space, sync_folder, write_errors_are_one_line
+from ki_ds.files import check_space, file_sha256, sync_folder, write_errors_are_one_line
 
 MANIFEST_VERSION = 2
 UINT16_VOCAB_LIMIT = 65_500
@@ -112,20 +111,15 @@ class TokenStore:
     write); `manifest` is None for files of others.
     """
 
-    def __init__(self, prefix: Path, kind: str, index: TokenIndex, tokens: np.ndarray) -> None:
+    def __init__(self, prefix: Path, index: TokenIndex, tokens: np.ndarray) -> None:
         self.prefix = prefix
-        self.kind = kind
+        self.kind, self.sizes = index.kind, index.sizes
         self.tokens = tokens
-        self.sizes = index.sizes
-        self._pointers = index.pointers
-        self._document_indices = index.document_indices
         self.manifest: Manifest | None = None
+        self._index = index
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial(open_store, checked=True), (self.prefix,)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
 
     @property
     def paths(self) -> tuple[Path, Path]:
@@ -158,30 +152,44 @@ class TokenStore:
 
         fairseq writes none: there a blank input line, an item that is a lone `</s>`, ends its document.
         """
-        if self._document_indices is not None:
-            return self._document_indices
+        if self._index.document_indices is not None:
+            return self._index.document_indices
         singles = np.flatnonzero(self.sizes == 1)
-        blank = singles[self.tokens[self._pointers[singles] // self.dtype.itemsize] == FAIRSEQ_EOS]
+        blank = singles[self.tokens[self.item_starts(singles)] == FAIRSEQ_EOS]
         return np.unique(np.concatenate([[0], blank + 1, [self.num_items]])).astype(np.int64)
 
     def item(self, i: int) -> np.ndarray:
         """The tokens of item `i`, a view."""
-        start = int(self._pointers[i]) // self.dtype.itemsize
+        start = int(self.item_starts(i))
         return self.tokens[start : start + int(self.sizes[i])]
 
-    def item_starts(self, items: np.ndarray) -> np.ndarray:
+    def item_starts(self, items: np.ndarray | int) -> np.ndarray:
         """int64 positions in `tokens` where items (their numbers, below `num_items`) start."""
-        return self._pointers[items] // self.dtype.itemsize
+        return self._index.pointers[items] // self.dtype.itemsize
 
-    def item_ends(self, first: int, last: int) -> np.ndarray:
-        """int64 positions in `tokens` where items first..last-1 end."""
-        return self._pointers[first:last] // self.dtype.itemsize + self.sizes[first:last]
+    def verify(self, sha256: Callable[[Path], str] = file_sha256) -> Manifest | None:
+        """The manifest whose hashes both files match; None for a store without one; UserError otherwise."""
+        if self.manifest is None:
+            return None
+        for path, expected in zip(self.paths, (self.manifest.bin_sha256, self.manifest.idx_sha256), strict=True):
+            if (actual := sha256(path)) != expected:
+                raise UserError(
+                    f"{path} has SHA-256 {actual[:12]}…, its manifest says {expected[:12]}…; "
+                    "the file was changed: prepare the data again"
+                )
+        return self.manifest
 
-    def document_ends(self) -> np.ndarray:
-        """int64 positions in `tokens` where the documents end, ascending, the last one `num_tokens`."""
-        bounds = np.asarray(self.document_indices)
-        last_items = bounds[1:][bounds[1:] > 0] - 1
-        return self._pointers[last_items] // self.dtype.itemsize + self.sizes[last_items]
+    def _check_manifest(self, path: Path) -> None:
+        """UserError when the manifest in `path` speaks of another store."""
+        assert self.manifest is not None
+        manifest = self.manifest
+        actual = (self.kind, self.num_tokens, self.num_items, self.num_documents, self.dtype.name)
+        said = ("Megatron", manifest.num_tokens, manifest.num_items, manifest.num_documents, manifest.dtype)
+        if actual != said:
+            raise UserError(
+                f"{path} speaks of (kind, tokens, items, documents, dtype) {said}, the files have {actual}; "
+                "they do not belong together: prepare the data again"
+            )
 
 
 def store_prefix(path: str | os.PathLike[str]) -> Path:
@@ -200,18 +208,17 @@ def open_store(prefix: str | os.PathLike[str], *, checked: bool = False) -> Toke
     """
     path = store_prefix(prefix)
     index = read_index(Path(f"{path}.idx"), checked=checked)
-    bin_path = Path(f"{path}.bin")
+    bin_path, manifest_path = Path(f"{path}.bin"), Path(f"{path}.json")
     tokens = map_bytes(bin_path)
     if len(tokens) != index.num_bytes:
         raise UserError(
             f"{bin_path} has {len(tokens):,} bytes, but its index speaks of {index.num_bytes:,}; "
             "the pair is cut or mixed up: copy both files again or prepare the data again"
         )
-    store = TokenStore(path, index.kind, index, tokens.view(index.dtype))
-    manifest_path = Path(f"{path}.json")
+    store = TokenStore(path, index, tokens.view(index.dtype))
     if manifest_path.exists():
         store.manifest = Manifest.read(manifest_path)
-        _check_manifest(store, store.manifest, manifest_path)
+        store._check_manifest(manifest_path)
     return store
 
 
@@ -248,12 +255,12 @@ def _matching_prefixes(pattern: str) -> list[Path]:
     prefixes = {store_prefix(name) for suffix in (".idx", ".bin") for name in glob.glob(stem + suffix)}
     if not prefixes:
         raise UserError(f"{pattern} matches no token store (PREFIX.bin with PREFIX.idx); mend the glob or the folder")
-    return sorted(prefixes, key=_natural_order)
 
+    def natural_order(path: Path) -> tuple[list[int | str], str]:
+        # digits and what lies between them take turns in the split, so that numbers are compared with numbers
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))], str(path)
 
-def _natural_order(path: Path) -> tuple[list[int | str], str]:
-    # digits and what lies between them take turns in the split, so that numbers are compared with numbers
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))], str(path)
+    return sorted(prefixes, key=natural_order)
 
 
 def _numbered_shards(first: Path) -> list[Path]:
@@ -272,47 +279,19 @@ def _numbered_shards(first: Path) -> list[Path]:
 
 
 def _check_agreement(stores: list[TokenStore]) -> None:
-    """UserError when shards cannot be read as one."""
-    with_manifest = [store for store in stores if store.manifest is not None]
-    for shards, owner, names in (
-        (stores, "", ("kind", "dtype")),
-        (with_manifest, "manifest.", ("tokenizer_hash", "vocab_size", "special_ids")),
-    ):
-        for store in shards[1:]:
-            for name in names:
-                expected, found = (operator.attrgetter(owner + name)(shard) for shard in (shards[0], store))
-                if found != expected:
-                    raise UserError(
-                        f"{store.prefix} has {name} {found}, {shards[0].prefix} has {expected}; shards must agree: "
-                        "prepare them with one tokenizer"
-                    )
-
-
-def verify_store(prefix: str | os.PathLike[str]) -> Manifest | None:
-    """The manifest whose hashes both files match; None for a store without one; UserError otherwise."""
-    store = open_store(prefix)
-    if store.manifest is None:
-        return None
-    for suffix, expected in ((".bin", store.manifest.bin_sha256), (".idx", store.manifest.idx_sha256)):
-        path = Path(f"{store.prefix}{suffix}")
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected:
-            raise UserError(
-                f"{path} has SHA-256 {found[:12]}…, its manifest says {expected[:12]}…; "
-                "the file was changed: prepare the data again"
-            )
-    return store.manifest
-
-
-def _check_manifest(store: TokenStore, manifest: Manifest, path: Path) -> None:
-    found = (store.kind, store.num_tokens, store.num_items, store.num_documents, store.dtype.name)
-    said = ("Megatron", manifest.num_tokens, manifest.num_items, manifest.num_documents, manifest.dtype)
-    if found != said:
-        raise UserError(
-            f"{path} speaks of (kind, tokens, items, documents, dtype) {said}, the files have {found}; "
-            "they do not belong together: prepare the data again"
-        )
+    """UserError when shards cannot be read as one; one without a manifest has no say in what manifests tell."""
+    first: dict[str, tuple[Path, Any]] = {}
+    for store in stores:
+        facts: dict[str, Any] = {"kind": store.kind, "dtype": store.dtype}
+        if store.manifest is not None:
+            facts |= {name: getattr(store.manifest, name) for name in ("tokenizer_hash", "vocab_size", "special_ids")}
+        for name, value in facts.items():
+            prefix, expected = first.setdefault(name, (store.prefix, value))
+            if value != expected:
+                raise UserError(
+                    f"{store.prefix} has {name} {value}, {prefix} has {expected}; shards must agree: "
+                    "prepare them with one tokenizer"
+                )
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -431,13 +410,13 @@ class StoreWriter:
     def _finish(self) -> None:
         """Write the index, make both files durable, rename them, and put the manifest last."""
         self.end_document()
-        idx_sha = self._write_index()
+        idx_sha256 = self._write(".idx", self._index_parts())
         self._bin.flush()
         os.fsync(self._bin.fileno())
         manifest = Manifest(
             format_version=MANIFEST_VERSION,
             bin_sha256=self._sha.hexdigest(),
-            idx_sha256=idx_sha,
+            idx_sha256=idx_sha256,
             dtype=self.dtype.name,
             num_tokens=self.num_tokens,
             num_items=self.num_items,
@@ -447,19 +426,16 @@ class StoreWriter:
             tokenizer_hash=self.tokenizer_hash,
             source=self.source,
         )
-        with self._temporary(".json").open("w", encoding="utf-8") as file:
-            file.write(manifest.to_json())
-            file.flush()
-            os.fsync(file.fileno())
+        self._write(".json", [manifest.to_json().encode()])
         for suffix in (".bin", ".idx", ".json"):  # renames need no space, so none of them meets a full disk
             self._temporary(suffix).replace(f"{self.prefix}{suffix}")
         sync_folder(self.prefix.parent)
 
-    def _write_index(self) -> str:
-        """Write the temporary `.idx` durably and return its SHA-256."""
+    def _write(self, suffix: str, parts: Iterable[bytes]) -> str:
+        """Write a temporary file durably and return its SHA-256."""
         sha = hashlib.sha256()
-        with self._temporary(".idx").open("wb") as file:
-            for part in self._index_parts():
+        with self._temporary(suffix).open("wb") as file:
+            for part in parts:
                 file.write(part)
                 sha.update(part)
             file.flush()

@@ -83,17 +83,17 @@ def read_index(path: Path, *, checked: bool = False) -> TokenIndex:
     code, n = _preamble(path, data)
     kind, num_bounds, offset = _layout(path, data, n)
     dtype = _token_dtype(path, code, kind)
-    sizes = _view(data, offset, n, "<i4")
-    pointers = _view(data, offset + 4 * n, n, "<i8")
-    documents, modes = None, data[:0]
-    if kind == "Megatron":
-        documents = _view(data, offset + 12 * n, num_bounds, "<i8")
-        modes = data[offset + 12 * n + 8 * num_bounds :]
+    sizes = np.frombuffer(data, "<i4", n, offset)
+    pointers = np.frombuffer(data, "<i8", n, offset + 4 * n)
+    documents = None if kind == "fairseq" else np.frombuffer(data, "<i8", num_bounds, offset + 12 * n)
     if not checked:
         _check_pointers(path, sizes, pointers, dtype.itemsize)
-        if documents is not None:
-            _check_documents(path, documents, n)
-        _check_modes(path, modes)
+    if not checked and documents is not None:
+        _check_documents(path, documents, n)
+        if any(modes.any() for modes in _windows(data[offset + 12 * n + 8 * num_bounds :])):
+            raise UserError(
+                f"{path} has items of another mode than text (multimodal Megatron); prepare a store of the text alone"
+            )
     return TokenIndex(kind, dtype, sizes, pointers, documents)
 
 
@@ -107,7 +107,7 @@ def _preamble(path: Path, data: np.ndarray) -> tuple[int, int]:
             )
     if len(data) < _PREAMBLE.size:
         raise UserError(f"{path} has {len(data)} bytes, too few for a token index; it is cut or something else")
-    magic, version, code, n = _PREAMBLE.unpack(data[: _PREAMBLE.size].tobytes())
+    magic, version, code, n = _PREAMBLE.unpack_from(data.data)
     if magic != MAGIC:
         raise UserError(f"{path} does not begin like a token index (MMIDIDX); name a Megatron or fairseq mmap store")
     if version != INDEX_VERSION:
@@ -121,7 +121,7 @@ def _layout(path: Path, data: np.ndarray, n: int) -> tuple[Kind, int, int]:
     if length == head + 12 * n:
         return "fairseq", 0, head
     if length >= head + 8:
-        (d,) = struct.unpack("<Q", data[head : head + 8].tobytes())
+        (d,) = struct.unpack_from("<Q", data.data, head)
         if length in (head + 8 + 12 * n + 8 * d, head + 8 + 13 * n + 8 * d):
             return "Megatron", d, head + 8
     raise UserError(
@@ -141,11 +141,6 @@ def _token_dtype(path: Path, code: int, kind: Kind) -> np.dtype[Any]:
         known = ", ".join(f"{known} ({dtype.name})" for known, dtype in dtypes.items())
         raise UserError(f"{path} has dtype code {code}; a {kind} store of tokens has {known}: write the store again")
     return dtypes[code]
-
-
-def _view(data: np.ndarray, offset: int, count: int, dtype: str) -> np.ndarray:
-    size = count * np.dtype(dtype).itemsize
-    return data[offset : offset + size].view(dtype)
 
 
 def pointer_windows(sizes: Iterator[np.ndarray], itemsize: int) -> Iterator[np.ndarray]:
@@ -176,21 +171,11 @@ def _check_pointers(path: Path, sizes: np.ndarray, pointers: np.ndarray, itemsiz
 
 
 def _check_documents(path: Path, documents: np.ndarray, n: int) -> None:
-    rises = all((window[1:] >= window[:-1]).all() for window in _overlapping(documents))
+    rises = all(
+        (low <= high).all() for low, high in zip(_windows(documents[:-1]), _windows(documents[1:]), strict=True)
+    )
     if len(documents) == 0 or documents[0] != 0 or documents[-1] != n or not rises:
         raise UserError(f"{path} has document indices that do not rise from 0 to {n:,}; the index is damaged")
-
-
-def _overlapping(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Windows that share one element with the next."""
-    return (array[first : first + WINDOW + 1] for first in range(0, len(array), WINDOW))
-
-
-def _check_modes(path: Path, modes: np.ndarray) -> None:
-    if any(window.any() for window in _windows(modes)):
-        raise UserError(
-            f"{path} has items of another mode than text (multimodal Megatron); prepare a store of the text alone"
-        )
 
 
 def index_head(dtype: np.dtype[Any], *, num_items: int, num_bounds: int) -> bytes:

@@ -124,7 +124,7 @@ def measure(
     """
     quieten()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    valid, vocabulary, _ = open_validation(data, task, other_index_dir=index_dir)
+    valid, vocabulary = open_validation(data, task, other_index_dir=index_dir)
     batches = {
         domain: ValidBatches(
             samples,

@@ -18,7 +18,7 @@ import numpy as np
 from ki_ds.config import RunConfig
 from ki_ds.data.batches import Batch, collate
 from ki_ds.data.datasets import Datasets
-from ki_ds.data.mixture import Mixture
+from ki_ds.data.samples import Mixture
 from ki_ds.errors import UserError
 
 _BLOCK = 1 << 20  # places of the stream that are looked at together
@@ -123,7 +123,7 @@ def sample_key(config: RunConfig, data: Datasets) -> dict[str, Any]:
     key = {
         "task": config.task,
         "data.seq_len": settings.seq_len,
-        "data.break_mode": data.train.datasets[0].blocks.break_mode,
+        "data.break_mode": data.train.datasets[0].config.break_mode,
         "data.long_lines": settings.long_lines,
         "data.packing": settings.packing,
         "data.sources": parts,

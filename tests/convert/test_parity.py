@@ -60,7 +60,7 @@ def corpus(lines, tmp_path_factory):
 def test_a_run_of_ours(lines, corpus, tmp_path, task):
     found = open_corpus(corpus)
     stores = [open_store(found.train_prefix), open_store(found.valid_prefix)]
-    items = [store.item(i).tolist() for store in stores for i in range(len(store))]
+    items = [store.item(i).tolist() for store in stores for i in range(store.num_items)]
     bos, eos = 0, 2
     trained = [[bos, *ids] if task == "mlm" else [eos, *ids[:-1]] for ids in items if len(ids) > 1]
     folder = run(tmp_path / "run", corpus, task=task, train={"num_steps": 2})
@@ -108,7 +108,7 @@ def test_released_models_and_the_data_that_they_were_trained_on(tmp_path, file, 
     convert(folder / f"{file}.pt", tmp_path / "out", options, say=lambda _: None)
     tokenizer = load_tokenizer(tmp_path / "out")
     store = open_store(folder / "data-bin/train")
-    items = (store.item(i).tolist() for i in range(len(store)))
+    items = (store.item(i).tolist() for i in range(store.num_items))
     items = [ids for ids in items if 3 not in ids and len(ids) > 1][:NUM_LINES]  # 3: not in this small dictionary
     texts = [tokenizer.decode(ids[:-1]) for ids in items]
     differing = [

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ki_ds.data.batches import IGNORE_INDEX, TrainBatches, ValidBatches, collate, with_next
-from ki_ds.data.blocks import MaskConfig
-from ki_ds.data.mixture import Mixture, stream_samples
-from ki_ds.data.samples import BlockDataset
+from ki_ds.data.randomness import MaskConfig, shuffled_epochs
+from ki_ds.data.samples import BlockDataset, Mixture
 from ki_ds.errors import UserError
 from tests.data.stores import VOCAB, write_store
 
@@ -28,12 +27,12 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mlm(store):
-    return BlockDataset(store, task="mlm", seq_len=64)
+    return Mixture([BlockDataset(store, task="mlm", seq_len=64)])
 
 
 @pytest.fixture(scope="module")
 def causal(store):
-    return BlockDataset(store, task="causal", seq_len=64)
+    return Mixture([BlockDataset(store, task="causal", seq_len=64)])
 
 
 def samples_of(batch):
@@ -76,7 +75,7 @@ class TestBadInput:
     @pytest.mark.parametrize("workers", [0, 1])
     def test_a_foreign_id_deep_inside_is_one_line_when_it_is_met(self, mlm, workers):
         dataset = pickle.loads(pickle.dumps(mlm))
-        dataset.vocab_size = 250  # as if the look at both ends had missed it
+        dataset.datasets[0].vocab_size = 250  # as if the look at both ends had missed it
         batches = TrainBatches(
             dataset, seed=1, micro_batch_size=8, global_batch_size=8, num_workers=workers, num_steps=50
         )
@@ -165,7 +164,7 @@ class TestTrainBatches:
             for step in global_steps(mlm, micro=2, world=world, start=start, stop=stop)
             for sample in step
         ]
-        epochs, ids = stream_samples(0, 8 * GLOBAL, len(mlm), seed=5)
+        epochs, ids = shuffled_epochs(np.arange(8 * GLOBAL), len(mlm), seed=5)
         assert sorted(seen) == sorted(ids.tolist())
         assert sorted(ids[epochs == 0].tolist()) == list(range(len(mlm)))
 

@@ -1,16 +1,16 @@
-"""Order, blocks and masks: bijections, every token once, counts and shares of masks, frozen random numbers."""
+"""Views and blocks: shards read as one, parts nested or disjoint, every token in one block."""
+
+import pickle
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ki_ds.data import view as views
-from ki_ds.data.blocks import MaskConfig, find_blocks, mask_tokens, num_masked, pack_rows
-from ki_ds.data.randomness import MASK_STREAM, counter_generator
+from ki_ds.data import blocks as module
+from ki_ds.data.blocks import Interval, TokenView, find_blocks, pack_rows, select
 from ki_ds.data.store import SpecialIds, StoreWriter, open_store
-from ki_ds.data.view import TokenView
-from ki_ds.errors import UserError
+from tests.data.stores import write_store
 
 
 def store_of(folder, documents):
@@ -66,7 +66,7 @@ class TestBlocks:
     def test_they_are_those_of_the_definition(self, tmp_path_factory, documents, capacity, mode, long_lines, window):
         store = store_of(tmp_path_factory.mktemp("blocks"), documents)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(views, "_WINDOW", window)
+            patch.setattr(module, "WINDOW", window)
             found = find_blocks(TokenView([store]), capacity, mode=mode, long_lines=long_lines)
         sizes, num_long, dropped = by_hand(documents, capacity, mode, long_lines)
         bounds = found.bounds_S2
@@ -97,110 +97,91 @@ class TestBlocks:
             assert width + sizes[end] > capacity
 
 
-class TestMasks:
-    TOKENS = np.arange(10, 522, dtype=np.uint16)
-    RANDOM_IDS = np.arange(5, 1000)
-
-    def masked(self, sample_id, *, seed=1, epoch=0, tokens=TOKENS, config=None):
-        return mask_tokens(
-            tokens,
-            counter_generator(MASK_STREAM, seed=seed, epoch=epoch, sample_id=sample_id),
-            config=config or MaskConfig(),
-            mask_id=4,
-            random_ids=self.RANDOM_IDS,
-        )
-
-    def test_76_or_77_of_512_and_the_mean_is_exact(self):
-        counts = [len(self.masked(i)[1]) for i in range(2000)]
-        assert set(counts) == {76, 77}
-        assert abs(np.mean(counts) - 76.8) < 5 * 0.4 / np.sqrt(2000)
-
-    def test_what_becomes_of_the_chosen(self):
-        kept = masked = randomised = 0
-        places = np.zeros(512, int)
-        for i in range(2000):
-            out, positions = self.masked(i)
-            assert (np.diff(positions) > 0).all()
-            untouched = np.delete(np.arange(512), positions)
-            assert (out[untouched] == self.TOKENS[untouched]).all()
-            kept += (out[positions] == self.TOKENS[positions]).sum()
-            masked += (out[positions] == 4).sum()
-            randomised += ((out[positions] != 4) & (out[positions] != self.TOKENS[positions])).sum()
-            places[positions] += 1
-        n = places.sum()
-        # a random id is the token itself once in 995 times
-        for count, share in ((masked, 0.8), (kept, 0.1 + 0.1 / 995), (randomised, 0.1 - 0.1 / 995)):
-            assert abs(count - share * n) < 5 * np.sqrt(n * share * (1 - share))
-        # every position alike, the first and the last (<s> and </s>) too
-        assert np.abs(places - 300).max() < 5.5 * np.sqrt(300)
-
-    def test_random_ids_are_uniform_over_those_given(self):
-        config = MaskConfig(mask_prob=0.5, keep_prob=0.0, random_prob=1.0)
-        ids = np.concatenate([self.masked(i, config=config)[0][self.masked(i, config=config)[1]] for i in range(400)])
-        counts = np.bincount(ids, minlength=1000)
-        assert counts[:5].sum() == 0
-        assert np.abs(counts[5:] - len(ids) / 995).max() < 5.5 * np.sqrt(len(ids) / 995)
-
-    def test_it_depends_on_seed_epoch_and_sample_and_on_nothing_else(self):
-        base = self.masked(3)
-        np.random.default_rng(0).random(5)
-        assert all((a == b).all() for a, b in zip(base, self.masked(3), strict=True))
-        for other in (self.masked(4), self.masked(3, epoch=1), self.masked(3, seed=2)):
-            assert not np.array_equal(base[1], other[1])
-
-    @given(size=st.integers(1, 60), prob=st.floats(0.01, 0.99), sample_id=st.integers(0, 2**40))
-    def test_the_count_is_told_without_tokens(self, size, prob, sample_id):
-        config = MaskConfig(mask_prob=prob)
-        _, positions = self.masked(sample_id, tokens=self.TOKENS[:size], config=config)
-        draw = counter_generator(MASK_STREAM, seed=1, epoch=0, sample_id=sample_id).random_raw(1)[0]
-        assert len(positions) == len(set(positions.tolist())) == num_masked(size, prob, draw)
-        assert int(prob * size) <= len(positions) <= int(prob * size) + 1
-
-    @pytest.mark.parametrize(
-        "wrong", [{"mask_prob": 0.0}, {"mask_prob": 1.0}, {"keep_prob": -0.1}, {"random_prob": 0.95}]
-    )
-    def test_impossible_shares(self, wrong):
-        with pytest.raises(UserError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
-            MaskConfig(**wrong)
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """Three shards, the second of which has one line."""
+    folder = tmp_path_factory.mktemp("view")
+    return [write_store(folder, name=f"s{i}", num_items=n, seed=i) for i, n in enumerate((50, 1, 70))]
 
 
-class TestWholeWords:
-    BEGINS = np.arange(1000) % 3 != 1  # ids 1, 4, 7, ... go on with a word
+def lines(view):
+    """The lines of a view as tuples of ids, with the numbers of those that end a document."""
+    found, last = [], set()
+    before = 0
+    for items in view.windows():
+        for end, is_last in zip(items.ends_I.tolist(), items.is_last_I.tolist(), strict=True):
+            if is_last:
+                last.add(len(found))
+            found.append(tuple(view.read(before, end).tolist()))
+            before = end
+    return found, last
 
-    def masked(self, tokens, **settings):
-        return mask_tokens(
-            tokens,
-            counter_generator(MASK_STREAM, seed=1, epoch=0, sample_id=settings.pop("sample_id", 0)),
-            config=MaskConfig(whole_words=True, **settings),
-            mask_id=999,
-            random_ids=np.arange(5, 900),
-            begins_word_V=self.BEGINS,
-        )
 
-    @given(st.lists(st.integers(5, 900), min_size=1, max_size=60), st.integers(0, 1000))
-    def test_a_word_is_labelled_whole_and_shares_one_fate(self, tokens, sample_id):
-        tokens = np.array(tokens)
-        masked, positions = self.masked(tokens, mask_prob=0.4, sample_id=sample_id)
-        word_T = np.cumsum(self.BEGINS[tokens] | (np.arange(len(tokens)) == 0))
-        chosen = set(word_T[positions].tolist())
-        assert positions.tolist() == [t for t in range(len(tokens)) if word_T[t] in chosen]
-        untouched = np.setdiff1d(np.arange(len(tokens)), positions)
-        assert (masked[untouched] == tokens[untouched]).all()
-        for word in chosen:
-            became = masked[word_T == word]
-            if (became == 999).any():
-                assert (became == 999).all()
-        assert len(chosen) - int(0.4 * word_T[-1]) in (0, 1)
+@pytest.mark.parametrize("window", [1, 7, 1 << 20])
+def test_shards_are_read_as_one(stores, window, monkeypatch):
+    monkeypatch.setattr(module, "WINDOW", window)
+    view = TokenView(stores)
+    expected = [tuple(store.item(i).tolist()) for store in stores for i in range(store.num_items)]
+    found, last = lines(view)
+    assert found == expected
+    firsts = np.cumsum([0, *(store.num_items for store in stores)])
+    assert last == {int(f + i) - 1 for f, s in zip(firsts, stores, strict=False) for i in s.document_indices[1:]}
+    assert view.num_tokens == sum(map(len, expected))
+    assert view.num_items == len(expected)
 
-    def test_shares_are_those_of_words(self):
-        tokens = np.tile([6, 7, 9], 40)  # 80 words: 6-7 and 9
-        words = kept = masks = 0
-        for i in range(400):
-            masked, positions = self.masked(tokens, sample_id=i)
-            firsts = positions[tokens[positions] != 7]
-            words += len(firsts)
-            masks += (masked[firsts] == 999).sum()
-            kept += (masked[firsts] == tokens[firsts]).sum()
-        assert abs(words - 400 * 12) < 5 * np.sqrt(400)
-        for count, share in ((masks, 0.8), (kept, 0.1)):
-            assert abs(count - share * words) < 5 * np.sqrt(words * share * (1 - share))
+
+@given(first=st.integers(0, 2500), size=st.integers(0, 400))
+def test_any_range_is_that_of_the_whole(stores, first, size):
+    view = TokenView(stores)
+    whole = np.concatenate([store.tokens for store in stores])
+    first = min(first, len(whole))
+    assert view.read(first, min(first + size, len(whole))).tolist() == whole[first : first + size].tolist()
+
+
+def test_a_range_inside_one_run_is_no_copy(stores):
+    assert np.shares_memory(TokenView(stores[:1]).read(3, 40), stores[0].tokens)
+
+
+@given(
+    cut=st.floats(0.05, 0.95),
+    inner=st.floats(0.1, 1.0),
+    seed=st.integers(0, 5),
+    budget=st.integers(1, 3000),
+)
+@settings(max_examples=60, deadline=None)
+def test_parts_are_disjoint_nested_and_complete(stores, cut, inner, seed, budget):
+    whole = [(i, line) for i, line in enumerate(lines(TokenView(stores))[0])]
+    total = sum(len(line) for _, line in whole)
+
+    def part(first, last, max_tokens=None):
+        view = select(stores, Interval(first, last, max_tokens), seed=seed)
+        items = [i for first, last in view.runs_R2.tolist() for i in range(first, last)]
+        assert items == sorted(items)
+        assert lines(view)[0] == [whole[i][1] for i in items]
+        return set(items), view.num_tokens
+
+    (a, size_a), (b, _) = part(0.0, cut), part(cut, 1.0)
+    assert not a & b
+    assert a | b == set(range(len(whole)))
+    longest = max(len(line) for _, line in whole)
+    assert abs(size_a - cut * total) <= longest
+    assert part(0.0, cut * inner)[0] <= a
+    few, size = part(0.0, cut, budget)
+    assert few <= a
+    assert abs(size - min(budget, size_a)) <= longest
+
+
+def test_documents_stay_whole_but_at_the_bounds(stores):
+    view = select(stores, Interval(0.2, 0.7), seed=1)
+    first_items = np.cumsum([0, *(store.num_items for store in stores)])
+    bounds = {int(f + i) for f, s in zip(first_items, stores, strict=False) for i in s.document_indices}
+    cut = [i for run in view.runs_R2.tolist() for i in run if i not in bounds]
+    assert len(cut) <= 2
+
+
+def test_seeds_choose_differently_and_a_view_pickles(stores):
+    runs = [select(stores, Interval(0.0, 0.5), seed=seed).runs_R2.tolist() for seed in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+    view = select(stores, Interval(0.0, 0.5), seed=0)
+    again = pickle.loads(pickle.dumps(view))
+    assert lines(again) == lines(view)

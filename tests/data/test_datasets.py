@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from ki_ds.config import DataConfig, SourceConfig
 from ki_ds.data import datasets as module
-from ki_ds.data.datasets import check_tokenizer, dictionary_hash, open_datasets
+from ki_ds.data.datasets import check_tokenizer, dictionary_hash, open_datasets, word_beginnings
 from ki_ds.data.index_cache import FOLDER_NAME
 from ki_ds.data.prepare import open_corpus
 from ki_ds.data.store import Manifest
 from ki_ds.data.tokenize import former_tokenizer_hash, load_tokenizer
-from ki_ds.data.words import word_beginnings
 from ki_ds.errors import UserError
 from tests.tiny import tiny_corpus
 
@@ -171,7 +172,7 @@ class TestIndex:
     def test_a_second_start_makes_no_pass_over_the_corpus(self, base, monkeypatch):
         settings = {"sources": sources(base, ("wb", {"half": "B"}), ("cs", {})), "index_dir": str(base / "kept")}
         first = opened(base, **settings)
-        monkeypatch.setattr(module.SampleIndex, "build", lambda *_: pytest.fail("a pass over the corpus"))
+        monkeypatch.setattr(module, "index_blocks", lambda *_: pytest.fail("a pass over the corpus"))
         monkeypatch.setattr(module, "select", lambda *_, **__: pytest.fail("a pass over the corpus"))
         second = opened(base, **settings)
         assert tokens_of(second.train) == tokens_of(first.train)
@@ -309,3 +310,45 @@ class TestRefused:
     def test_whole_words_of_a_dictionary_without_a_tokenizer(self, tmp_path):
         with pytest.raises(UserError, match=r"name GPT-2's folder with data\.tokenizer"):
             open_datasets(DataConfig(corpus=str(RELEASED), whole_words=True), "mlm", other_index_dir=tmp_path)
+
+
+TEXT = ["the teacher teaches the taught student", "the student teaches nobody", "teachable teachers taught there"] * 9
+
+
+def trained(kind):
+    """A tokenizer of a kind, with `<s>` as its only special token."""
+    if kind == "bytes":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=266, special_tokens=["<s>"], initial_alphabet=alphabet)
+    elif kind == "pieces":
+        backend = Tokenizer(models.Unigram())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=40, special_tokens=["<s>"], unk_token="<s>")
+    else:
+        backend = Tokenizer(models.WordPiece(unk_token="<s>"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        backend.decoder = decoders.WordPiece() if kind == "wordpiece" else None
+        trainer = trainers.WordPieceTrainer(vocab_size=32, special_tokens=["<s>"])
+    backend.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<s>")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces", "wordpiece"])
+def test_words_of_a_text_are_those_between_blanks(kind):
+    tokenizer = trained(kind)
+    begins = word_beginnings(tokenizer)
+    assert begins.shape == (len(tokenizer),)
+    assert begins[tokenizer.bos_token_id]
+    for text in TEXT[:3]:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        starts = [i for i, token in enumerate(ids) if begins[token] or i == 0]
+        words = [tokenizer.decode(ids[a:b]).strip() for a, b in zip(starts, [*starts[1:], None], strict=True)]
+        assert words == text.split()
+        assert len(ids) > len(words)  # some words have several tokens, else nothing was tested
+
+
+def test_a_tokenizer_without_a_mark_is_refused():
+    with pytest.raises(UserError, match="no mark for the beginning of a word"):
+        word_beginnings(trained("none"))

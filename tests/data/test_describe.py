@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ki_ds.data.corpora import Document
-from ki_ds.data.describe import describe_store, inspect
+from ki_ds.data.describe import inspect
 from ki_ds.data.prepare import TokenizerSpec, build_store
 from ki_ds.data.store import SpecialIds, StoreWriter
 from ki_ds.data.tokenize import special_ids, tokenizer_hash, train_tokenizer
@@ -51,6 +51,11 @@ def corpus(tmp_path_factory):
         [folder / "text.txt"], TokenizerSpec(vocab_size=270), folder / "out", valid_fraction=0.2, show_progress=False
     )
     return folder / "out"
+
+
+def describe_store(path, **options):
+    """What people read of a store."""
+    return [line for facts in inspect(path, **options) for line in facts.lines()]
 
 
 class TestDescribe:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from ki_ds.data import corpora, prepare
 from ki_ds.data.prepare import TokenizerSpec, build_store, open_corpus
 from ki_ds.data.processes import StoppedError
-from ki_ds.data.store import open_store, verify_store
+from ki_ds.data.store import open_store
 from ki_ds.data.tokenize import former_tokenizer_hash, load_tokenizer, tokenizer_hash
 from ki_ds.errors import UserError
 from tests import forked
@@ -89,8 +89,8 @@ class TestResult:
         found = []
         for prefix in (corpus.train_prefix, corpus.valid_prefix):
             store = open_store(prefix)
-            assert all(store.item(i)[-1] == 2 for i in range(len(store)))
-            lines = [tokenizer.decode(store.item(i)[:-1].tolist()) for i in range(len(store))]
+            assert all(store.item(i)[-1] == 2 for i in range(store.num_items))
+            lines = [tokenizer.decode(store.item(i)[:-1].tolist()) for i in range(store.num_items)]
             bounds = store.document_indices.tolist()
             found += [lines[a:b] for a, b in itertools.pairwise(bounds)]
         assert sorted(found) == sorted(documents)
@@ -101,7 +101,7 @@ class TestResult:
         assert counts["train"]["documents"] + counts["valid"]["documents"] == len(documents)
         assert corpus.info["num_characters"] == sum(len(line) for lines in documents for line in lines)
         for name, prefix in (("train", corpus.train_prefix), ("valid", corpus.valid_prefix)):
-            manifest = verify_store(prefix)
+            manifest = open_store(prefix).verify()
             assert manifest.tokenizer_hash == tokenizer_hash(load_tokenizer(corpus.tokenizer_dir))
             assert manifest.vocab_size == corpus.info["vocab_size"] == 300
             assert manifest.special_ids.mask == 4
@@ -167,7 +167,7 @@ class TestResult:
         for path in (tmp_path / "a.parquet", tmp_path / "a.txt.zst"):
             made = build(path, tmp_path / f"c{path.suffix}", corpus.tokenizer_dir, text_key="body", valid_fraction=0)
             store = open_store(made.train_prefix)
-            lines = [store.item(i).tolist() for i in range(len(store))]
+            lines = [store.item(i).tolist() for i in range(store.num_items)]
             tokenizer = load_tokenizer(corpus.tokenizer_dir)
             assert [tokenizer.decode(ids[:-1]) for ids in lines] == [line for d in documents for line in d]
 
@@ -179,7 +179,7 @@ class TestResult:
         corpus = build(source, tmp_path / "c", spec, valid_fraction=0)
         assert (corpus.tokenizer_dir / "tokenizer.model").exists()
         tokenizer, store = load_tokenizer(corpus.tokenizer_dir), open_store(corpus.train_prefix)
-        lines = [tokenizer.decode(store.item(i)[:-1].tolist()) for i in range(len(store))]
+        lines = [tokenizer.decode(store.item(i)[:-1].tolist()) for i in range(store.num_items)]
         assert lines == [line for lines in documents for line in lines]
         assert build(source, tmp_path / "c", spec, valid_fraction=0).info == corpus.info
         with pytest.raises(UserError, match="was prepared with other tokenizer"):
@@ -252,7 +252,7 @@ class TestSplit:
         texts = []
         for name, path in (("b", source), ("c", tmp_path / "turned.txt")):
             store = open_store(build(path, tmp_path / name, tokenizer, valid_fraction=0.2).valid_prefix)
-            texts.append(sorted(store.item(i).tolist() for i in range(len(store))))
+            texts.append(sorted(store.item(i).tolist() for i in range(store.num_items)))
         assert texts[0] == texts[1]
 
     @pytest.mark.parametrize("fraction", [1 / 200, 0.9999999])

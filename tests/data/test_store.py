@@ -23,7 +23,6 @@ from ki_ds.data.store import (
     open_shards,
     open_store,
     token_dtype,
-    verify_store,
 )
 from ki_ds.errors import UserError
 from tests import forked
@@ -93,9 +92,8 @@ class TestLayouts:
         assert store.dtype == {8: np.uint16, 4: np.int32}[code]
         assert [store.item(i).tolist() for i in range(3)] == [[5, 6, 2], [7, 2], [8, 9, 10, 2]]
         assert store.document_indices.tolist() == [0, 2, 3]
-        assert store.document_ends().tolist() == [5, 9]
         assert store.manifest is None
-        assert verify_store(store.prefix) is None
+        assert store.verify() is None
 
     @pytest.mark.parametrize("vocab_size", [100, 65_500])
     def test_ours_is_that_layout_to_the_byte(self, tmp_path, vocab_size):
@@ -161,11 +159,12 @@ class TestRoundTrip:
         folder = tmp_path_factory.mktemp("store")
         store = write(folder / "s", documents, 70_000 if wide else 100)
         items = [item for document in documents for item in document]
-        assert [store.item(i).tolist() for i in range(len(store))] == items
+        assert [store.item(i).tolist() for i in range(store.num_items)] == items
         assert store.tokens.tolist() == [i for item in items for i in item]
         assert store.document_indices.tolist() == np.cumsum([0, *map(len, documents)]).tolist()
-        assert store.item_ends(0, len(items)).tolist() == np.cumsum([len(i) for i in items]).tolist()
-        manifest = verify_store(folder / "s")
+        starts = store.item_starts(np.arange(len(items)))
+        assert starts.tolist() == np.cumsum([0, *map(len, items)])[:-1].tolist()
+        manifest = store.verify()
         assert manifest is not None
         assert (manifest.num_tokens, manifest.special_ids) == (store.num_tokens, SPECIALS)
 
@@ -254,7 +253,7 @@ class TestMalformed:
         (tmp_path / "s.bin").write_bytes(data)
         open_store(tmp_path / "s")
         with pytest.raises(UserError, match=r"s\.bin has SHA-256 .* its manifest says"):
-            verify_store(tmp_path / "s")
+            open_store(tmp_path / "s").verify()
 
     @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"special_ids": 3}', "\udcff"])
     def test_a_broken_manifest(self, tmp_path, text):

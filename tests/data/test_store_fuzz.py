@@ -4,8 +4,8 @@ What must notice a change:
 
     open      open_store alone: everything structural (header, sizes, pointers, order of the document indices,
               lengths of both files, the manifest itself)
-    verify    verify_store, where there is a manifest: every changed byte of .bin and .idx
-    describe  describe_store: ids outside the vocabulary, a damaged dict.txt, and all of the above
+    verify    TokenStore.verify, where there is a manifest: every changed byte of .bin and .idx
+    describe  inspect: ids outside the vocabulary, a damaged dict.txt, and all of the above
     harmless  nothing need notice, for every item reads the same: without a manifest that is an inner document
               boundary that still rises, a dtype of the same width, or the presence of modes that are all 0
 
@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ki_ds.data.describe import describe_store
-from ki_ds.data.store import SpecialIds, StoreWriter, open_store, verify_store
+from ki_ds.data.describe import inspect
+from ki_ds.data.store import SpecialIds, StoreWriter, open_store
 from ki_ds.errors import UserError
 from tests import forked
 
@@ -298,10 +298,15 @@ def refusal(function, prefix: Path) -> str | None:
     return None
 
 
+def verify(prefix: Path) -> None:
+    """Open a store and compare its hashes."""
+    open_store(prefix).verify()
+
+
 def verdict(prefix: Path, noticed_by: str) -> str | None:
     """What is wrong with how a damaged store is taken."""
-    opened, verified = refusal(open_store, prefix), refusal(verify_store, prefix)
-    described = refusal(describe_store, prefix)
+    opened, verified = refusal(open_store, prefix), refusal(verify, prefix)
+    described = refusal(inspect, prefix)
     if opened and not (verified and described):
         return "refused by open_store and not by the others"
     found = {"open": opened, "verify": verified and described, "describe": described, "harmless": "nothing"}[noticed_by]
@@ -309,7 +314,7 @@ def verdict(prefix: Path, noticed_by: str) -> str | None:
         return f"not noticed by {noticed_by}"
     if described is None:
         store = open_store(prefix)
-        if [store.item(i).tolist() for i in range(len(store))] != ITEMS:
+        if [store.item(i).tolist() for i in range(store.num_items)] != ITEMS:
             return "accepted with other items"
     return None
 
@@ -317,7 +322,7 @@ def verdict(prefix: Path, noticed_by: str) -> str | None:
 def test_the_undamaged_stores_are_read(stores, tmp_path):
     for kind, files in stores.items():
         prefix = put(tmp_path / kind, files)
-        assert [refusal(function, prefix) for function in (open_store, verify_store, describe_store)] == [None] * 3
+        assert [refusal(function, prefix) for function in (open_store, verify, inspect)] == [None] * 3
         assert [item.tolist() for item in map(open_store(prefix).item, range(NUM_ITEMS))] == ITEMS
 
 

@@ -466,7 +466,7 @@ class TestFairseqTokenizer:
         differing, first = [], ""
         for name in ("train", "valid"):
             store = open_store(folder / name)
-            for i in range(len(store)):
+            for i in range(store.num_items):
                 ids = store.item(i).tolist()
                 text = tokenizer.decode(ids[:-1])
                 first = first or text
