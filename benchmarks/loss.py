@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import heading, markdown, parser, show, write_results
-from ki_ds.objective.linear import row_functions
-from ki_ds.objective.loss import (
+from ki_ds.loss import (
     inheritance_loss,
     linear_inheritance_loss,
     linear_topk_inheritance_loss,
     resolve_backend,
 )
+from ki_ds.objective.chunks import row_functions
 from ki_ds.objective.rows import RowTask
 
 ALPHA, TAU, NUM_ENTRIES, NUM_ERROR_ROWS = 0.5, 2.0, 10, 32

@@ -43,7 +43,7 @@ from ki_ds.cli import ends_cleanly
 from ki_ds.config import ModelConfig
 from ki_ds.errors import UserError
 from ki_ds.models.presets import build_lm, count_parameters, quieten
-from ki_ds.objective.linear import default_chunk_rows
+from ki_ds.objective.chunks import default_chunk_rows
 from ki_ds.training.profiling import OTHER, PARTS
 
 OURS, ALONE, GEMM = "ours, inheriting", "ours, self-learning", "bare GEMM"

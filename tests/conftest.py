@@ -1,3 +1,4 @@
+import fcntl
 import os
 import shutil
 
@@ -32,14 +33,19 @@ def no_forked_process_outlives_its_test():
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A folder with a corpus, and for each task a teacher trained on it; made once, written by nobody."""
+def trained(tmp_path_factory, worker_id):
+    """A folder with a corpus and a teacher for each task, trained on it; made once for all workers, read only."""
     from tests.tiny import run, tiny_corpus
 
-    folder = tmp_path_factory.mktemp("trained")
-    corpus = tiny_corpus(folder / "corpus")
-    for task in ("mlm", "causal"):
-        run(folder / f"{task}_teacher", corpus, task=task, model={"hidden_size": 16}, train={"num_steps": 8})
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "trained"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            corpus = tiny_corpus(folder / "corpus")
+            for task in ("mlm", "causal"):
+                run(folder / f"{task}_teacher", corpus, task=task, model={"hidden_size": 16}, train={"num_steps": 8})
+            (folder / "made").touch()
     return folder
 
 

@@ -54,14 +54,18 @@ class Server:
         self.selector.register(listener, selectors.EVENT_READ)
 
     def serve(self) -> dict:
-        while True:
-            for key, _ in self.selector.select():
+        while events := self.selector.select(60 if self.is_alone() else None):
+            for key, _ in events:
                 if key.fileobj is self.listener:
                     self.selector.register(self.listener.accept()[0], selectors.EVENT_READ)
                 elif isinstance(key.fileobj, int):
                     self.report_end(key.fileobj, connection=key.data)
                 elif (request := self.answer(key.fileobj)) is not None:
                     return request
+        os._exit(0)  # whoever started it has died before it asked for anything
+
+    def is_alone(self) -> bool:
+        return len(self.selector.get_map()) == 1
 
     def answer(self, connection: socket.socket) -> dict | None:
         """Fork for a request, or end the child of a connection that was closed; in the child the request."""
@@ -98,7 +102,7 @@ class Server:
                 os.kill(pid, signal.SIGKILL) if group else os.killpg(pid, signal.SIGKILL)
         self.selector.unregister(connection)
         connection.close()
-        if len(self.selector.get_map()) == 1:
+        if self.is_alone():
             os._exit(0)
 
     def report_end(self, pidfd: int, connection: socket.socket) -> None:

@@ -75,15 +75,20 @@ def _short_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def main(folder: Path) -> None:
-    """Run everything and write the figures of this class of machine."""
+def measure(folder: Path) -> dict:
+    """The figures of every case, made in a folder."""
     found = {}
     for task in VOCAB_SIZES:
         prepare(task, folder)
         for name, world in CASES:
             found[f"{task} {name} {world}"] = figures(train(task, name, world, folder))
+    return found
+
+
+def main(folder: Path) -> None:
+    """Run everything and write the figures of this class of machine."""
     known = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    GOLDEN.write_text(json.dumps({**known, platform_class(): found}, indent=1) + "\n")
+    GOLDEN.write_text(json.dumps({**known, platform_class(): measure(folder)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ki_ds.objective import loss
+from ki_ds import loss
 from ki_ds.objective.types import PLAIN, LogitForm
 from tests.loss_oracle import Oracle
 

@@ -218,6 +218,7 @@ def deepspeed(*options):
     return ["deepspeed", "--master_port", free_port(), "--num_gpus", "2", *options, SCRIPT]
 
 
+@pytest.mark.slow  # test_bash starts it too
 def test_deepspeed(two_steps):
     trained_on_two_ranks(launch([*deepspeed(), "--config", two_steps]), two_steps)
 
@@ -305,7 +306,6 @@ def test_srun(two_steps, slurm):
     trained_on_two_ranks(launch(["srun", "-n", "2", "bash", SCRIPT, "--config", two_steps], **slurm), two_steps)
 
 
-@pytest.mark.slow
 def test_bash(two_steps):
     options = f"--num_gpus 2 --master_port {free_port()}"
     trained_on_two_ranks(launch(["bash", SCRIPT, "--config", two_steps], KI_DS_ARGS=options), two_steps)

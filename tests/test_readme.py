@@ -1,6 +1,7 @@
 """Every command of the README runs, in a copy of the tree with smaller recipes."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,9 +9,11 @@ import sys
 import pytest
 import yaml
 
-from tests.tiny import ROOT, environment, tiny_corpus
+from tests import forked
+from tests.tiny import ROOT, environment, run_ranks, tiny_corpus
 
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
+TOLD = {"capture_output": True, "text": True}
 BY_CI = {"make demo", "make test", "make check", "source .venv/bin/activate"}  # .ci/run runs these
 
 
@@ -42,11 +45,9 @@ def tree(tmp_path_factory):
     scale.write_text(yaml.safe_dump(values))
     tiny_corpus(root / "runs" / "demo_mlm" / "corpus")
     shutil.move(root / "runs" / "demo_mlm" / "corpus.txt", root / "my_text.txt")
-    base = ["launchers/train_ki.sh", "--config", "launchers/recipes/demo_mlm.yaml"]
-    for overlay in ([], ["--config", "launchers/recipes/demo_mlm_teacher.yaml"]):
-        run = subprocess.run(
-            [sys.executable, *base, *overlay], cwd=root, env=environment(), capture_output=True, text=True
-        )
+    train = "launchers/train_ki.sh --config launchers/recipes/demo_mlm.yaml"
+    for overlay in ("", " --config launchers/recipes/demo_mlm_teacher.yaml"):
+        run = forked.run([sys.executable, *(train + overlay).split()], cwd=root, env=environment(), **TOLD)
         assert run.returncode == 0, run.stderr[-2000:]
     return root
 
@@ -61,9 +62,21 @@ def slow(command):
     return "chain_" in command and "--dry_run" not in command
 
 
+def start(command, tree):
+    """The results of its processes: DeepSpeed's launcher is used once as typed; else what it and `python` start."""
+    name, *words = shlex.split(command)
+    if name == "python":
+        return [forked.run([sys.executable, *words], cwd=tree, env=environment(), **TOLD)]
+    if name == "deepspeed" and words[0] == "--num_gpus":
+        return run_ranks(words[2:], world=int(words[1]), cwd=tree)
+    env = environment(PYTHONPATH=str(tree))  # the copy, not the package that is installed
+    if name.startswith("launchers/chain"):
+        env["PYTHON"] = sys.executable  # the other looks for one
+    return [subprocess.run([name, *words], cwd=tree, env=env, **TOLD)]
+
+
 @pytest.mark.parametrize("command", [pytest.param(c, marks=pytest.mark.slow) if slow(c) else c for c in commands()])
 def test_command(command, tree):
-    env = environment(PYTHONPATH=str(tree))  # the copy, not the package that is installed
-    run = subprocess.run(command, shell=True, cwd=tree, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-1500:] + run.stderr[-1500:]
-    assert "Traceback" not in run.stdout + run.stderr
+    for run in start(command, tree):
+        assert run.returncode == 0, run.stdout[-1500:] + run.stderr[-1500:]
+        assert "Traceback" not in run.stdout + run.stderr

@@ -43,7 +43,7 @@ def tiny_config(run_dir: Path, corpus: Path, *, task: str = "mlm", **groups: dic
     config: dict = {
         "run_dir": str(run_dir),
         "task": task,
-        "data": {"corpus": str(corpus), "seq_len": 32, "num_workers": 0},
+        "data": {"corpus": str(corpus), "seq_len": 32, "num_workers": 0, "max_valid_samples": 16},
         "model": {
             "name": "roberta_base" if task == "mlm" else "gpt_124m",
             "num_layers": 2,
@@ -83,7 +83,9 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "PATH": f"{binaries}:{kept['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
 
-def run_ranks(command: list[str], *, world: int, timeout: float = 300) -> list[subprocess.CompletedProcess]:
+def run_ranks(
+    command: list[str], *, world: int, timeout: float = 300, cwd: Path = ROOT
+) -> list[subprocess.CompletedProcess]:
     """Run `python command...` once a rank, connected, and wait for all; the results by rank."""
     port = free_port()
     processes = []
@@ -98,7 +100,7 @@ def run_ranks(command: list[str], *, world: int, timeout: float = 300) -> list[s
         )
         processes.append(
             forked.Popen(
-                [sys.executable, *command], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                [sys.executable, *command], env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
         )
     results = []

@@ -4,7 +4,7 @@ import glob
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,19 +139,6 @@ def check_tokenizer(folder: str, expected: str, task: Task, *, what: str) -> boo
     return bool(found)
 
 
-def _of_tokenizer(folder: Path, task: Task) -> Vocabulary:
-    tokenizer = load_tokenizer(folder)
-    sha256 = tokenizer_hash(tokenizer, masked=task == "mlm")
-    names = tokenizer_hash(tokenizer), former_tokenizer_hash(tokenizer)
-    return Vocabulary(sha256, names, len(tokenizer), special_ids(tokenizer), tokenizer_dir=folder)
-
-
-def _of_dictionary(path: Path, task: Task, gpt2: str | None) -> Vocabulary:
-    symbols, ids = read_fairseq_dict(path, mask=task == "mlm")
-    sha256 = dictionary_hash(path)
-    return Vocabulary(sha256, (sha256,), len(symbols), ids, Path(gpt2) if gpt2 else None, path)
-
-
 # -------------------------------------------------------------------------------------------------- sources
 
 
@@ -169,13 +156,15 @@ def _open(path: str, data: DataConfig, task: Task) -> _Corpus:
     folder = Path(path)
     if is_fairseq_folder(folder):
         valid = open_shards(folder / "valid", checked=True) if (folder / "valid.idx").exists() else None
-        vocabulary = _of_dictionary(folder / "dict.txt", task, data.tokenizer)
+        dictionary, gpt2 = folder / "dict.txt", Path(data.tokenizer) if data.tokenizer else None
+        symbols, ids = read_fairseq_dict(dictionary, mask=task == "mlm")
+        sha256 = dictionary_hash(dictionary)
+        vocabulary = Vocabulary(sha256, (sha256,), len(symbols), ids, gpt2, dictionary)
         return _Corpus(open_shards(folder / "train", checked=True), valid, vocabulary)
     if folder.is_dir():
         prepared = open_corpus(folder)
         valid = open_shards(prepared.valid_prefix, checked=True) if prepared.valid_prefix else None
-        vocabulary = _of_tokenizer(prepared.tokenizer_dir, task)
-        return _with_tokenizer(open_shards(prepared.train_prefix, checked=True), valid, vocabulary)
+        return _tokenized(open_shards(prepared.train_prefix, checked=True), valid, prepared.tokenizer_dir, task)
     if not glob.glob(f"{glob.escape(path)}.idx") and not glob.has_magic(path):
         raise UserError(
             f"{path} is no prepared corpus, no fairseq folder (dict.txt, train.idx) and no prefix of token files; make "
@@ -186,20 +175,21 @@ def _open(path: str, data: DataConfig, task: Task) -> _Corpus:
     tokenizer = data.tokenizer or (str(beside) if beside.is_dir() else None)
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer beside it; name its folder with data.tokenizer")
-    return _with_tokenizer(stores, None, _of_tokenizer(Path(tokenizer), task))
+    return _tokenized(stores, None, Path(tokenizer), task)
 
 
-def _with_tokenizer(train: list[TokenStore], valid: list[TokenStore] | None, vocabulary: Vocabulary) -> _Corpus:
-    names = vocabulary.names
+def _tokenized(train: list[TokenStore], valid: list[TokenStore] | None, folder: Path, task: Task) -> _Corpus:
+    """Stores with the tokenizer in `folder`; UserError when one was made with another."""
+    tokenizer = load_tokenizer(folder)
+    names: tuple[str, ...] = (tokenizer_hash(tokenizer), former_tokenizer_hash(tokenizer))
     for store in [*train, *(valid or [])]:
         if store.manifest is None:
             continue
         if store.manifest.tokenizer_hash not in names:
-            raise UserError(
-                f"{store.prefix} was made with another tokenizer than {vocabulary.tokenizer_dir}; prepare it again"
-            )
+            raise UserError(f"{store.prefix} was made with another tokenizer than {folder}; prepare it again")
         names = tuple(sorted(names, key=store.manifest.tokenizer_hash.__ne__))
-    return _Corpus(train, valid, replace(vocabulary, names=names))
+    sha256 = tokenizer_hash(tokenizer, masked=task == "mlm")
+    return _Corpus(train, valid, Vocabulary(sha256, names, len(tokenizer), special_ids(tokenizer), folder))
 
 
 _Part = tuple[list[TokenStore], Interval]

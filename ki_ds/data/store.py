@@ -106,15 +106,16 @@ class Manifest:
 class TokenStore:
     """A memory-mapped store, made by `open_store`; pickled by its prefix, so that loader workers re-open it.
 
-    `kind` is "Megatron" or "fairseq"; `sizes` int32 [num_items] in tokens; `tokens` is the flat view
-    [num_tokens] over all items in order, of an integer dtype, little-endian (uint16 or int32 in stores that we
-    write); `manifest` is None for files of others.
+    `paths` are the `.bin` and the `.idx`; `kind` is "Megatron" or "fairseq"; `sizes` (int32 [num_items]) are those of
+    the items, the lines of the text, in tokens; `tokens` is the flat view [num_tokens] over all items in order, of an
+    integer dtype, little-endian (uint16 or int32 in stores that we write); `manifest` is None for files of others.
     """
 
     def __init__(self, prefix: Path, index: TokenIndex, tokens: np.ndarray) -> None:
         self.prefix = prefix
-        self.kind, self.sizes = index.kind, index.sizes
-        self.tokens = tokens
+        self.paths = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+        self.kind, self.sizes, self.num_items = index.kind, index.sizes, len(index.sizes)
+        self.tokens, self.dtype, self.num_tokens = tokens, tokens.dtype, len(tokens)
         self.manifest: Manifest | None = None
         self._index = index
 
@@ -122,29 +123,9 @@ class TokenStore:
         return functools.partial(open_store, checked=True), (self.prefix,)
 
     @property
-    def paths(self) -> tuple[Path, Path]:
-        """The `.bin` and the `.idx`."""
-        return Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
-
-    @property
-    def num_items(self) -> int:
-        """Number of items (lines of the text)."""
-        return len(self.sizes)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens in all items."""
-        return len(self.tokens)
-
-    @property
     def num_documents(self) -> int:
         """Number of documents."""
         return len(self.document_indices) - 1
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Type of a stored token."""
-        return self.tokens.dtype
 
     @cached_property
     def document_indices(self) -> np.ndarray:

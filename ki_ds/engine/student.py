@@ -30,7 +30,7 @@ from ki_ds.data.batches import Batch
 from ki_ds.engine.guard import Guard
 from ki_ds.engine.memory import keep_freed_memory
 from ki_ds.errors import UserError
-from ki_ds.models.presets import InheritanceModel, StudentOutput
+from ki_ds.models.presets import InheritanceModel
 from ki_ds.objective.types import LossOutput, Signal
 from ki_ds.ranks.bridge import Bridge, split_world
 from ki_ds.ranks.environment import launched, tasks_left_idle
@@ -436,9 +436,9 @@ class StudentEngine:
             self._engine.enable_backward_allreduce = False
         self._engine.checkpoint_engine = self._writer = _LaterWriter(self._engine._config)
 
-    def loss(self, batch: Batch, signal: Signal | None, alpha: float | Tensor) -> StudentOutput:
-        """The sums of equation 2 over the labelled rows of this rank's micro-batch, with gradient."""
-        return StudentOutput(*self._engine(batch, signal, alpha))
+    def loss(self, batch: Batch, signal: Signal | None, alpha: float | Tensor) -> tuple[LossOutput, Tensor | None]:
+        """As `InheritanceModel.forward` of this rank's micro-batch, with gradient."""
+        return self._engine(batch, signal, alpha)
 
     def backward(self, loss_sum: Tensor, global_rows: Tensor, aux_loss: Tensor | None = None) -> None:
         """Accumulate the gradient of loss_sum / global_rows, the mean over ALL ranks and accumulation steps.
@@ -500,7 +500,7 @@ class StudentEngine:
         """The student's plain cross-entropy sums on a batch: no teacher, no dropout, no smoothing, no gradient."""
         self._engine.eval()
         try:
-            return LossOutput(*self._engine(batch))
+            return self._engine(batch)[0]
         finally:
             self._engine.train()
 

@@ -146,7 +146,7 @@ def measure(
             @torch.no_grad()
             def evaluate(batch: Batch, model: InheritanceModel = model, bar: object = bar) -> LossOutput:
                 progress.advance(bar)  # type: ignore[arg-type]
-                return LossOutput(*model(batch))
+                return model(batch)[0]
 
             domains = {domain: validate(part, evaluate, device=device) for domain, part in batches.items()}
             measured.append(Measured(name, domains, checked))

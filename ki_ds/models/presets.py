@@ -29,7 +29,7 @@ from ki_ds.config.paper import PRESETS
 from ki_ds.data.datasets import Datasets
 from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
-from ki_ds.models.rows import InheritanceModel, RowLM, Rows, StudentOutput
+from ki_ds.models.rows import InheritanceModel, RowLM, Rows
 from ki_ds.ranks.world import say
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "InheritanceModel",
     "RowLM",
     "Rows",
-    "StudentOutput",
     "build_lm",
     "build_student",
     "check_vocabulary",

@@ -21,10 +21,9 @@ from transformers import PreTrainedModel
 from ki_ds.config import Task
 from ki_ds.data.batches import IGNORE_INDEX, Batch, Sample, collate
 from ki_ds.errors import UserError
-from ki_ds.objective.types import Head, LogitForm
+from ki_ds.objective.types import Head, LogitForm, LossOutput
 
-# answer(hidden_ND, weight_VD, bias_V or None) -> whatever the question asks for
-Answer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Answer = Callable[[Head], Tensor | LossOutput]  # whatever the question asks for
 
 _SHORT = 6  # tokens of the shorter row, fewer than a convolution reaches over
 _LONG = 24
@@ -51,8 +50,10 @@ class Question:
     answer: Answer
     rows_N: Tensor | None  # that the projection has to select itself; None once they are selected
     stand_in: Tensor  # the logits that the rest of the forward goes on with
+    completed: Callable[[Tensor, Tensor, Tensor | None], Head] = Head  # a head, with what the model adds behind it
     leaves: bool = True  # whether the answer takes the place of the model's logits in the end
     answered: Tensor | None = None
+    sums: LossOutput | None = None  # where the answer was a loss, whose loss_sum leaves
 
 
 class Asked(Protocol):
@@ -184,7 +185,7 @@ def _made_of(model: Asked, batch: Batch, z_RV: Tensor) -> tuple[Tensor, str | No
     named = dict(model.lm.named_parameters()) | buffers
     tensors = {name: tensor for name, tensor in named.items() if tensor.is_floating_point() and tensor.is_leaf}
     flags = {name: tensor.requires_grad for name, tensor in tensors.items()}
-    question = Question(lambda *_: z_RV.new_zeros(()), batch.rows_N, z_RV[None], leaves=False)
+    question = Question(lambda _: z_RV.new_zeros(()), batch.rows_N, z_RV[None], leaves=False)
     try:
         for tensor in tensors.values():
             tensor.requires_grad_(True)
@@ -212,7 +213,7 @@ def _try(model: Asked, batch: Batch, expected_NV: Tensor, *, early: bool) -> boo
     model.selects_early = early
     try:
         signal = model.signal(batch)
-        ones = model.ask(batch, lambda *_: expected_NV.new_ones(()))
+        ones = model.ask(batch, lambda _: expected_NV.new_ones(()))
     except Exception:  # some heads take no rows of another shape: then the other way is tried
         return False
     products_NV = nn.functional.linear(signal.hidden_ND, signal.weight_VD).float()
@@ -363,7 +364,8 @@ def _adds_loss(model: Any, batch: Batch) -> bool | None:
         return False
     with _in_one_line(lm, "its loss is not the labels' cross-entropy"):
         torch.manual_seed(0)
-        own = float(model._ask(batch, lambda *_: torch.ones((), device=lm.device), own_loss=True).loss)
+        question, labels = model.question(batch, lambda _: torch.ones((), device=lm.device), own_loss=True)
+        own = float(model.forwarded(batch, question, **labels).loss)
     if not _explained(total, plain, own, 1e-4):
         raise UserError(
             f"{type(lm).__name__} has a loss of its own ({total:.4f} where the labels' cross-entropy is "

@@ -10,7 +10,10 @@ Shape suffixes: B sequences, L positions, N labelled rows in order, D hidden siz
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +25,9 @@ from ki_ds.data.batches import Batch
 from ki_ds.errors import UserError
 from ki_ds.models import probe
 from ki_ds.models.probe import USUAL, Answer, Question, Rows
-from ki_ds.objective.of_signal import loss_of
-from ki_ds.objective.types import Head, LogitForm, Signal
+from ki_ds.objective.loss import loss
+from ki_ds.objective.rows import Objective
+from ki_ds.objective.types import Head, LogitForm, LossOutput, Signal
 
 _CERTAIN = 1e4  # a logit, beside its negative, of a class that any scale or cap leaves certain
 
@@ -33,6 +37,14 @@ class _Asked:
 
     question: Question | None
 
+    def projected(self, hidden: Tensor) -> Tensor:
+        """What the projection multiplies."""
+        return hidden
+
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        """(weight_VD, bias_V), differentiable."""
+        raise NotImplementedError
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = super().__call__(*args, **kwargs)  # type: ignore[misc] # the hooks of ZeRO-3 see the answer
         if self.question is None:
@@ -40,37 +52,34 @@ class _Asked:
         self.question.answered = out
         return self.question.stand_in
 
-    def _answer(self, hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-        assert self.question is not None
-        hidden_ND = hidden.reshape(-1, hidden.shape[-1])
-        if self.question.rows_N is not None:  # an architecture whose body selects none
-            hidden_ND = hidden_ND[self.question.rows_N]
-        return self.question.answer(hidden_ND, weight_VD, bias_V)
+    def forward(self, hidden: Tensor) -> Tensor:
+        question = self.question
+        if question is None:
+            return super().forward(hidden)  # type: ignore[misc]
+        hidden_ND = self.projected(hidden)
+        hidden_ND = hidden_ND.reshape(-1, hidden_ND.shape[-1])
+        if question.rows_N is not None:  # an architecture whose body selects none
+            hidden_ND = hidden_ND[question.rows_N]
+        answer = question.answer(question.completed(hidden_ND, *self.projection()))
+        if isinstance(answer, LossOutput):
+            question.sums, answer = answer, answer.loss_sum
+        return answer
 
 
 class AskedHead(_Asked, nn.Linear):
     """A linear output projection that can be asked."""
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self.question is None:
-            return super().forward(hidden)
-        return self._answer(hidden, self.weight, self.bias)
-
     def projection(self) -> tuple[Tensor, Tensor | None]:
-        """(weight_VD, bias_V)."""
         return self.weight, self.bias
 
 
 class AskedMobileBertHead(_Asked, MobileBertLMPredictionHead):
     """MobileBERT's head, whose projection is put together from two weights."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if self.question is None:
-            return super().forward(hidden_states)
-        return self._answer(self.transform(hidden_states), *self.projection())
+    def projected(self, hidden: Tensor) -> Tensor:
+        return self.transform(hidden)
 
     def projection(self) -> tuple[Tensor, Tensor | None]:
-        """(weight_VD, bias_V), differentiable."""
         return torch.cat([self.decoder.weight, self.dense.weight.t()], dim=1), self.decoder.bias
 
 
@@ -84,6 +93,11 @@ def _projection_of(lm: PreTrainedModel) -> nn.Module:
     if type(head) not in (*_ASKED, *_ASKED.values()):
         raise UserError(f"{type(lm).__name__} has no linear output projection ({type(head).__name__}); take another")
     return head
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    masks = {"attention_mask": batch.attention_mask_BL, "position_ids": batch.position_ids_BL}
+    return {"input_ids": batch.input_ids_BL} | {name: tensor for name, tensor in masks.items() if tensor is not None}
 
 
 class RowLM(nn.Module):
@@ -124,41 +138,40 @@ class RowLM(nn.Module):
             output["logits"] = question.answered
         return output
 
+    @contextmanager
+    def _asking(self, question: Question | None) -> Iterator[None]:
+        self._head.question = question
+        try:
+            yield
+        finally:
+            self._head.question = None
+
     def forwarded(self, batch: Batch, question: Question | None = None, **arguments: Any) -> Any:
         """The model's own output for a batch; with a question, its `logits` are the answer."""
-        given = {"attention_mask": batch.attention_mask_BL, "position_ids": batch.position_ids_BL}
-        given = {name: tensor for name, tensor in given.items() if tensor is not None}
-        head = self._head
-        head.question = question
-        try:
-            return self.lm(input_ids=batch.input_ids_BL, **given, **arguments)
-        finally:
-            head.question = None
+        with self._asking(question):
+            return self.lm(**_inputs(batch), **arguments)
+
+    def question(self, batch: Batch, answer: Answer, *, own_loss: bool = False) -> tuple[Question, dict[str, Tensor]]:
+        """A question about the labelled rows of a batch, and what the model's forward is given besides.
+
+        With `own_loss` the output's `loss` will be what the model adds to its loss itself: it is given labels of which
+        its logits, the stand-in's, leave no doubt, so that their cross-entropy is 0.
+        """
+        ids_BL = batch.input_ids_BL
+        stand_in = torch.zeros(1, 1, self.num_logits, dtype=self.lm.dtype, device=ids_BL.device)
+        question = Question(answer, batch.rows_N, stand_in, self._completed)
+        if not own_loss:
+            return question, {}
+        question.stand_in = stand_in.expand(1, 2, -1) - _CERTAIN
+        question.stand_in[..., 0] = _CERTAIN
+        return question, {"labels": ids_BL.new_zeros(1, 2)}
 
     def ask(self, batch: Batch, answer: Answer) -> Tensor:
-        """answer(hidden_ND, weight_VD, bias_V) for the labelled rows of the batch, given from inside the head.
+        """The answer to a head of the labelled rows of the batch, given from inside the model's own."""
+        return self.forwarded(batch, self.question(batch, answer)[0]).logits
 
-        The logits are then `self.form` of hidden_ND @ weight_VD.T and bias_V.
-        """
-        return self._ask(batch, answer, own_loss=False).logits
-
-    def _ask(self, batch: Batch, answer: Answer, *, own_loss: bool) -> Any:
-        """The model's output with the answer as its logits and, if wanted, what it adds to its loss itself as `loss`.
-
-        For that it is given labels of which its logits, the stand-in's, leave no doubt: their cross-entropy is 0.
-        """
-
-        def complete(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-            return answer(hidden_ND, weight_VD, self._complete_bias(bias_V))
-
-        dtype, device = self.lm.dtype, batch.input_ids_BL.device
-        stand_in = torch.zeros(1, 1, self.num_logits, dtype=dtype, device=device)
-        arguments = {}
-        if own_loss:
-            stand_in = stand_in.expand(1, 2, -1) - _CERTAIN
-            stand_in[..., 0] = _CERTAIN
-            arguments["labels"] = batch.input_ids_BL.new_zeros(1, 2)
-        return self.forwarded(batch, Question(complete, batch.rows_N, stand_in), **arguments)
+    def _completed(self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Head:
+        return Head(hidden_ND, weight_VD, self._complete_bias(bias_V), self.form)
 
     def _complete_bias(self, bias_V: Tensor | None) -> Tensor | None:
         """All that is added to the scaled products: the projection's own bias, and that of the model behind it."""
@@ -172,10 +185,8 @@ class RowLM(nn.Module):
 
     def signal(self, batch: Batch) -> Head:
         """The hidden states of the labelled rows with the output projection, as a teacher gives them."""
-        hidden_ND = self.ask(batch, lambda hidden_ND, _weight, _bias: hidden_ND)
-        weight_VD, bias_V = self._head.projection()
-        hidden_ND = hidden_ND.reshape(-1, hidden_ND.shape[-1])
-        return Head(hidden_ND, weight_VD, self._complete_bias(bias_V), self.form)
+        hidden_ND = self.ask(batch, lambda head: head.hidden_ND)
+        return self._completed(hidden_ND.reshape(-1, hidden_ND.shape[-1]), *self._head.projection())
 
     def check(self, rows: Rows = USUAL) -> None:
         """Find out what the model does to its logits, and return silently if rows can be asked about; once, before all.
@@ -191,17 +202,6 @@ class RowLM(nn.Module):
     def check_packing(self) -> None:
         """Return silently if several blocks of one row do not see each other; raise UserError if they do."""
         probe.check_packing(self)
-
-
-class StudentOutput(NamedTuple):
-    """The sums of `LossOutput`, and what the architecture adds to its loss itself (float32, 0-d; None: nothing)."""
-
-    loss_sum: Tensor
-    ce_sum: Tensor
-    kl_sum: Tensor
-    num_rows: Tensor
-    teachers: Tensor
-    aux_loss: Tensor | None = None
 
 
 class InheritanceModel(RowLM):
@@ -223,37 +223,37 @@ class InheritanceModel(RowLM):
         self.adds_loss, notes = probe.check_training(self, rows)
         return notes
 
-    def forward(self, batch: Batch, signal: Signal | None = None, alpha: float | Tensor = 0.0) -> tuple:
-        """(loss_sum, ce_sum, kl_sum, num_rows, teachers) over the labelled rows of the batch (equation 2).
+    def forward(
+        self, batch: Batch, signal: Signal | None = None, alpha: float | Tensor = 0.0
+    ) -> tuple[LossOutput, Tensor | None]:
+        """The sums of equation 2 over the labelled rows of the batch, and what the architecture adds to its loss.
 
-        In training, a sixth is what an architecture adds to its loss itself, its own coefficients included: a mean
-        over this micro-batch, no sum over rows.
+        That is None unless it trains and adds something: its own coefficients included, a mean over this micro-batch,
+        no sum over rows.
 
         Args:
             batch: on the model's device.
             signal: the teacher's; None is self-learning, whatever alpha is.
             alpha: the inheritance rate, a number or a 0-d tensor.
         """
-        sums: tuple = ()
-
-        def objective(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-            nonlocal sums
-            with torch.profiler.record_function("ki_ds.loss"):
-                out = loss_of(signal, alpha)(
-                    hidden_ND,
-                    weight_VD,
-                    batch.row_labels_N,
-                    student_bias=bias_V,
-                    student_form=self.form,
-                    tau=self.tau,
-                    chunk_rows=self.loss.chunk_rows,
-                    num_classes=self.num_classes,
-                    label_smoothing=self.loss.label_smoothing if self.training else 0.0,
-                    backend=self.loss.backend,
-                )
-            sums = (out.ce_sum, out.kl_sum, out.num_rows, out.teachers)
-            return out.loss_sum
-
-        adds_loss = self.adds_loss and self.training
-        out = self._ask(batch, objective, own_loss=adds_loss)
-        return (out.logits, *sums, out.loss.float()) if adds_loss else (out.logits, *sums)
+        config, training = self.loss, self.training
+        objective = Objective.configured(
+            config,
+            training=training,
+            alpha=0.0 if signal is None else alpha,
+            tau=self.tau,
+            num_classes=self.num_classes,
+        )
+        answer = partial(
+            loss,
+            labels=batch.row_labels_N,
+            teacher=signal,
+            objective=objective,
+            backend=config.backend,
+            chunk_rows=config.chunk_rows,
+        )
+        question, arguments = self.question(batch, answer, own_loss=self.adds_loss and training)
+        with self._asking(question):
+            out = self.lm(**_inputs(batch), **arguments)
+        assert question.sums is not None
+        return question.sums._replace(loss_sum=out.logits), out.loss.float() if arguments else None

@@ -1,45 +1,124 @@
-"""What every implementation of the loss's rows agrees on.
+"""The objective of a row, and what every implementation of it agrees on.
 
 Shape suffixes: N rows, V logits of a row, C <= V real classes, K teacher entries of a row.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
+from ki_ds.config import LossConfig
+
 TOPK_SEMANTICS = ("renormalise", "tail", "sampled")
 
 
-class LogitForm(NamedTuple):
-    """What a model makes of its output projection: z = cap tanh((scale h W^T + b) / cap); cap None: no tanh.
+@dataclass(frozen=True)
+class Objective:
+    """The numbers of what is minimised; `ki_ds.objective.loss` has the formula.
 
-    The scale belongs to the projection's product, where it costs nothing; the cap to whoever reads the product.
+    Attributes:
+        num_classes: the real vocabulary size; columns from there on are padding, which takes no probability and gets a
+            gradient of exactly 0. None: the one width that the student and its teachers have.
+        alpha: weight of the teacher in [0, 1], a float or a 0-d tensor (a device tensor costs no host sync).
+        tau: temperature of both softmaxes in the KL.
+        label_smoothing: e in [0, 1).
+        ignore_index: the label of rows that count nowhere.
     """
 
-    scale: float = 1.0
-    cap: float | None = None
+    num_classes: int | None = None
+    alpha: float | Tensor = 0.0
+    tau: float = 2.0
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+
+    def uses_teacher(self) -> bool:
+        """False if alpha is known to be 0, so that no teacher's number may be touched."""
+        return isinstance(self.alpha, Tensor) or self.alpha != 0.0
 
     @classmethod
-    def of_numbers(cls, scale: float, cap: float) -> "LogitForm":
-        """The form of which these are the `numbers`."""
-        return cls(scale, cap or None)
-
-    @property
-    def numbers(self) -> tuple[float, float]:
-        """Scale and cap where only numbers can go, 0 for no cap."""
-        return float(self.scale), float(self.cap or 0.0)
-
-    def logits(self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-        """The model's logits [N, V] in the compute dtype, their product rounded to the head's own, as in the loss."""
-        product_NV = project(hidden_ND, weight_VD, bias_V, self.scale)
-        return capped(product_NV.to(compute_dtype(product_NV)), self.cap)
+    def configured(
+        cls, config: LossConfig, *, training: bool, alpha: float | Tensor, tau: float, num_classes: int
+    ) -> Objective:
+        """The objective of a run's configuration; an evaluation has nothing that only helps training."""
+        objective = cls(num_classes=num_classes, alpha=alpha, tau=tau)
+        return replace(objective, label_smoothing=config.label_smoothing) if training else objective
 
 
-PLAIN = LogitForm()
+class ObjectiveOptions(TypedDict, total=False):
+    """The fields of `Objective` as keywords."""
+
+    num_classes: int | None
+    alpha: float | Tensor
+    tau: float
+    label_smoothing: float
+    ignore_index: int
+
+
+@dataclass(frozen=True)
+class RowTask(Objective):
+    """The objective of a set of rows that one teacher, or none, speaks for.
+
+    `grad_scale` multiplies the written gradient alone (float16 gradients are kept away from subnormal numbers by it)
+    and is taken out again by whoever reads the gradient. With `cap` (`teacher_cap`) the student's (teacher's) rows
+    hold what is capped as it is read, z = cap tanh(row / cap); the gradient is then that of the rows as they are.
+    """
+
+    num_classes: int = 0
+    semantics: str = "renormalise"
+    grad_scale: float = 1.0
+    cap: float | None = None
+    teacher_cap: float | None = None
+
+
+class RowTerms(NamedTuple):
+    """Per-row terms in the compute dtype; an ignored row's are 0."""
+
+    ce_N: Tensor
+    smooth_ce_N: Tensor  # the same tensor as ce_N without label smoothing
+    kl_N: Tensor | None = None  # None: no teacher was asked
+    teacher_ce_N: Tensor | None = None  # of the teacher's softmax at 1; None: it gave entries only
+
+
+class RowSums(NamedTuple):
+    """Sums over rows in the compute dtype, 0-d."""
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+    teacher_ce: Tensor  # NaN: it gave entries only
+
+
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    """float32 for every training dtype; float64 stays float64 (meant for checks)."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def grad_scale_for(dtype: torch.dtype) -> float:
+    """What a logit gradient of this dtype is multiplied by while it is stored.
+
+    softmax of 50k classes is about 2e-5, below float16's smallest normal number 6e-5. At 128, probabilities
+    above 5e-7 are normal numbers, and row weights up to 170 do not overflow.
+    """
+    return 128.0 if dtype == torch.float16 else 1.0
+
+
+def sum_rows(terms: RowTerms, task: RowTask, row_weights_N: Tensor | None) -> RowSums:
+    """The sums over rows; only `loss` sees alpha, tau^2, smoothing and the row weights."""
+    loss_N = (1 - task.alpha) * terms.smooth_ce_N
+    kl = teacher_ce = terms.ce_N.new_zeros(())
+    if terms.kl_N is not None:
+        loss_N = loss_N + task.alpha * task.tau**2 * terms.kl_N
+        kl = terms.kl_N.sum()
+        teacher_ce = terms.ce_N.new_full((), math.nan) if terms.teacher_ce_N is None else terms.teacher_ce_N.sum()
+    if row_weights_N is not None:
+        loss_N = loss_N * row_weights_N
+    return RowSums(loss_N.sum(), terms.ce_N.sum(), kl, teacher_ce)
 
 
 def project(
@@ -62,82 +141,8 @@ def cap_slope(product: Tensor, cap: float) -> Tensor:
     return (1.0 - rest).mul_(rest).mul_(4.0)
 
 
-@dataclass(frozen=True)
-class RowTask:
-    """The objective of a set of rows, without their tensors.
-
-    `alpha` is a float, or a 0-d tensor on the rows' device, which is never read by the host.
-    `grad_scale` multiplies the written gradient alone (float16 gradients are kept away from
-    subnormal numbers by it) and is taken out again by whoever reads the gradient.
-    With `cap` (`teacher_cap`) the student's (teacher's) rows hold what is capped as it is read: logits are
-    cap tanh(row / cap). The gradient is then that of the rows as they are.
-    """
-
-    num_classes: int
-    alpha: float | Tensor = 0.0
-    tau: float = 2.0
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    semantics: str = "renormalise"
-    grad_scale: float = 1.0
-    cap: float | None = None
-    teacher_cap: float | None = None
-
-    def uses_teacher(self) -> bool:
-        """False if alpha is known to be 0, so that no teacher's number may be touched."""
-        return isinstance(self.alpha, Tensor) or self.alpha != 0.0
-
-
-class RowTerms(NamedTuple):
-    """Per-row terms in the compute dtype; an ignored row's are 0."""
-
-    ce_N: Tensor
-    smooth_ce_N: Tensor  # the same tensor as ce_N without label smoothing
-    kl_N: Tensor | None = None  # None: no teacher was asked
-    teacher_ce_N: Tensor | None = None  # of the teacher's softmax at 1; None: it gave entries only
-
-
-class LossSums(NamedTuple):
-    loss: Tensor
-    ce: Tensor
-    kl: Tensor
-    teacher_ce: Tensor  # NaN: it gave entries only
-
-
-def compute_dtype(logits: Tensor) -> torch.dtype:
-    """float32 for every training dtype; float64 stays float64 (meant for checks)."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def grad_scale_for(dtype: torch.dtype) -> float:
-    """What a logit gradient of this dtype is multiplied by while it is stored.
-
-    softmax of 50k classes is about 2e-5, below float16's smallest normal number 6e-5. At 128, probabilities
-    above 5e-7 are normal numbers, and row weights up to 170 do not overflow.
-    """
-    return 128.0 if dtype == torch.float16 else 1.0
-
-
-def sum_rows(terms: RowTerms, task: RowTask, row_weights_N: Tensor | None) -> LossSums:
-    """The sums over rows; only `loss` sees alpha, tau^2, smoothing and the row weights."""
-    loss_N = (1 - task.alpha) * terms.smooth_ce_N
-    kl = teacher_ce = terms.ce_N.new_zeros(())
-    if terms.kl_N is not None:
-        loss_N = loss_N + task.alpha * task.tau**2 * terms.kl_N
-        kl = terms.kl_N.sum()
-        teacher_ce = terms.ce_N.new_full((), math.nan) if terms.teacher_ce_N is None else terms.teacher_ce_N.sum()
-    if row_weights_N is not None:
-        loss_N = loss_N * row_weights_N
-    return LossSums(loss_N.sum(), terms.ce_N.sum(), kl, teacher_ce)
-
-
-def teacher_row(sums: LossSums, num_rows: Tensor) -> Tensor:
-    """What the loss says of one teacher [4]: KL, the teacher's own CE, the number of rows, the student's CE there."""
-    return torch.stack([sums.kl, sums.teacher_ce, num_rows.to(sums.kl.dtype), sums.ce])
-
-
 def mix_teachers(
-    rows: list[Tensor], shares: list[float], task: RowTask, caps: Sequence[float | None] | None = None
+    rows: Sequence[Tensor], shares: Sequence[float], task: RowTask, caps: Sequence[float | None] | None = None
 ) -> Tensor:
     """Logits [N, C] whose softmax at `task.tau` is the teachers' average softmax at `task.tau`.
 

@@ -2,7 +2,7 @@
 
 Memory is that of one rank at its worst moment. What lies there all the time follows from the ZeRO stage; the moments
 of a step (its forward with the loss, the two ends of its backward, the reduction of gradients, the update, a
-validation, a checkpoint) add what they hold, as the code of DeepSpeed and of `ki_ds.objective.linear` does it.
+validation, a checkpoint) add what they hold, as the code of DeepSpeed and of `ki_ds.objective.chunks` does it.
 FLOPs are those that the metrics of the run will report: 6 (student) and 2 (teacher) a dense parameter and token.
 All sizes are in bytes, work in FLOPs, times in seconds.
 
@@ -24,7 +24,7 @@ from ki_ds.engine.student import accumulation_steps, complete_ds_config, read_ds
 from ki_ds.errors import UserError
 from ki_ds.models.presets import DTYPES
 from ki_ds.objective.backend import resolve_backend
-from ki_ds.objective.linear import default_chunk_rows
+from ki_ds.objective.chunks import default_chunk_rows
 from ki_ds.objective.reference import BLOCK_ELEMENTS_CPU, BLOCK_ELEMENTS_GPU
 from ki_ds.planning.communication import traffic
 from ki_ds.planning.sizes import Activations, Size, activations, size_of

@@ -24,7 +24,6 @@ from rich.text import Text
 from torch import Tensor
 
 from ki_ds.files import write_atomically
-from ki_ds.models.presets import StudentOutput
 from ki_ds.objective.types import LossOutput
 from ki_ds.ranks.world import all_sum, is_main
 
@@ -72,7 +71,7 @@ class Window:
 
     def add(
         self,
-        out: LossOutput | StudentOutput,
+        out: LossOutput,
         num_tokens: int,
         *,
         teacher_tokens: Sequence[int] = (),

@@ -17,7 +17,7 @@ from ki_ds.data.batches import Batch
 from ki_ds.engine.memory import give_freed_memory_back
 from ki_ds.models.presets import RowLM
 from ki_ds.models.probe import USUAL, Rows
-from ki_ds.objective.types import Average, Head, Routed, Signal, Sparse
+from ki_ds.objective.types import Average, Head, Logits, Routed, Signal, Sparse
 from ki_ds.teachers.teacher import Teacher
 
 _ROWS_AT_ONCE = 1024  # whose logits exist together
@@ -129,11 +129,11 @@ class OverlappedTeacher(Teacher):
 def _tensors(signal: Signal) -> list[Tensor]:
     """What the teacher's stream has made for this batch; a head's weights stay where they are."""
     match signal:
-        case Head(hidden_ND):
-            return [hidden_ND]
+        case Head(rows_ND) | Logits(rows_ND):
+            return [rows_ND]
         case Sparse(ids_NK, probs_NK):
             return [ids_NK, probs_NK]
         case Routed(parts):
             return [tensor for part in parts for tensor in (part.rows_M, *_tensors(part.signal))]
-        case Average(heads):
-            return [head.hidden_ND for head in heads]
+        case Average(parts):
+            return [tensor for part in parts for tensor in _tensors(part)]

@@ -161,7 +161,7 @@ def hidden_answers(signal: Signal) -> list[tuple[int, Head]]:
         case Head():
             return [(0, signal)]
         case Average(parts, _):
-            return list(enumerate(parts))
+            return [(number, part) for number, part in enumerate(parts) if isinstance(part, Head)]
         case Routed(parts, _):
             return [(part.teacher, part.signal) for part in parts if isinstance(part.signal, Head)]
     return []

@@ -265,12 +265,12 @@ def train_step(
         if run.teacher is not None and next_batch is not None:
             run.teacher.ask(next_batch)
         with part("student forward"), pace.computing(alone=run.engine.zero_stage < 3):
-            out = run.engine.loss(batch, signal, alpha)
+            out, aux_loss = run.engine.loss(batch, signal, alpha)
         with part("backward"):
-            run.engine.backward(out.loss_sum, rows, out.aux_loss)
+            run.engine.backward(out.loss_sum, rows, aux_loss)
         with part("optimizer"):
             run.engine.step(lr)
-        run.window.add(out, batch.num_tokens, teacher_tokens=teacher_tokens(signal, batch), aux_loss=out.aux_loss)
+        run.window.add(out, batch.num_tokens, teacher_tokens=teacher_tokens(signal, batch), aux_loss=aux_loss)
         if run.handover is not None:
             run.handover.add(out.teachers)
     if run.handover is not None and t in run.taught:

@@ -20,7 +20,7 @@ from ki_ds.data.batches import VALID_SEED, TrainBatches, ValidBatches
 from ki_ds.data.datasets import Datasets, open_datasets
 from ki_ds.engine.student import StudentEngine
 from ki_ds.models.presets import DTYPES, build_student, count_parameters, model_folder, weights_sha256
-from ki_ds.objective.loss import resolve_backend
+from ki_ds.objective.backend import resolve_backend
 from ki_ds.ranks.bridge import Bridge
 from ki_ds.ranks.world import is_main, on_main, rank, say, world_size
 from ki_ds.reports.metrics import Totals, Window

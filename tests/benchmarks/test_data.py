@@ -55,6 +55,7 @@ def test_the_text_is_a_fairseq_folder_with_lines_like_prose(bench, tmp_path):
     assert inner.max() < text.SPECIAL_IDS.mask
 
 
+@pytest.mark.slow
 def test_loader_rows(command, tmp_path):
     code, out, _, written = command("--only", "128, in process")
     assert code == 0
@@ -68,6 +69,7 @@ def test_loader_rows(command, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
+@pytest.mark.slow
 def test_start_rows(command):
     code, out, _, written = command("--only", "start, 2 GB", "--big")
     assert code == 0

@@ -32,6 +32,7 @@ def tiny(tmp_path):
     return ["--size", "tiny", "--turns", "2", "--steps", "1", "--num_threads", "1", "--out", tmp_path / "out.json"]
 
 
+@pytest.mark.slow
 def test_a_point_the_loss_and_a_second_call(bench, command, tiny, monkeypatch, tmp_path):
     monkeypatch.setitem(bench.TINY_VALUES, "seq_len", [16])
     code, out, _, written = command(*tiny, "--vary", "seq_len", "loss", "--figure", tmp_path / "out.png")

@@ -28,6 +28,7 @@ def command(bench, monkeypatch, capsys, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_row_saves_as_often_as_it_says(bench, tmp_path):
     write_splits(tmp_path / "text", 20_000, vocab_size=640)
     row = bench.Row("in the background", {"train.save_in_background": True})

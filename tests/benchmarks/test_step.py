@@ -34,6 +34,7 @@ def command(bench, monkeypatch, capfd, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_ours_and_the_plain_loop_compute_the_same(command, tmp_path):
     """Same weights, batches and objective; a profile of each with its trace; the table last."""
     code, out, _, written = command("--only", "inheriting|masked rows|GEMM", "--profile", tmp_path / "traces")

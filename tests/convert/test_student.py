@@ -45,7 +45,8 @@ def plain(folder, run_dir):
     config = configuration.load(run_dir / "config.yaml")
     lm = AUTO[config.task].from_pretrained(folder).double().eval()
     ce_sum, num_rows, largest = 0.0, 0, 0
-    for batch in ValidBatches(load_data(config).valid["corpus"], micro_batch_size=3):
+    blocks, chosen = load_data(config).valid["corpus"], config.data.max_valid_samples
+    for batch in ValidBatches(blocks, micro_batch_size=3, max_samples=chosen):
         with torch.no_grad():
             logits = lm(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits
         rows = logits.flatten(0, 1)[batch.rows_N]

@@ -140,8 +140,18 @@ def weights_by_step(monkeypatch):
     return changed
 
 
-@pytest.mark.parametrize("clip", [0.0, 1.0])
-@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+BY_DEFAULT = [("zero0", 0.0), ("zero1", 1.0), ("zero3", 0.0), ("zero2_offload", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("zero", "clip"),
+    [
+        pytest.param(zero, clip, marks=[] if (zero, clip) in BY_DEFAULT else pytest.mark.slow)
+        for zero in STAGES
+        for clip in (0.0, 1.0)
+    ],
+)
 def test_bad_steps_change_nothing_at_any_stage(base, inject, monkeypatch, zero, clip, record_property):
     """Ten injections, NaN and Inf in loss or gradient: no weight and no optimizer state moves, 10 of 10."""
     bad = {3, 5, 6, 8, 11, 12, 14, 17, 19, 20}
@@ -171,10 +181,11 @@ def test_half_precision_too(base):
     assert json.loads(result.stdout.splitlines()[-1]) == [3, 6]
 
 
-def test_what_is_bad_on_one_rank_is_left_out_on_all(base):
-    """Two ranks, every stage; the gradient is no number on the last rank only."""
+@pytest.mark.parametrize("zeros", [("zero1", "zero3"), pytest.param(("zero0", "zero2"), marks=pytest.mark.slow)])
+def test_what_is_bad_on_one_rank_is_left_out_on_all(base, zeros):
+    """Two ranks; the gradient is no number on the last rank only."""
     files = []
-    for zero in ("zero0", "zero1", "zero2", "zero3"):
+    for zero in zeros:
         config = tiny_config(
             base / f"bad_two_{zero}",
             base / "corpus",
@@ -187,7 +198,7 @@ def test_what_is_bad_on_one_rank_is_left_out_on_all(base):
     assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:]
     for result in results:
         found = [line for line in result.stdout.splitlines() if re.fullmatch(r"\[[\d, ]*\]", line)]
-        assert found == ["[3, 6]"] * 4
+        assert found == ["[3, 6]"] * 2
 
 
 def test_stop_names_the_step_and_saves_nothing_of_it(base, inject):

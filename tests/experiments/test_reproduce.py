@@ -17,6 +17,7 @@ from ki_ds.experiments.recipes import experiments
 from ki_ds.experiments.reproduce import Request, plan
 from ki_ds.jobs.chain import local_places
 from ki_ds.reports.results import read_run
+from tests import forked
 from tests.tiny import ROOT, environment, tiny_corpus
 
 FEW_STEPS = {
@@ -215,18 +216,24 @@ def tool(*words):
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
+def forked_tool(*words):
+    """What the launchers come to."""
+    command = [sys.executable, "tools/reproduce.py", *words]
+    return forked.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     done = tool("chain_gpt_73m_to_1b.sh", "--scale", "tiny", "--dry_run", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "seed1/gpt_73m_124m_209m_354m_773m_1b" in done.stdout
     assert "seed1/gpt_1b" not in done.stdout
     assert not (tmp_path / "out").exists()
-    done = tool("chain_gpt_73m_to_1b.sh", "--baselines", "--scale", "tiny", "--dry_run", "--out", tmp_path / "out")
+    done = forked_tool("fig2a", "--scale", "tiny", "--dry_run", "--out", tmp_path / "out")
     assert "seed1/gpt_1b" in done.stdout
 
 
 def test_the_papers_scale_is_planned_without_any_corpus(tmp_path):
-    done = tool("chain_roberta_g1_g2_g3.sh", "--dry_run", "--out", tmp_path / "out")
+    done = forked_tool("fig2b", "--dry_run", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("│ 125,000 │") == 7
     assert done.stdout.count("best teacher.placement") == 4
@@ -244,7 +251,7 @@ def test_the_papers_scale_is_planned_without_any_corpus(tmp_path):
     ],
 )
 def test_bad_input_is_one_line(words, message):
-    done = tool("reproduce.sh", *words)
+    done = forked_tool(*words)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from ki_ds.loss import inheritance_loss, linear_inheritance_loss, resolve_backend
 from ki_ds.objective import reference
-from ki_ds.objective.loss import inheritance_loss, linear_inheritance_loss, resolve_backend
 from ki_ds.objective.rows import TOPK_SEMANTICS, RowTask
 from tests.loss_cases import ENTRIES, Case, check, relative
 

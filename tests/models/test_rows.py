@@ -6,9 +6,9 @@ import transformers as hf
 
 from ki_ds.config import LossConfig, ModelConfig
 from ki_ds.errors import UserError
+from ki_ds.loss import topk_inheritance_loss
 from ki_ds.models.presets import InheritanceModel, RowLM, Rows, build_lm
 from ki_ds.models.probe import of_one
-from ki_ds.objective.loss import topk_inheritance_loss
 from ki_ds.objective.types import Sparse
 from tests.lms import ARCHITECTURES, SPECIAL, auto, make_batch, spread_out, tiny_preset
 
@@ -59,12 +59,13 @@ def test_inheritance_model_is_equation_2(task, padded):
     with torch.no_grad():
         signal = RowLM(teacher).signal(batch)
     model = InheritanceModel(student, num_classes=99, loss=LossConfig(chunk_rows=2), tau=tau)
-    loss_sum, ce_sum, kl_sum, num_rows, teachers = model(batch, signal, alpha)
+    out, _ = model(batch, signal, alpha)
+    loss_sum, ce_sum, kl_sum, num_rows = out[:4]
     loss_sum.backward()
     for found, wanted in ((loss_sum, expected), (ce_sum, ce), (kl_sum, kl), (num_rows, torch.tensor(5))):
         torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-5, atol=1e-6)
     own = torch.nn.functional.cross_entropy(z_t, batch.row_labels_N, reduction="sum")
-    assert teachers[0].tolist() == pytest.approx([float(kl), float(own), 5.0, float(ce)], rel=1e-5)
+    assert out.teachers[0].tolist() == pytest.approx([float(kl), float(own), 5.0, float(ce)], rel=1e-5)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
 
@@ -108,7 +109,7 @@ def test_a_top_k_signal_gives_the_top_k_loss(semantics):
     student = InheritanceModel(lm, num_classes=99, loss=LossConfig(), tau=2.0).eval()
     ids = torch.stack([torch.randperm(99)[:7] for _ in range(4)])
     probs = torch.rand(4, 7).softmax(-1) * 0.9
-    loss, ce, kl, num_rows, _ = student(batch, Sparse(ids, probs, semantics), 0.3)
+    (loss, ce, kl, num_rows, *_), _ = student(batch, Sparse(ids, probs, semantics), 0.3)
     hidden = student.signal(batch)
     logits = torch.nn.functional.linear(hidden.hidden_ND, hidden.weight_VD, hidden.bias_V)
     expected = topk_inheritance_loss(
@@ -147,7 +148,7 @@ def test_a_protein_model_learns_from_a_smaller_one():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(4):
-        loss_sum, _, kl_sum, *_ = model.train()(batch, signal, 1.0)
+        (loss_sum, _, kl_sum, *_), _ = model.train()(batch, signal, 1.0)
         optimizer.zero_grad()
         loss_sum.backward()
         optimizer.step()

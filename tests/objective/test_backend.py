@@ -41,7 +41,7 @@ import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
 import torch
-from ki_ds.objective.loss import inheritance_loss, resolve_backend
+from ki_ds.loss import inheritance_loss, resolve_backend
 assert resolve_backend("auto", "cuda") == "torch"
 z = torch.randn(3, 5, requires_grad=True)
 inheritance_loss(z, torch.tensor([0, 1, 2]), teacher_logits=torch.randn(3, 5), alpha=0.5).loss_sum.backward()

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ki_ds.errors import UserError
-from ki_ds.objective.loss import (
+from ki_ds.loss import (
     inheritance_loss,
     linear_cross_entropy,
     linear_inheritance_loss,

@@ -18,7 +18,7 @@ FIGURES = {"tokens_per_second": 12_345.6, "alpha": 0.75, "ce": 6.5432, "kl": 0.9
 
 def output(loss, ce, kl, rows, teachers=()):
     tensors = (torch.tensor(value, dtype=torch.float32) for value in (loss, ce, kl))
-    return LossOutput(*tensors, torch.tensor(rows), torch.tensor(teachers, dtype=torch.float32).view(-1, 4))
+    return LossOutput(*tensors, torch.tensor(rows), *torch.tensor(teachers, dtype=torch.float32).view(-1, 4).unbind(1))
 
 
 def closed(window):
@@ -41,7 +41,7 @@ def clock(monkeypatch):
 def test_a_window_gives_means_over_all_rows_not_over_batches():
     window = Window(CPU, num_teachers=1)
     weight = torch.tensor(3.0, requires_grad=True)
-    first = LossOutput(weight * 2, torch.tensor(4.0), torch.tensor(1.0), torch.tensor(2), torch.empty(0, 4))
+    first = LossOutput(weight * 2, torch.tensor(4.0), torch.tensor(1.0), torch.tensor(2), *torch.empty(4, 0))
     window.add(first, 10, teacher_tokens=[10])
     window.add(output(30.0, 20.0, 5.0, 8), 100)
     window.add(output(0.0, 0.0, 0.0, 0), 0, teacher_tokens=[0])

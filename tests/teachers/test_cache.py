@@ -11,7 +11,7 @@ import torch
 from ki_ds.data.batches import Sample, TrainBatches, collate
 from ki_ds.data.tokenize import former_tokenizer_hash
 from ki_ds.errors import UserError
-from ki_ds.objective.loss import inheritance_loss, topk_inheritance_loss
+from ki_ds.loss import inheritance_loss, topk_inheritance_loss
 from ki_ds.objective.types import PLAIN, Head, LogitForm, Sparse
 from ki_ds.teachers.cache import CachedTeacher, encode
 from ki_ds.teachers.cache_build import build_cache

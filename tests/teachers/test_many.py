@@ -12,8 +12,8 @@ from ki_ds import config as configuration
 from ki_ds.config.teacher_entries import TeacherEntry
 from ki_ds.data.batches import TrainBatches, collate
 from ki_ds.errors import UserError
+from ki_ds.loss import inheritance_loss
 from ki_ds.models.presets import Rows
-from ki_ds.objective.loss import inheritance_loss
 from ki_ds.objective.types import Average, Head, Part, Routed, Sparse
 from ki_ds.teachers.cache_build import build_cache, record_teacher
 from ki_ds.teachers.factory import make_teacher, make_teachers
@@ -115,7 +115,8 @@ def test_the_loss_is_that_of_each_part_put_together(base, both):
                     student_logits[rows], batch.row_labels_N[rows], **told, num_classes=data.vocabulary.size
                 )
             )
-        loss, ce, kl, num_rows, teachers = student(batch, teacher.signal(batch), 0.7)
+        out, _ = student(batch, teacher.signal(batch), 0.7)
+        (loss, ce, kl, num_rows), teachers = out[:4], out.teachers
         assert loss.item() == pytest.approx(sum(float(part.loss_sum) for part in parts), rel=1e-5)
         assert float(ce) == pytest.approx(sum(float(part.ce_sum) for part in parts), rel=1e-5)
         assert float(kl) == pytest.approx(sum(float(part.kl_sum) for part in parts), rel=1e-3)
@@ -140,7 +141,7 @@ def test_a_domain_without_a_teacher_has_exactly_its_self_learning_loss(base, bot
     gradients = []
     for signal, alpha in ((teacher.signal(batch), 1.0), (None, 0.0)):
         student.zero_grad()
-        loss, ce, kl, *_ = student(batch, signal, alpha)
+        (loss, ce, kl, *_), _ = student(batch, signal, alpha)
         loss.backward()
         assert float(kl) == 0
         assert float(loss) == float(ce) > 0
@@ -166,7 +167,7 @@ def test_the_average_is_that_of_the_softmaxes(base, sources):
         teacher_logits=sum(probs).log() * 2,
         alpha=0.7,
     )
-    found = student(batch, teacher.signal(batch), 0.7)
+    found, _ = student(batch, teacher.signal(batch), 0.7)
     assert float(found[0]) == pytest.approx(float(expected.loss_sum), rel=1e-5)
     assert float(found[2]) == pytest.approx(float(expected.kl_sum), rel=1e-3)
     assert [(each.name, each.share, each.domains) for each in facts] == [
@@ -435,10 +436,10 @@ def test_entries_are_routed_too_and_beside_hidden_states(base, both, caches, tmp
     for number in range(16):
         batch = Questions.micro_batch(questions, number)[3]
         signal, reference = teacher.signal(batch), hidden.signal(batch)
-        found, expected = student(batch, signal, 0.7), student(batch, reference, 0.7)
+        found, expected = student(batch, signal, 0.7)[0], student(batch, reference, 0.7)[0]
         assert float(found[1]) == pytest.approx(float(expected[1]), rel=1e-6)
-        assert torch.allclose(found[4][0], expected[4][0])
-        assert found[4][:, 2].tolist() == expected[4][:, 2].tolist()
+        assert torch.allclose(found.teachers[0], expected.teachers[0])
+        assert found.teacher_rows_T.tolist() == expected.teacher_rows_T.tolist()
         b_rows = [part for part in signal.parts if part.teacher == 1]
         assert all(isinstance(part.signal, Sparse) for part in b_rows)
         rest = float(found[0] - 0.7 * 4 * found[2])

@@ -94,7 +94,7 @@ def test_a_student_learns_and_its_teacher_stays_as_it_was(task):
     losses = []
     for _ in range(4):
         batch = batch_of()
-        loss_sum, _, kl_sum, *_ = student(batch, teacher.signal(batch), 1.0)
+        (loss_sum, _, kl_sum, *_), _ = student(batch, teacher.signal(batch), 1.0)
         optimizer.zero_grad()
         loss_sum.backward()
         optimizer.step()

@@ -231,6 +231,7 @@ def test_options_without_meaning(configure):
         configuration.load(config)
 
 
+@pytest.mark.slow
 def test_over_a_hostfile_the_teacher_takes_the_last_slots(configure, tmp_path):
     """Two launchers as on two hosts, without ssh: the student on the first one's slot, the teacher on the second's."""
     path, ranks = configure("hostfile_ranks", teacher={"placement": "ranks"}, train={"num_steps": 6})

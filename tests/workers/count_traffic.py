@@ -54,7 +54,7 @@ def measure(corpus: str, precision: str, ds_config: str, micro_steps: int) -> di
     for batches in TrainBatches(data.train, seed=5, micro_batch_size=size, global_batch_size=8, **world):
         found.clear()
         for batch in batches:
-            engine.backward(engine.loss(batch, None, 0.0).loss_sum, torch.tensor(100.0))
+            engine.backward(engine.loss(batch, None, 0.0)[0].loss_sum, torch.tensor(100.0))
             engine.step(1e-3)
     engine.close()
     return dict(found) | {"parameters": parameters}

@@ -75,7 +75,7 @@ def measure(corpus: str, precision: str, task: str, teacher: str, zero: str, var
         for number, batch in enumerate(micro_batches):
             with torch.no_grad():
                 signal = taught.signal(batch) if taught is not None else None
-            out = engine.loss(batch, signal, 0.6 if taught is not None else 0.0)
+            out, _ = engine.loss(batch, signal, 0.6 if taught is not None else 0.0)
             engine.backward(out.loss_sum, rows)
             total += out.loss_sum.detach().double()
             if number == accumulation - 1 and not gradients:

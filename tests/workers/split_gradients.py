@@ -72,7 +72,7 @@ def gradients_of(corpus_dir: str, stage: str, accumulation: int) -> dict[str, to
     for i, batch in enumerate(micro_batches):
         with torch.no_grad():
             signal = teacher.signal(batch)
-        engine.backward(engine.loss(batch, signal, 0.6).loss_sum, rows)
+        engine.backward(engine.loss(batch, signal, 0.6)[0].loss_sum, rows)
         if i < accumulation - 1:
             engine.step(0.0)
     found = {name: safe_get_full_grad(p).float().clone() for name, p in model.named_parameters()}
