@@ -75,20 +75,17 @@ def _short_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def measure(folder: Path) -> dict:
-    """The figures of every case, made in a folder."""
-    found = {}
-    for task in VOCAB_SIZES:
-        prepare(task, folder)
-        for name, world in CASES:
-            found[f"{task} {name} {world}"] = figures(train(task, name, world, folder))
-    return found
+def measure(task: str, folder: Path) -> dict:
+    """The figures of every case of a task, made in a folder."""
+    prepare(task, folder)
+    return {f"{task} {name} {world}": figures(train(task, name, world, folder)) for name, world in CASES}
 
 
 def main(folder: Path) -> None:
     """Run everything and write the figures of this class of machine."""
+    found = {case: values for task in VOCAB_SIZES for case, values in measure(task, folder).items()}
     known = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    GOLDEN.write_text(json.dumps({**known, platform_class(): measure(folder)}, indent=1) + "\n")
+    GOLDEN.write_text(json.dumps({**known, platform_class(): found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

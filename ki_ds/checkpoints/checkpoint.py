@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -29,7 +28,7 @@ from typing import Any, Protocol
 from safetensors import SafetensorError
 
 from ki_ds.errors import UserError
-from ki_ds.files import is_plain_name, read_json, sync_folder, sync_tree, write_atomically, write_json
+from ki_ds.files import file_sha256, is_plain_name, read_json, sync_folder, sync_tree, write_atomically, write_json
 from ki_ds.ranks.world import barrier, from_main, is_main, say
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -191,13 +190,8 @@ def _sync_and_hash(folder: Path, paths: Iterable[Path]) -> Hashes:
     for path in sorted(p for p in paths if p.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        hashes[str(path.relative_to(folder))] = [path.stat().st_size, _sha256(path)]
+        hashes[str(path.relative_to(folder))] = [path.stat().st_size, file_sha256(path)]
     return hashes
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -271,7 +265,7 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} of {size} bytes"
-        if _sha256(path) != digest:
+        if file_sha256(path) != digest:
             return f"{name} has changed"
     return None
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from ki_ds.config import Task
+Task = Literal["mlm", "causal"]
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,19 @@
-"""One run, as frozen typed dataclasses: every field with its unit and source, checked before anything starts.
+"""One run, as frozen typed dataclasses: every field with its unit and source.
 
-`parse` reads `--config a.yaml --config b.yaml --optim.lr 3e-4` (later wins); `save`/`load` keep the resolved
-configuration beside the run. A recipe is a YAML file of these fields; scale is a second, small YAML laid over it.
+A recipe is a YAML file of these fields; scale is a second, small YAML laid over it. Beside each field stands when it
+has a meaning, which numbers it may be, and whether it may differ when a run goes on (`ki_ds.config.fields`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
-import jsonargparse
-import yaml
+from ki_ds.config import fields
+from ki_ds.config.fields import ALWAYS, setting, walk
+from ki_ds.config.paper import Task
 
-from ki_ds.config import conditions
-from ki_ds.config.conditions import check_meaning, only, walk, without_meaning
-from ki_ds.config.operational import is_operational
-from ki_ds.config.ranges import check_ranges
-from ki_ds.config.teacher_entries import TeacherEntry, check_entries
-from ki_ds.errors import UserError
-
-Task = Literal["mlm", "causal"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -42,12 +33,12 @@ class SourceConfig:
         max_tokens: at most so many tokens (Table 2: 3,400M to 20M).
     """
 
-    path: str
-    domain: str | None = None
-    weight: float | None = None
-    half: Literal["A", "B"] | None = None
-    fraction: float = 1.0
-    max_tokens: int | None = None
+    path: str = setting(MISSING, ALWAYS, operational=True)
+    domain: str | None = setting(None, ALWAYS)
+    weight: float | None = setting(None, ALWAYS, above=0, below=2**62)
+    half: Literal["A", "B"] | None = setting(None, ALWAYS)
+    fraction: float = setting(1.0, ALWAYS, above=0, at_most=1)
+    max_tokens: int | None = setting(None, ALWAYS, above=0, below=2**62)
 
     @property
     def name(self) -> str:
@@ -88,25 +79,25 @@ class DataConfig:
         max_valid_samples: validation blocks of a domain used at most; null takes all.
     """
 
-    corpus: str = ""
-    sources: list[SourceConfig] | None = None
-    tokenizer: str | None = None
-    valid: dict[str, str] | None = None
-    valid_fraction: float = only(0.0, conditions.OWN_VALID)
-    subset_seed: int = only(0, conditions.PARTS)
-    seq_len: int = 512
-    break_mode: Literal["auto", "complete", "complete_doc", "eos", "none", "none_doc"] = "auto"
-    long_lines: Literal["split", "drop"] = only("split", conditions.LINES_KEPT)
-    packing: bool = only(False, conditions.SHORT_BLOCKS)
-    mask_probability: float = only(0.15, conditions.MASKED)
-    keep_probability: float = only(0.1, conditions.MASKED)
-    random_probability: float = only(0.1, conditions.MASKED)
-    whole_words: bool = only(False, conditions.MASKED)
-    mask_variants: int = only(0, conditions.MASKED)
-    num_workers: int = 1
-    index_dir: str | None = None
-    valid_mask_variants: int = only(1, conditions.MASKED)
-    max_valid_samples: int | None = None
+    corpus: str = setting("", ALWAYS, operational=True)
+    sources: list[SourceConfig] | None = setting(None, ALWAYS)
+    tokenizer: str | None = setting(None, fields.RULED, operational=True)
+    valid: dict[str, str] | None = setting(None, ALWAYS)
+    valid_fraction: float = setting(0.0, fields.OWN_VALID, at_least=0, below=1)
+    subset_seed: int = setting(0, fields.PARTS, at_least=0, at_most=2**63 - 1)
+    seq_len: int = setting(512, ALWAYS, at_least=8, at_most=2**20)
+    break_mode: Literal["auto", "complete", "complete_doc", "eos", "none", "none_doc"] = setting("auto", ALWAYS)
+    long_lines: Literal["split", "drop"] = setting("split", fields.LINES_KEPT)
+    packing: bool = setting(False, fields.SHORT_BLOCKS)
+    mask_probability: float = setting(0.15, fields.MASKED, at_least=1e-6, below=1)
+    keep_probability: float = setting(0.1, fields.MASKED, at_least=0, at_most=1)
+    random_probability: float = setting(0.1, fields.MASKED, at_least=0, at_most=1)
+    whole_words: bool = setting(False, fields.MASKED)
+    mask_variants: int = setting(0, fields.MASKED, at_least=0, at_most=2**31)
+    num_workers: int = setting(1, ALWAYS, at_least=0, at_most=1024, operational=True)
+    index_dir: str | None = setting(None, ALWAYS, operational=True)
+    valid_mask_variants: int = setting(1, fields.MASKED, at_least=1, at_most=10_000)
+    max_valid_samples: int | None = setting(None, ALWAYS, at_least=1, at_most=2**62)
 
     @property
     def all_sources(self) -> list[SourceConfig]:
@@ -132,17 +123,17 @@ class ModelConfig:
         init_std: standard deviation of a preset's initial weights (0.02).
     """
 
-    name: str = "roberta_base"
-    init: Literal["random", "pretrained"] = "random"
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    num_heads: int | None = None
-    ffn_size: int | None = None
-    num_positions: int = 512
-    vocab_multiple: int = 64
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    init_std: float = 0.02
+    name: str = setting("roberta_base", ALWAYS)
+    init: Literal["random", "pretrained"] = setting("random", ALWAYS)
+    num_layers: int | None = setting(None, fields.PRESET, at_least=1, at_most=10_000)
+    hidden_size: int | None = setting(None, fields.PRESET, at_least=1, at_most=2**20)
+    num_heads: int | None = setting(None, fields.PRESET, at_least=1, at_most=2**20)
+    ffn_size: int | None = setting(None, fields.PRESET, at_least=1, at_most=2**24)
+    num_positions: int = setting(512, fields.PRESET, at_least=8, at_most=2**20)
+    vocab_multiple: int = setting(64, fields.PRESET, at_least=1, at_most=2**16)
+    dropout: float = setting(0.1, fields.PRESET, at_least=0, below=1)
+    attention_dropout: float = setting(0.1, fields.PRESET, at_least=0, below=1)
+    init_std: float = setting(0.02, fields.PRESET, at_least=1e-9, at_most=10)
 
 
 @dataclass(frozen=True)
@@ -165,14 +156,38 @@ class TeacherConfig:
         patience: seconds without a word from a teacher rank after which the job ends; 0 waits for ever, and says so.
     """
 
-    path: str | None = None
-    placement: Literal["online", "overlap", "cache", "ranks"] = only("online", conditions.PLACED)
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = only("auto", conditions.TEACHER)
-    topk: int | None = only(None, conditions.TEACHER)
-    topk_semantics: Literal["renormalise", "tail"] = only("renormalise", conditions.TOPK)
-    num_ranks: int = only(1, conditions.RANKS)
-    ahead: int = only(2, conditions.RANKS)
-    patience: float = only(300.0, conditions.RANKS)
+    path: str | None = setting(None, fields.USED, operational=True)
+    placement: Literal["online", "overlap", "cache", "ranks"] = setting("online", fields.PLACED, operational=True)
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", fields.TEACHER)
+    topk: int | None = setting(
+        None,
+        fields.TEACHER,
+        fields.NOT_CACHED,
+        fields.NOT_SENT,
+        fields.NOT_AUTO,
+        fields.NOT_AVERAGED,
+        at_least=1,
+        at_most=2**31,
+    )
+    topk_semantics: Literal["renormalise", "tail"] = setting("renormalise", fields.TOPK)
+    num_ranks: int = setting(1, fields.RANKS, at_least=1, at_most=2**20, operational=True)
+    ahead: int = setting(2, fields.RANKS, at_least=1, at_most=1024, operational=True)
+    patience: float = setting(300.0, fields.RANKS, at_least=0, at_most=1e9, operational=True)
+
+
+@dataclass(frozen=True)
+class TeacherEntry:
+    """One of several teachers. Either every one has domains, or none has and they are averaged.
+
+    Args:
+        path: as teacher.path.
+        domains: domains of data.sources whose rows it teaches; rows of a domain without a teacher learn alone.
+        share: its weight in the average of the teachers' softmaxes, relative to the others'; null is 1.
+    """
+
+    path: str = setting(MISSING, fields.USED, operational=True)
+    domains: list[str] | None = setting(None, fields.RULED)
+    share: float | None = setting(None, fields.RULED)
 
 
 @dataclass(frozen=True)
@@ -190,27 +205,29 @@ class InheritConfig:
         tau: temperature of both softmaxes; the KL is scaled by tau squared (2 in the released code).
     """
 
-    schedule: Literal["linear", "heaviside", "constant", "auto", "none"] = "none"
-    steps: int | None = only(None, conditions.ENDS)
-    slope: float | None = only(None, conditions.ENDS)
-    start_step: int = only(0, conditions.INHERITS)
-    constant_alpha: float = only(0.5, conditions.CONSTANT)
-    tau: float = only(2.0, conditions.INHERITS)
+    schedule: Literal["linear", "heaviside", "constant", "auto", "none"] = setting("none", ALWAYS)
+    steps: int | None = setting(None, fields.ENDS, at_least=1, at_most=2**62)
+    slope: float | None = setting(None, fields.ENDS, at_least=1e-9, at_most=1e9)
+    start_step: int = setting(0, fields.INHERITS, at_least=0, at_most=2**62)
+    constant_alpha: float = setting(0.5, fields.CONSTANT, at_least=0, at_most=1)
+    tau: float = setting(2.0, fields.INHERITS, at_least=1e-3, at_most=1e3)
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """How the objective is computed; no field but label_smoothing changes its value.
+    """How the objective is computed; only label_smoothing and z_weight change its value.
 
     Args:
         backend: auto takes the Triton kernels on a GPU and chunked PyTorch elsewhere.
         chunk_rows: rows whose logits exist at once; null chooses from the sizes.
         label_smoothing: share of the label's mass spread over the other classes (Table 10; 0 in all other runs).
+        z_weight: of logsumexp(logits)^2 in each row while training, which keeps logits small (z-loss; 1e-4 in PaLM).
     """
 
-    backend: Literal["auto", "triton", "torch"] = "auto"
-    chunk_rows: int | None = None
-    label_smoothing: float = 0.0
+    backend: Literal["auto", "triton", "torch"] = setting("auto", ALWAYS, operational=True)
+    chunk_rows: int | None = setting(None, ALWAYS, at_least=1, at_most=2**31, operational=True)
+    label_smoothing: float = setting(0.0, ALWAYS, at_least=0, below=1)
+    z_weight: float = setting(0.0, ALWAYS, at_least=0, at_most=1e3)
 
 
 @dataclass(frozen=True)
@@ -228,14 +245,14 @@ class OptimConfig:
         max_grad_norm: clips the global gradient norm; 0 clips nothing, as the released code does.
     """
 
-    lr: float = 5.0e-4
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1.0e-6
-    weight_decay: float = 0.01
-    decay_norms_and_biases: bool = only(True, conditions.DECAY)
-    warmup_fraction: float = 0.1
-    max_grad_norm: float = 0.0
+    lr: float = setting(5.0e-4, ALWAYS, at_least=1e-12, at_most=100)
+    beta1: float = setting(0.9, ALWAYS, at_least=0, below=1)
+    beta2: float = setting(0.98, ALWAYS, at_least=0, below=1)
+    eps: float = setting(1.0e-6, ALWAYS, at_least=1e-30, at_most=1)
+    weight_decay: float = setting(0.01, ALWAYS, at_least=0, at_most=100)
+    decay_norms_and_biases: bool = setting(True, fields.DECAY)
+    warmup_fraction: float = setting(0.1, ALWAYS, at_least=0, below=1)
+    max_grad_norm: float = setting(0.0, ALWAYS, at_least=0, at_most=1e9)
 
 
 @dataclass(frozen=True)
@@ -254,13 +271,13 @@ class EngineConfig:
             a host.
     """
 
-    ds_config: str = "ds_configs/zero1.json"
-    precision: Precision = "fp32"
-    activation_checkpointing: bool = False
-    compile: bool = False
-    watchdog_seconds: float = 600.0
-    connect_seconds: float = 300.0
-    num_threads: int = 0
+    ds_config: str = setting("ds_configs/zero1.json", ALWAYS, operational=True)
+    precision: Precision = setting("fp32", ALWAYS)
+    activation_checkpointing: bool = setting(False, ALWAYS, operational=True)
+    compile: bool = setting(False, ALWAYS, operational=True)
+    watchdog_seconds: float = setting(600.0, ALWAYS, at_least=0, at_most=1e9, operational=True)
+    connect_seconds: float = setting(300.0, ALWAYS, at_least=0, below=1e9, operational=True)
+    num_threads: int = setting(0, ALWAYS, at_least=0, at_most=4096, operational=True)
 
 
 @dataclass(frozen=True)
@@ -288,20 +305,20 @@ class TrainConfig:
             (allow), e.g. an inheriting run that goes on as plain self-learning.
     """
 
-    num_steps: int = 125_000
-    global_batch_size: int = 2048
-    micro_batch_size: int = 16
-    eval_micro_batch_size: int | None = None
-    eval_every: int = 1000
-    save_every: int = 1000
-    log_every: int = 10
-    save_in_background: bool = False
-    keep_checkpoints: int = 2
-    keep_every: int | None = None
-    stop_at_step: int | None = only(None, conditions.BEFORE_END)
-    bad_step: Literal["stop", "skip"] = "stop"
-    spike_sigmas: float = 0.0
-    changed_config: Literal["refuse", "allow"] = "refuse"
+    num_steps: int = setting(125_000, ALWAYS, at_least=1, at_most=2**62)
+    global_batch_size: int = setting(2048, ALWAYS, at_least=1, at_most=2**40)
+    micro_batch_size: int = setting(16, ALWAYS, at_least=1, at_most=2**30, operational=True)
+    eval_micro_batch_size: int | None = setting(None, ALWAYS, at_least=1, at_most=2**30, operational=True)
+    eval_every: int = setting(1000, ALWAYS, at_least=1, at_most=2**62, operational=True)
+    save_every: int = setting(1000, ALWAYS, at_least=1, at_most=2**62, operational=True)
+    log_every: int = setting(10, ALWAYS, at_least=1, at_most=2**62, operational=True)
+    save_in_background: bool = setting(False, ALWAYS, operational=True)
+    keep_checkpoints: int = setting(2, ALWAYS, at_least=1, at_most=2**31, operational=True)
+    keep_every: int | None = setting(None, ALWAYS, at_least=1, at_most=2**62, operational=True)
+    stop_at_step: int | None = setting(None, fields.BEFORE_END, at_least=1, at_most=2**62, operational=True)
+    bad_step: Literal["stop", "skip"] = setting("stop", ALWAYS, operational=True)
+    spike_sigmas: float = setting(0.0, ALWAYS, at_least=0, at_most=1e6)
+    changed_config: Literal["refuse", "allow"] = setting("refuse", ALWAYS, operational=True)
 
 
 @dataclass(frozen=True)
@@ -317,11 +334,11 @@ class MonitorConfig:
         progress: the progress bar on rank 0; auto shows it on a terminal and prints plain lines elsewhere.
     """
 
-    tensorboard: bool = False
-    csv: bool = False
-    wandb_project: str | None = None
-    profile_steps: int = 0
-    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    tensorboard: bool = setting(False, ALWAYS, operational=True)
+    csv: bool = setting(False, ALWAYS, operational=True)
+    wandb_project: str | None = setting(None, ALWAYS, operational=True)
+    profile_steps: int = setting(0, ALWAYS, at_least=0, at_most=1000, operational=True)
+    progress: Literal["auto", "bar", "lines", "none"] = setting("auto", ALWAYS, operational=True)
 
 
 @dataclass(frozen=True)
@@ -336,13 +353,13 @@ class RunConfig:
             what else the group teacher says holds for every one.
     """
 
-    run_dir: str = ""
-    task: Task = "mlm"
-    seed: int = 1
+    run_dir: str = setting("", ALWAYS, operational=True)
+    task: Task = setting("mlm", ALWAYS)
+    seed: int = setting(1, ALWAYS, at_least=0, at_most=2**63 - 1)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    teachers: list[TeacherEntry] | None = None
+    teachers: list[TeacherEntry] | None = setting(None, ALWAYS)
     inherit: InheritConfig = field(default_factory=InheritConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -357,97 +374,9 @@ class RunConfig:
         return alone if self.teachers is None else self.teachers
 
 
-def _parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
-        prog="deepspeed launchers/train_ki.sh",
-        description="Train a language model, alone or inheriting from a smaller one. With bash launchers/train_ki.sh "
-        "--dry_run [--num_gpus N] [--device H100] ... it only prints what the run will need (--dry_run --help).",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML of the fields below; give several, later ones win.")
-    parser.add_class_arguments(RunConfig, as_group=False)
-    return parser
-
-
-def parse(argv: list[str]) -> RunConfig:
-    """The validated run that a command line describes.
-
-    Args:
-        argv: `--config FILE` any number of times and `--group.field value`; later ones win.
-
-    Raises:
-        UserError: an unknown key, a wrong type, or values that cannot go together; it names value, rule and fix.
-        SystemExit: after --help or --print_config.
-    """
-    return _validated(lambda parser: parser.parse_args(argv))
-
-
-def of_groups(groups: dict[str, Any]) -> RunConfig:
-    """The validated run of a nested dict, as a YAML file has it. Raises UserError as `parse` does."""
-    return _validated(lambda parser: parser.parse_object(groups))
-
-
-def _validated(
-    read: Callable[[jsonargparse.ArgumentParser], jsonargparse.Namespace], *, saved: bool = False
-) -> RunConfig:
-    parser = _parser()
-    try:
-        values = read(parser)
-        for group in (f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory)):
-            if not isinstance(values[group], jsonargparse.Namespace):
-                raise UserError(
-                    f"configuration: {group}={str(values[group])[:40]} is no group of fields; write {group}.NAME"
-                )
-        groups = parser.instantiate(values)
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        raise UserError(f"configuration: a YAML file is no UTF-8 text ({error}); save it as UTF-8") from None
-    except (jsonargparse.ArgumentError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"configuration: {reason}; --help lists every field with its meaning") from None
-    config = RunConfig(**{f.name: groups[f.name] for f in dataclasses.fields(RunConfig)})
-    validate(config, saved=saved)
-    return config
-
-
-def load(path: str | Path, *, saved: bool = False) -> RunConfig:
-    """The run that a configuration file describes. Raises UserError as `parse` does.
-
-    Args:
-        saved: by a run, maybe of an earlier version, whose fields without meaning may have any value.
-    """
-    return _validated(lambda parser: parser.parse_args(["--config", str(path)]), saved=saved)
-
-
-def save(config: RunConfig, path: str | Path) -> None:
-    """Write the resolved configuration as YAML that `load` and `--config` read."""
-    Path(path).write_text(to_yaml(config), encoding="utf-8")
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The resolved configuration as YAML."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def flatten(config: Any) -> dict[str, Any]:
+def flatten(config: RunConfig) -> dict[str, Any]:
     """Every field by its dotted name, e.g. {"optim.lr": 5e-4, "data.sources.0.weight": 1.0, ...}."""
-    return {name: value for name, _, value in walk(config)}
-
-
-def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Fields that change what a run computes and differ: {name: (old value, new value)}."""
-    before, after = _computed(old), _computed(new)
-    pairs = {name: (before.get(name), after.get(name)) for name in {**before, **after}}
-    idle = without_meaning(old).keys() & without_meaning(new).keys()
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in idle}
-
-
-def _computed(config: RunConfig) -> dict[str, Any]:
-    """The fields that say what is computed; of corpora by domain the names, for what they hold is compared by hash."""
-    flat = {name: value for name, value in flatten(config).items() if not is_operational(name)}
-    return {name: sorted(value) if isinstance(value, dict) else value for name, value in flat.items()}
+    return {given.name: given.value for given in walk(config)}
 
 
 def inherit_steps(config: RunConfig) -> int | None:
@@ -455,119 +384,3 @@ def inherit_steps(config: RunConfig) -> int | None:
     if config.inherit.slope is not None:
         return round(config.train.num_steps / config.inherit.slope)
     return config.inherit.steps
-
-
-def validate(config: RunConfig, *, saved: bool = False) -> None:
-    """Return silently, or raise UserError for the first rule that the values break.
-
-    Args:
-        saved: fields without meaning may have any value.
-    """
-    _check_given(config)
-    check_ranges(flatten(config))
-    _check_inheritance(config)
-    if not saved:
-        check_meaning(config)
-    if not config.run_dir:
-        raise UserError("run_dir is empty; give the run a folder, e.g. --run_dir runs/base")
-    _check_data(config.data)
-    _check_teachers(config)
-    _check_masking(config)
-    if config.train.keep_every and config.train.keep_every % config.train.save_every:
-        raise UserError(
-            f"train.keep_every={config.train.keep_every} is not a multiple of train.save_every="
-            f"{config.train.save_every}, so that nothing is saved there; change one of them"
-        )
-    if config.train.global_batch_size % config.train.micro_batch_size:
-        raise UserError(
-            f"train.global_batch_size={config.train.global_batch_size} is not a multiple of "
-            f"train.micro_batch_size={config.train.micro_batch_size}; change one of them"
-        )
-
-
-def _check_given(config: Any, prefix: str = "") -> None:
-    """No field is null that needs a value: the parser takes null for any."""
-    types = get_type_hints(type(config))
-    for item in dataclasses.fields(config):
-        value, name = getattr(config, item.name), prefix + item.name
-        if value is None and type(None) not in get_args(types[item.name]):
-            raise UserError(f"{name} is null, but needs a value; give one, or leave {name} out")
-        for number, entry in enumerate(value if isinstance(value, list) else [value]):
-            if dataclasses.is_dataclass(entry):
-                _check_given(entry, f"{name}.{number}." if isinstance(value, list) else f"{name}.")
-
-
-def _check_inheritance(config: RunConfig) -> None:
-    inherit, named = config.inherit, config.all_teachers
-    if inherit.schedule != "none" and not named and config.teachers is None:
-        raise UserError(
-            f"inherit.schedule={inherit.schedule} needs a teacher; give teacher.path, or inherit.schedule none"
-        )
-    if inherit.schedule == "none" and named:
-        what = "teacher.path" if config.teachers is None else "teachers.0.path"
-        raise UserError(
-            f"{what}={named[0].path} would never be used with inherit.schedule=none; give a schedule or no teacher"
-        )
-    given = [name for name in ("steps", "slope") if getattr(inherit, name) is not None]
-    if inherit.schedule in ("linear", "heaviside") and len(given) != 1:
-        what = "neither inherit.steps nor inherit.slope" if not given else "both inherit.steps and inherit.slope"
-        raise UserError(f"inherit.schedule={inherit.schedule} was given {what}; give exactly one of them")
-    if inherit.schedule in ("linear", "heaviside") and inherit_steps(config) == 0:
-        raise UserError(
-            f"inherit.slope={inherit.slope} leaves no step of train.num_steps={config.train.num_steps} to inherit "
-            "(T_inherit = T / slope); lower it, or take inherit.schedule none"
-        )
-    if inherit.schedule != "none" and inherit.start_step >= config.train.num_steps:
-        raise UserError(
-            f"inherit.start_step={inherit.start_step} is not before train.num_steps={config.train.num_steps}; lower it"
-        )
-
-
-def _check_teachers(config: RunConfig) -> None:
-    teacher = config.teacher
-    if config.teachers is not None:
-        if teacher.path is not None:
-            raise UserError(f"teacher.path={teacher.path} and teachers are both given; put it into the list")
-        check_entries(config.teachers, list(dict.fromkeys(source.name for source in config.data.all_sources)))
-    if teacher.topk is not None:
-        _check_topk(config)
-
-
-def _check_topk(config: RunConfig) -> None:
-    given = f"teacher.topk={config.teacher.topk}"
-    if config.teacher.placement in ("cache", "ranks"):
-        why = "cache, whose K is its own" if config.teacher.placement == "cache" else "ranks, which send hidden states"
-        raise UserError(f"{given} has no meaning with teacher.placement={why}; leave it out")
-    if config.inherit.schedule == "auto":
-        raise UserError(f"{given} hides the whole teacher from inherit.schedule=auto; leave it out, or take linear")
-    if len(config.all_teachers) > 1 and config.all_teachers[0].domains is None:
-        raise UserError(f"{given}: K entries cannot be averaged over teachers; leave it out, or give each domains")
-
-
-def _check_data(data: DataConfig) -> None:
-    if bool(data.corpus) == (data.sources is not None):
-        what = "both data.corpus and data.sources" if data.corpus else "neither data.corpus nor data.sources"
-        raise UserError(f"{what} are given; give a corpus made by tools/prepare_data.py, or a list of sources")
-    if data.sources == []:
-        raise UserError("data.sources is empty; give at least one source, e.g. [{path: data/wb}]")
-    weights = [source.weight for source in data.all_sources]
-    if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
-        raise UserError(f"data.sources have the weights {weights}; give every source one, or none")
-    for number, source in enumerate(data.all_sources):
-        name = f"data.sources.{number}"
-        for field_name, value in (("weight", source.weight), ("max_tokens", source.max_tokens)):
-            if value is not None and not 0 < value < 2**62:
-                raise UserError(f"{name}.{field_name}={value} is not positive; change it")
-        if not 0 < source.fraction <= 1:
-            raise UserError(f"{name}.fraction={source.fraction} is outside (0, 1]; change it")
-    if data.valid == {}:
-        raise UserError("data.valid is empty; give {domain: corpus}, or null for the sources' own validation parts")
-
-
-def _check_masking(config: RunConfig) -> None:
-    data = config.data
-    if data.keep_probability + data.random_probability > 1:
-        raise UserError(
-            f"data.keep_probability={data.keep_probability} and data.random_probability={data.random_probability} "
-            "add up to more than 1; lower one of them"
-        )

@@ -58,12 +58,6 @@ _NO_PADDING = -1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-_PRESET_ONLY = [
-    *("num_layers", "hidden_size", "num_heads", "ffn_size", "num_positions", "vocab_multiple"),
-    *("dropout", "attention_dropout", "init_std"),
-]
-
-
 def quieten() -> None:
     """Keep warnings and bars of transformers, and of what it imports, off a command's screen."""
     transformers.logging.set_verbosity_error()
@@ -92,7 +86,6 @@ def build_lm(
     """
     torch.manual_seed(seed)
     if model.name not in PRESETS and model.init == "pretrained":
-        _check_no_overrides(model)
         lm = load_lm(model_folder(model.name), task, torch.float32, what="model.name")
     else:
         lm = lm_of(lm_config(model, task, num_classes=num_classes, special_ids=special_ids), task)
@@ -139,7 +132,6 @@ def lm_config(model: ModelConfig, task: Task, *, num_classes: int, special_ids: 
     """The student's architecture, without weights. Arguments and errors as in `build_lm`."""
     if model.name in PRESETS:
         return _preset_config(model, task, num_classes, special_ids)
-    _check_no_overrides(model)
     return read_config(model_folder(model.name), what="model.name")
 
 
@@ -201,14 +193,6 @@ def _preset_config(
         bos_token_id=special_ids.bos,
         eos_token_id=special_ids.eos,
     )
-
-
-def _check_no_overrides(model: ModelConfig) -> None:
-    changed = [name for name in _PRESET_ONLY if getattr(model, name) != getattr(ModelConfig, name)]
-    if changed:
-        raise UserError(
-            f"model.{changed[0]} can only change a preset ({', '.join(PRESETS)}), and model.name={model.name} is none"
-        )
 
 
 def read_config(folder: str, *, what: str) -> PreTrainedConfig:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ki_ds.config.operational import is_operational
+from ki_ds.config import is_operational
 from ki_ds.errors import UserError
 from ki_ds.reports.results import Costs, Curve, Point, Run, validation_data, with_titles
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ki_ds.checkpoints.lineage import Lineage
-from ki_ds.config.teacher_entries import TeacherEntry
+from ki_ds.config import TeacherEntry
 from ki_ds.data.batches import Batch
 from ki_ds.objective.types import Average, Head, Part, Routed, Signal, Sparse
 

@@ -49,7 +49,6 @@ def test_initial_weights_are_a_function_of_the_seed():
         ({"num_heads": 7}, "mlm", "not a multiple of model.num_heads=7"),
         ({"init": "pretrained"}, "mlm", "is a preset"),
         ({"name": "no/such_folder"}, "mlm", "model.name=no/such_folder cannot be read"),
-        ({"name": "no/such_folder", "num_layers": 3}, "mlm", "model.num_layers can only change a preset"),
     ],
 )
 def test_bad_models_are_one_line(changes, task, words):

@@ -7,8 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ki_ds.checkpoints import lineage
-from ki_ds.config import TeacherConfig
-from ki_ds.config.teacher_entries import TeacherEntry
+from ki_ds.config import TeacherConfig, TeacherEntry
 from ki_ds.data.batches import Sample, collate
 from ki_ds.data.corpora import Document
 from ki_ds.data.tokenize import tokenizer_hash, train_tokenizer

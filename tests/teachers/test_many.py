@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from ki_ds import config as configuration
-from ki_ds.config.teacher_entries import TeacherEntry
+from ki_ds.config import TeacherEntry
 from ki_ds.data.batches import TrainBatches, collate
 from ki_ds.errors import UserError
 from ki_ds.loss import inheritance_loss

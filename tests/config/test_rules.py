@@ -1,4 +1,4 @@
-"""The list of several teachers: what may stand in it, and what a change of it means to a run that goes on."""
+"""What may change when a run goes on; the list of several teachers, and what a change of it means."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from ki_ds import config as configuration
-from ki_ds.config.teacher_entries import TeacherEntry, check_entries
+from ki_ds.config import TeacherEntry, check_entries, is_operational
 from ki_ds.errors import UserError
 from tests.tiny import ROOT
 
@@ -97,3 +97,17 @@ def test_the_documented_example_is_a_configuration(tmp_path):
         ("runs/medium_cs", ["CS"]),
         ("runs/medium_bio", ["BIO"]),
     ]
+
+
+@pytest.mark.parametrize(
+    "name", ["run_dir", "teacher.path", "data.sources.3.path", "teachers.0.path", "train.log_every"]
+)
+def test_how_a_run_is_carried_out_may_change(name):
+    assert is_operational(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["seed", "optim.lr", "data.sources.0.weight", "teacher.topk", "train.num_steps", "train.spike_sigmas"]
+)
+def test_what_it_computes_may_not(name):
+    assert not is_operational(name)
