@@ -219,23 +219,9 @@ def _dense_row(
         y_label = tl.load(teacher_row + label, mask=is_class, other=float("nan"))
         t_label = capped(y_label, TEACHER_CAP)
     peak, soft, plain, t_peak, t_soft, t_plain, cross, logits = gather_statistics(
-        student_row,
-        teacher_row,
-        num_classes,
-        num_columns,
-        teacher_columns,
-        scale,
-        tau,
-        HAS_TEACHER,
-        SMOOTHING,
-        TAU_IS_2,
-        CAP,
-        TEACHER_CAP,
-        False,
-        T,
-        E,
-        STAGES,
-    )
+        student_row, teacher_row, num_classes, num_columns, teacher_columns, scale, tau,
+        HAS_TEACHER, SMOOTHING, TAU_IS_2, CAP, TEACHER_CAP, False, T, E, STAGES,
+    )  # fmt: skip
     lse = peak * scale + tl.log2(soft)
     t_lse = t_peak * scale + tl.log2(t_soft)
     plain_lse = peak * _LOG2_E + tl.log2(plain)
