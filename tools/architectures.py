@@ -214,7 +214,7 @@ def compare(model: InheritanceModel, reference: PreTrainedModel, task: Task) -> 
     if model.lm.config.model_type == "reformer":  # which has gradients in this mode alone; it has no dropout here
         model.train()
         reference.train()
-    loss_sum = model(collate(samples, pad_id=TOKENS["pad"], seq_len=SEQ_LEN))[0]
+    loss_sum = model(collate(samples, pad_id=TOKENS["pad"], seq_len=SEQ_LEN))[0].loss_sum
     expected: Tensor = torch.zeros(())
     for sample in samples:
         logits = reference(input_ids=torch.from_numpy(sample.input_ids_T)[None]).logits[0, sample.positions_N, :CLASSES]

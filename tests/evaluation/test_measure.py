@@ -77,7 +77,9 @@ def test_the_command(base, adapted, tmp_path, command):
     assert f"{best['ppl']:.2f}" in said
     corpora = [f"old={base / 'corpus'}", f"new={base / 'measure_other'}"]
     out = tmp_path / "ppl.json"
-    code, _, error = command(*adapted, "--data", *corpora, "--task", "mlm", "--seq_len", 32, "--out", out)
+    code, _, error = command(
+        *adapted, "--data", *corpora, "--task", "mlm", "--seq_len", 32, "--max_samples", 16, "--out", out
+    )
     assert code == 0, error
     rows = json.loads(out.read_text())
     assert rows[0]["old"]["ppl"] == pytest.approx(best["ppl"], rel=1e-5)

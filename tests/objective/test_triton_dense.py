@@ -102,5 +102,6 @@ def test_spread_logits_do_not_overflow():
 
 def test_no_rows():
     student, teacher, labels, _ = _rows(200, (200, 200))
-    terms = triton_dense.dense_rows(student[:0], labels[:0], teacher[:0], RowTask(200, alpha=0.5))
+    *terms, z_loss = triton_dense.dense_rows(student[:0], labels[:0], teacher[:0], RowTask(200, alpha=0.5))
     assert [t.shape for t in terms] == [(0,)] * 4
+    assert z_loss is None
