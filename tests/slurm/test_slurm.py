@@ -48,7 +48,7 @@ def batch(cluster, template, config, tmp_path):
     """A docs' batch script, on two tasks of a node, submitted; its number."""
     assert "launchers/train_ki.sh" in template
     text = template.replace("launchers/train_ki.sh", str(SCRIPT)).replace("RUN.yaml", str(config))
-    arguments = [] if "RUN.yaml" in template else ["--config", config]
+    arguments = ["--config", config] if '"$@"' in template else []  # what sbatch is given behind the script
     (tmp_path / "job.sh").write_text(text.replace("--num_gpus 8", "--num_gpus 2"))
     options = ["--parsable", "-N1", "-n2", "--ntasks-per-node=2", f"--output={tmp_path / 'job.log'}", "--job-name=tiny"]
     submitted = cluster.run(["sbatch", *options, tmp_path / "job.sh", *arguments], PYTHON=sys.executable)
