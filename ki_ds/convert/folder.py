@@ -25,8 +25,14 @@ from ki_ds.checkpoints import lineage
 from ki_ds.config import Task
 from ki_ds.convert.sources import LARGEST_PADDING, TOKENIZER_FILES, Source, known, run_facts, task_of
 from ki_ds.data.datasets import Vocabulary
-from ki_ds.data.tokenize import load_tokenizer, read_fairseq_dict, tokenizer_from_fairseq, tokenizer_hash
-from ki_ds.data.tokenizer_files import Files, tokenizer_files
+from ki_ds.data.tokenize import (
+    Files,
+    load_tokenizer,
+    read_fairseq_dict,
+    tokenizer_files,
+    tokenizer_from_fairseq,
+    tokenizer_hash,
+)
 from ki_ds.errors import UserError
 from ki_ds.files import write_json
 from ki_ds.models.presets import (

@@ -19,14 +19,15 @@ from ki_ds.data.randomness import MaskConfig
 from ki_ds.data.samples import DEFAULT_BREAK_MODE, BlockDataset, Mixture, index_blocks
 from ki_ds.data.store import SpecialIds, TokenStore, is_fairseq_folder, open_shards, open_store
 from ki_ds.data.tokenize import (
+    Files,
     former_tokenizer_hash,
     load_tokenizer,
     read_fairseq_dict,
     special_ids,
+    tokenizer_files,
     tokenizer_from_fairseq,
     tokenizer_hash,
 )
-from ki_ds.data.tokenizer_files import Files, tokenizer_files
 from ki_ds.errors import UserError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ A piece is what a fixed stretch of the raw text gives, so that the files alone s
 """
 
 import contextlib
-import os
+import io
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -15,7 +15,7 @@ import numpy as np
 
 from ki_ds.data.processes import StoppedError
 from ki_ds.errors import UserError
-from ki_ds.files import sync_folder, write_errors_are_one_line
+from ki_ds.files import write_atomically, write_errors_are_one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +53,10 @@ class PieceFolder:
 
     def append(self, piece: Piece) -> None:
         """Write the next piece durably; StoppedError on a full disk."""
-        path = self._path(len(self))
-        temporary = path.with_suffix(".tmp")
-        try:
-            with work_stays(self.folder.parent), write_errors_are_one_line(path), temporary.open("wb") as file:
-                np.savez(file, **{f.name: getattr(piece, f.name) for f in fields(Piece)})
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        temporary.replace(path)
-        sync_folder(self.folder)
+        content = io.BytesIO()
+        np.savez(content, **vars(piece))
+        with work_stays(self.folder.parent):
+            write_atomically(self._path(len(self)), content.getvalue())
         self._num_pieces += 1
 
     def __iter__(self) -> Iterator[Piece]:

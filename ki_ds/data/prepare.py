@@ -32,7 +32,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from tokenizers import Tokenizer
 
 from ki_ds.data import corpora
-from ki_ds.data.corpora import Corpus, Document, RawDocument
+from ki_ds.data.corpora import Corpus, Document
 from ki_ds.data.pieces import Piece, PieceFolder, work_stays
 from ki_ds.data.processes import StoppedError, ordered_map
 from ki_ds.data.selection import DROPPED, TRAIN, VALID, destinations
@@ -46,6 +46,7 @@ from ki_ds.data.tokenize import (
     tokenizer_from_fairseq,
     tokenizer_hash,
     train_tokenizer,
+    up_to,
 )
 from ki_ds.errors import UserError
 from ki_ds.files import check_space, sync_folder, write_atomically, write_errors_are_one_line
@@ -117,7 +118,6 @@ def build_store(
     valid_fraction: float = 1 / 200,
     seed: int = 0,
     text_key: str = "text",
-    domain: str = "",
     drop_duplicates: bool = False,
     pad_vocab_to: int = 1,
     fairseq_dict: str | Path | None = None,
@@ -143,7 +143,7 @@ def build_store(
         raise UserError(f"seed={seed} is negative; take one from 0 on")
     if pad_vocab_to < 1:
         raise UserError(f"pad_vocab_to={pad_vocab_to} is below 1; take e.g. 64")
-    corpus = Corpus(sources, domain=domain, text_key=text_key)
+    corpus = Corpus(sources, text_key=text_key)
     wanted = _wanted_tokenizer(tokenizer, fairseq_dict)
     sha = None if isinstance(wanted, TokenizerSpec) else tokenizer_hash(wanted)
     request = {
@@ -152,7 +152,7 @@ def build_store(
         "valid_fraction": valid_fraction,
         "seed": seed,
         "text_key": text_key,
-        "domain": domain,
+        "domain": "",  # as folders made before have it
         # said only where asked for, so that folders made before they existed still fit
         **({"drop_duplicates": True} if drop_duplicates else {}),
         **({"pad_vocab_to": pad_vocab_to} if pad_vocab_to > 1 else {}),
@@ -272,8 +272,8 @@ def _take_over(work: Path, request: dict[str, Any], *, tell: bool) -> None:
 # ----------------------------------------------------------------------------------------------- the text
 
 
-def _chunks(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
-    chunk: list[RawDocument] = []
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk: list[Document] = []
     size = 0
     for document in documents:
         chunk.append(document)
@@ -294,7 +294,7 @@ class _Run:
     progress: Progress
 
     def map(
-        self, function: Callable[[list[RawDocument]], Out], title: str, *, first_chunk: int = 0, threads: bool = False
+        self, function: Callable[[list[Document]], Out], title: str, *, first_chunk: int = 0, threads: bool = False
     ) -> Generator[Out, None, None]:
         """The function's results on the chunks of the corpus from `first_chunk` on, under a progress bar."""
         task = self.progress.add_task(title, total=self.corpus.total_bytes or None)
@@ -380,24 +380,20 @@ def _provide_tokenizer(
     elif folder.exists():
         tokenizer = load_tokenizer(folder)
     else:
-        chunks = run.map(_clean, "training tokenizer")
+        chunks = run.map(_lines, "training tokenizer")
         with contextlib.closing(chunks):  # when the text is cut short, its workers end here
-            documents = _first_characters((doc for chunk in chunks for doc in chunk), wanted.max_characters)
+            documents = up_to(itertools.chain.from_iterable(chunks), wanted.max_characters, _num_characters)
             tokenizer = train_tokenizer(documents, wanted.vocab_size, wanted.kind, out_dir=folder)
     ids, path = special_ids(tokenizer), folder / "tokenizer.json"
     return _Encoder(tokenizer.backend_tokenizer, path, ids, len(tokenizer), sha or tokenizer_hash(tokenizer))
 
 
-def _clean(chunk: list[RawDocument]) -> list[Document]:
-    return [document.cleaned() for document in chunk]
+def _lines(chunk: list[Document]) -> list[tuple[str, ...]]:
+    return [document.lines() for document in chunk]
 
 
-def _first_characters(documents: Iterable[Document], limit: int) -> Iterator[Document]:
-    for document in documents:
-        yield document
-        limit -= sum(map(len, document.lines))
-        if limit <= 0:
-            return
+def _num_characters(lines: Iterable[str]) -> int:
+    return sum(map(len, lines))
 
 
 # ---------------------------------------------------------------------------------------------- the tokens
@@ -410,7 +406,8 @@ def _tokenize_all(run: _Run, pieces: PieceFolder, encoder: _Encoder, request: di
     tokenize = functools.partial(
         _tokenize, encoder=encoder, seed=request["seed"], with_digests=request.get("drop_duplicates", False)
     )
-    threads = not run.corpus.has_wikitext and run.num_workers <= MAX_THREADS
+    has_wikitext = any(source.kind == "wiki" for source in run.corpus.sources)  # whose cleaning is Python's
+    threads = not has_wikitext and run.num_workers <= MAX_THREADS
     results = run.map(tokenize, "tokenizing", first_chunk=len(pieces) * PIECE_CHUNKS, threads=threads)
     with _serial_tokenizers(run.num_workers), contextlib.closing(results):
         while batch := list(itertools.islice(results, PIECE_CHUNKS)):
@@ -430,20 +427,20 @@ def _serial_tokenizers(num_workers: int) -> Iterator[None]:
         os.environ.pop(name) if before is None else os.environ.__setitem__(name, before)
 
 
-def _tokenize(chunk: list[RawDocument], *, encoder: _Encoder, seed: int, with_digests: bool) -> Piece:
+def _tokenize(chunk: list[Document], *, encoder: _Encoder, seed: int, with_digests: bool) -> Piece:
     """The documents of a chunk as ids, those without any text left out."""
-    kept = [(raw, lines) for raw in chunk if (lines := raw.cleaned().lines)]
+    kept = [(document, lines) for document in chunk if (lines := document.lines())]
     tokens, item_sizes = encoder.encode([line for _, lines in kept for line in lines])
     key = seed.to_bytes(8, "little")
-    draws = [hashlib.blake2b(raw.text.encode(), digest_size=8, key=key).digest() for raw, _ in kept]
+    draws = [hashlib.blake2b(document.text.encode(), digest_size=8, key=key).digest() for document, _ in kept]
     digests = [hashlib.blake2b("\n".join(lines).encode(), digest_size=16).digest() for _, lines in kept]
     return Piece(
         tokens=tokens,
         item_sizes=item_sizes,
         part_items=np.array([len(lines) for _, lines in kept], np.int64),
-        part_characters=np.array([sum(map(len, lines)) for _, lines in kept], np.int64),
-        starts=np.array([raw.starts for raw, _ in kept], bool),
-        ends=np.array([raw.ends for raw, _ in kept], bool),
+        part_characters=np.array([_num_characters(lines) for _, lines in kept], np.int64),
+        starts=np.array([document.starts for document, _ in kept], bool),
+        ends=np.array([document.ends for document, _ in kept], bool),
         draws=np.frombuffer(b"".join(draws), "<u8") / 2**64,
         digests=np.frombuffer(b"".join(digests) if with_digests else b"", np.uint64).reshape(-1, 2),
     )

@@ -62,7 +62,7 @@ def domain_words(
         raise UserError(f"top={top} is not between 1 and {MAX_COUNTED // 4:,}; take e.g. {TOP}")
     if num_words is not None and num_words < 1:
         raise UserError(f"num_words={num_words} is below 1; take e.g. 10000000")
-    corpus = Corpus(sources, domain=name)
+    corpus = Corpus(sources)
     if corpus.found.left_out:
         print(corpus.found.table(), file=sys.stderr)
     fraction = 1.0
@@ -86,7 +86,7 @@ def _count(corpus: Corpus, *, fraction: float) -> tuple[int, Counter[str]]:
     """(running words, how often each occurs) in a fraction of the lines."""
     total, counts = 0, Counter[str]()
     for document in corpus:
-        lines = document.cleaned().lines
+        lines = document.lines()
         words = WORD.findall("\n".join(line for line in lines if fraction == 1 or _draw(line) < fraction).lower())
         total += len(words)
         counts.update(words)

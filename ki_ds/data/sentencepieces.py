@@ -13,7 +13,6 @@ from tokenizers.pre_tokenizers import Split
 from ki_ds.errors import UserError
 
 SPACE = "▁"  # U+2581, which SentencePiece writes for a blank
-MAX_TRAINING_CHARACTERS = 200_000_000  # SentencePiece holds them all in memory, several times
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 # What normalizers and byte fallback are likely to do differently; every model is tried on it before it is used.
@@ -35,7 +34,7 @@ _PROBES = (
 def train_sentencepiece(
     lines: Iterable[str], vocab_size: int, model_type: Literal["unigram", "bpe"], *, special_tokens: tuple[str, ...]
 ) -> bytes:
-    """A SentencePiece model, trained on the first MAX_TRAINING_CHARACTERS of the lines.
+    """A SentencePiece model, trained on lines, which SentencePiece holds all in memory, several times.
 
     `special_tokens` (bos, pad, eos, unk, mask) are the ids 0 to 4, the 256 bytes come next: what is not in the
     vocabulary is written in bytes, blanks stay as they are, so that every text comes back (but U+2581, which
@@ -45,7 +44,7 @@ def train_sentencepiece(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_limited(lines),
+            sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -70,15 +69,6 @@ def train_sentencepiece(
         reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
         raise UserError(f"vocab_size={vocab_size} does not fit this text ({reason}); change it") from None
     return model.getvalue()
-
-
-def _limited(lines: Iterable[str]) -> Iterator[str]:
-    size = 0
-    for line in lines:
-        yield line
-        size += len(line)
-        if size >= MAX_TRAINING_CHARACTERS:
-            return
 
 
 def backend_from_sentencepiece(model: bytes, name: str) -> tuple[Tokenizer, dict[str, str]]:

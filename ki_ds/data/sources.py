@@ -68,17 +68,19 @@ _TOLD_WINDOW_BYTES = 1 << 27  # what zstd itself takes without being asked
 _NAMES_TOLD = 3
 _HUB_ROWS = 256  # handed on at once
 
-# What lies beside data and is none, though its ending says so. Only what is found in a folder or by a glob is
-# compared with this; a file that was named is read.
-_ABOUT_DATA = re.compile(
-    r"(readme|licen[cs]e|copying|copyright|notice|changelog|citation|contributing|authors|data_?set_?card)"
-    r"([_-][\w-]{1,16})?(\.[a-z]{2})?(\.(txt|md|rst|html?))?"
-    r"|(.*[._-])?(md5|sha\d+|check)[._-]?sums?(\.(txt|json))?|.*\.(md5|sha\d+)(\.txt)?"
-    r"|_success|_(common_)?metadata|requirements\.txt"
-    r"|dataset_(infos?|dict)\.json|state\.json|index\.json|.*-rss\.xml|.*-all-titles(-in-ns\d+)?|.*-dumpruninfo\.txt"
-    r"|(tokenizer|vocab)\.json|(merges|vocab|dict)\.txt"
-)
-_CACHED = re.compile(r"cache-[\da-f]{8,64}(_\d+_of_\d+)?\.arrow")
+# What lies beside data and is none, though its ending says so: {reason: form of its name without a packing}. Only what
+# is found in a folder or by a glob is compared with this; a file that was named is read.
+_BESIDE_DATA = {
+    "about data (a card, licence, list or checksums)": re.compile(
+        r"(readme|licen[cs]e|copying|copyright|notice|changelog|citation|contributing|authors|data_?set_?card)"
+        r"([_-][\w-]{1,16})?(\.[a-z]{2})?(\.(txt|md|rst|html?))?"
+        r"|(.*[._-])?(md5|sha\d+|check)[._-]?sums?(\.(txt|json))?|.*\.(md5|sha\d+)(\.txt)?"
+        r"|_success|_(common_)?metadata|requirements\.txt"
+        r"|dataset_(infos?|dict)\.json|state\.json|index\.json|.*-rss\.xml|.*-all-titles(-in-ns\d+)?|.*-dumpruninfo\.txt"
+        r"|(tokenizer|vocab)\.json|(merges|vocab|dict)\.txt"
+    ),
+    "a cache of the package datasets beside its data": re.compile(r"cache-[\da-f]{8,64}(_\d+_of_\d+)?\.arrow"),
+}
 _INDEX_LINE = re.compile(rb"\d+:\d+:.+")
 # The form that every line has of a text that is none.
 _LISTS = {
@@ -107,20 +109,25 @@ class FileSource:
         """The file's name without its folder."""
         return self.path.name
 
+    @property
+    def place(self) -> str:
+        """What error lines call it."""
+        return str(self.path)
+
     @cached_property
     def num_bytes(self) -> int:
-        """Size on disk; UserError for an empty file."""
-        size = self.path.stat().st_size
-        if size == 0:
-            raise UserError(f"{self.path} is empty; bring a file with text or leave it out")
-        return size
+        """Size on disk."""
+        return self.path.stat().st_size
 
     def open(self) -> BinaryIO:
         """The file as it lies on disk; UserError without the right to read it."""
-        try:
+        with _needs_rights(self.path):
             return self.path.open("rb")
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read ({error.strerror}); get the right to read it") from None
+
+    def first_bytes(self) -> bytes:
+        """What it begins with as it lies on disk, enough to tell packings and kinds."""
+        with self.open() as file:
+            return file.read(64)
 
     def head(self, limit: int = _HEAD_BYTES) -> bytes:
         """The first bytes of what it holds, unpacked; those before the fault where it cannot be unpacked."""
@@ -164,6 +171,12 @@ class HubSource:
     split: str
     kind = "hub"
     num_bytes = 0  # unknown before it is read
+    packing = None
+
+    @property
+    def place(self) -> str:
+        """What error lines call it."""
+        return self.name
 
     @classmethod
     def parse(cls, source: str) -> "HubSource":
@@ -184,9 +197,8 @@ class HubSource:
             return datasets.load_dataset_builder(self.dataset, self.config)
 
     def tables(self) -> Iterator[Any]:
-        """The rows of the split as a stream of Arrow tables, in which text is bytes that may be no UTF-8."""
-        with self.errors_are_one_line():
-            yield from self.builder.as_streaming_dataset(split=self.split).with_format("arrow").iter(_HUB_ROWS)
+        """The rows of the split as Arrow tables, in which text may be no UTF-8; raises whatever `datasets` does."""
+        yield from self.builder.as_streaming_dataset(split=self.split).with_format("arrow").iter(_HUB_ROWS)
 
     @contextlib.contextmanager
     def errors_are_one_line(self) -> Iterator[None]:
@@ -208,6 +220,14 @@ class HubSource:
 
 
 Source = FileSource | HubSource
+
+
+@contextlib.contextmanager
+def _needs_rights(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); get the right to read it") from None
 
 
 def required(package: str, source: str) -> Any:
@@ -235,34 +255,27 @@ class Found:
 
     def table(self) -> str:
         """What is read by kind, then what is left out by reason: numbers, sizes and the first names of each."""
-        rows = [("", "", "files", "size", "names")]
-        kinds: dict[str, list[Source]] = {}
+        groups: dict[tuple[str, str], list[tuple[str, int]]] = {}  # names with their bytes
         for source in self.sources:
-            packing = source.packing.name if isinstance(source, FileSource) and source.packing else ""
-            kinds.setdefault(f"{_TITLES[source.kind]}{packing and f', {packing}'}", []).append(source)
-        for title, sources in kinds.items():
-            size = sum(source.num_bytes for source in sources)  # of data sets of the hub not known before they are read
-            names = _some([source.name for source in sources])
-            rows.append(("read", title, f"{len(sources):,}", decimal(size) if size else "", names))
-        reasons: dict[str, list[Path]] = {}
+            title = _TITLES[source.kind] + (f", {source.packing.name}" if source.packing else "")
+            groups.setdefault(("read", title), []).append((source.name, source.num_bytes))
         for left in self.left_out:
-            reasons.setdefault(left.reason, []).append(left.path)
-        for reason, paths in reasons.items():
-            rows.append(("left out", reason, f"{len(paths):,}", "", _some([path.name for path in paths])))
+            groups.setdefault(("left out", left.reason), []).append((left.path.name, 0))
+        rows = [("", "", "files", "size", "names")]
+        for (verdict, title), files in groups.items():
+            size = sum(num_bytes for _, num_bytes in files)
+            names = _some([name for name, _ in files])
+            rows.append((verdict, title, f"{len(files):,}", decimal(size) if size else "", names))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [
-            f"{what:<{widths[0]}}  {title:<{widths[1]}}  {count:>{widths[2]}}  {size:>{widths[3]}}  {names}"
-            for what, title, count, size, names in rows
+            f"{verdict:<{widths[0]}}  {title:<{widths[1]}}  {count:>{widths[2]}}  {size:>{widths[3]}}  {names}"
+            for verdict, title, count, size, names in rows
         ]
-        return "\n".join([*lines, *self._windows()])
-
-    def _windows(self) -> Iterator[str]:
-        """A line for the zstd file that takes the most memory to unpack, if that is much."""
-        files = [s for s in self.sources if isinstance(s, FileSource) and s.packing and s.packing.name == "zstd"]
-        windows = [(window_bytes(_first_bytes(file.path)), file.name) for file in files]
-        if windows and max(windows)[0] > _TOLD_WINDOW_BYTES:
-            window, name = max(windows)
-            yield f"{name} takes {window / 2**30:,.2f} GiB of memory at most to unpack"
+        windows = [(window_bytes(s.first_bytes()), s.name) for s in self.sources if isinstance(s, FileSource)]
+        window, name = max(windows, default=(0, ""))
+        if window > _TOLD_WINDOW_BYTES:
+            lines.append(f"{name} takes {window / 2**30:,.2f} GiB of memory at most to unpack")
+        return "\n".join(lines)
 
 
 def _some(names: list[str]) -> str:
@@ -295,24 +308,19 @@ def find(sources: Iterable[str], *, text_key: str = "text") -> Found:
     """
     found = Found()
     files: dict[Hashable, list[_Entry]] = {}  # all the ways that lead to a file
-    order: dict[Hashable, None] = {}
     sources = list(sources)
     for source in sources:
         if source.startswith(HUB_PREFIX):
-            hub = HubSource.parse(source)
-            if hub in order:
-                found.left_out.append(LeftOut(Path(source), "read already"))
-            order[hub] = None
+            files.setdefault(HubSource.parse(source), []).append(_Entry(Path(source), source, named=True))
             continue
         for entry in _entries(source, found.left_out):
-            identity = _identity(entry.path)
-            files.setdefault(identity, []).append(entry)
-            order[identity] = None
-    for key in order:
+            files.setdefault(_identity(entry.path), []).append(entry)
+    for key, entries in files.items():
         if isinstance(key, HubSource):
             found.sources.append(key)
+            found.left_out += [LeftOut(entry.path, "read already") for entry in entries[1:]]
         else:
-            _take(files[key], found, text_key)
+            _take(entries, found, text_key)
     _refuse_what_leads_to_nothing(sources, files.values(), found)
     return found
 
@@ -355,28 +363,25 @@ def _entries(source: str, left_out: list[LeftOut]) -> list[_Entry]:
     path = Path(source)
     if not source:
         raise UserError("a source is empty text; name a file, a folder, a glob or hf:NAME")
-    if path.is_dir():
-        return [_Entry(file, source, named=False) for file in _files_below(path, left_out)]
-    if path.exists():
+    if path.exists() and not path.is_dir():
         if not path.is_file():
             raise UserError(f"{source} is no plain file; write what it gives to one")
         return [_Entry(path, source, named=True)]
-    files: list[Path] = []
-    matches = [match for match in _matches(source, left_out) if match.exists() or str(match) != source]
+    matches = [path] if path.is_dir() else [match for match in _matches(source, left_out) if str(match) != source]
     if not matches:
         raise UserError(f"{source} does not exist; name a file, a folder, a glob or hf:NAME")
+    files: list[Path] = []
     for match in matches:
-        if match.is_dir():
-            files += _files_below(match, left_out)
-        elif _is_file(match, left_out):
-            files.append(match)
+        files += _files_below(match, left_out) if match.is_dir() else _plain_file(match, left_out)
     return [_Entry(file, source, named=False) for file in files]
 
 
-def _is_file(path: Path, left_out: list[LeftOut]) -> bool:
-    if not path.is_file():
-        left_out.append(LeftOut(path, "no plain file" if path.exists() else "a link to nothing"))
-    return path.is_file()
+def _plain_file(path: Path, left_out: list[LeftOut]) -> list[Path]:
+    """The path in a list; nothing where it is no plain file, which `left_out` then says."""
+    if path.is_file():
+        return [path]
+    left_out.append(LeftOut(path, "no plain file" if path.exists() else "a link to nothing"))
+    return []
 
 
 def _glob_root(source: str) -> Path:
@@ -439,10 +444,8 @@ def _files_below(folder: Path, left_out: list[LeftOut]) -> list[Path]:
             left_out.append(LeftOut(current, "a link to a folder that is read already"))
             continue
         seen.add(identity)
-        try:
+        with _needs_rights(current):
             entries = sorted(current.iterdir())
-        except OSError as error:
-            raise UserError(f"{current} cannot be read ({error.strerror}); get the right to read it") from None
         if (current / "corpus.json").exists() and (current / "train.idx").exists():
             left_out.append(LeftOut(current, "a prepared corpus"))
             continue
@@ -453,8 +456,8 @@ def _files_below(folder: Path, left_out: list[LeftOut]) -> list[Path]:
                 left_out.append(LeftOut(path, "hidden (its name begins with a dot)"))
             elif path.is_dir():
                 (links if path.is_symlink() else folders).append(path)
-            elif _is_file(path, left_out):
-                files.append(path)
+            else:
+                files += _plain_file(path, left_out)
     return sorted(files)
 
 
@@ -471,24 +474,18 @@ def _ending(name: str) -> str:
     return match[1] if match else ""
 
 
-def _first_bytes(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(64)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); get the right to read it") from None
-
-
 def _classified(path: Path, *, named: bool, text_key: str) -> FileSource | str:
     """The file as a source, or what it is instead."""
-    name, first = path.name.casefold(), _first_bytes(path)
+    name, first = path.name.casefold(), FileSource(path, "", None).first_bytes()
     if not first:
         return "empty"
-    if not named and _ABOUT_DATA.fullmatch(_without_packing(name)):
-        return "about data (a card, licence, list or checksums)"
-    if not named and _CACHED.fullmatch(name):
-        return "a cache of the package datasets beside its data"
-    packing = packing_of(first) or BY_SUFFIX.get(Path(name).suffix)
+    suffix = Path(name).suffix
+    if not named:
+        plain_name = name.removesuffix(suffix) if suffix in BY_SUFFIX else name
+        for reason, form in _BESIDE_DATA.items():
+            if form.fullmatch(plain_name):
+                return reason
+    packing = packing_of(first) or BY_SUFFIX.get(suffix)
     for magic, columnar in _COLUMNAR.items():
         if first.startswith(magic) and packing is None:
             return FileSource(path, columnar, None)
@@ -498,17 +495,11 @@ def _classified(path: Path, *, named: bool, text_key: str) -> FileSource | str:
         return f"of no known kind ({ending})"
     if first.startswith(_POINTERS):
         return "a pointer of Git in place of a file that was not fetched (git lfs pull, git annex get)"
-    file = FileSource(path, kind, packing)
+    kind = kind or _kind_of_content(FileSource(path, kind, packing).head())
     if not kind:
-        kind = _kind_of_content(file.head())
-        if not kind:
-            return "binary, of no known kind"
-        file = FileSource(path, kind, packing)
+        return "binary, of no known kind"
+    file = FileSource(path, kind, packing)
     return _mistaken(file, named=named, text_key=text_key) or file
-
-
-def _without_packing(name: str) -> str:
-    return name.removesuffix(Path(name).suffix) if Path(name).suffix in BY_SUFFIX else name
 
 
 def _kind_of_content(head: bytes) -> str:
@@ -556,12 +547,11 @@ def _has_no_record(file: FileSource, text_key: str) -> bool:
         head = file.head(limit)
         try:
             value = json.loads(head)
-            break
         except json.JSONDecodeError as error:
             if error.msg == "Extra data" or not head.lstrip().startswith(b"{") or len(head) < limit:
                 return False
         except (ValueError, RecursionError):
             return False
-    else:
-        return False
-    return isinstance(value, dict) and text_key not in value and not any(map(is_record_list, value.values()))
+        else:
+            return isinstance(value, dict) and text_key not in value and not any(map(is_record_list, value.values()))
+    return False

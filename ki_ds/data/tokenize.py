@@ -1,20 +1,22 @@
-"""Tokenizers: train one, load any of Hugging Face's, and tell two of them apart by a hash."""
+"""Tokenizers: train one, load any of Hugging Face's, tell two apart by a hash, and put one beside an exported model."""
 
 import contextlib
+import copy
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from ki_ds.data.corpora import Document
 from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
 from ki_ds.files import sync_folder, sync_tree, write_atomically, write_errors_are_one_line
@@ -22,6 +24,8 @@ from ki_ds.files import sync_folder, sync_tree, write_atomically, write_errors_a
 if TYPE_CHECKING:  # transformers takes seconds to import, which worker processes need not pay
     from transformers import PreTrainedTokenizerBase
 
+Item = TypeVar("Item")
+Files = dict[str, bytes]  # content by name
 TokenizerKind = Literal["bytebpe", "unigram", "sp_bpe"]
 SENTENCEPIECE_FILE = "tokenizer.model"
 # Without one of these AutoTokenizer takes a model's folder for that of an empty vocabulary.
@@ -29,84 +33,74 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vo
 
 PLAIN_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is
 
-# RoBERTa's names, and its first four ids; the mask comes right after them, before the bytes.
-BOS, PAD, EOS, UNK, MASK = SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+# RoBERTa's names of bos, pad, eos, unk and mask; the first four have its ids, the mask comes right after them.
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+MASK = SPECIAL_TOKENS[-1]
 _OVERWRITE = " #fairseq:overwrite"
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+_MAX_SENTENCEPIECE_CHARACTERS = 200_000_000
+_SAMPLE = "The cat – sat  on\n\tthe mat, twice: 1,234 naïve words; 東京 😀 don't"
 
 
 def train_tokenizer(
-    documents: Iterable[Document],
+    documents: Iterable[Sequence[str]],
     vocab_size: int,
     kind: TokenizerKind = "bytebpe",
     *,
     out_dir: str | os.PathLike[str],
-    min_frequency: int = 2,
 ) -> "PreTrainedTokenizerBase":
-    """A tokenizer trained on the documents, saved as a folder that `AutoTokenizer.from_pretrained` loads.
+    """A tokenizer trained on the lines of documents, saved as a folder that `AutoTokenizer.from_pretrained` loads.
 
     Byte-level BPE ("bytebpe") or SentencePiece ("unigram", "sp_bpe"; the folder then holds its tokenizer.model as
     well) with `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4 and the 256 bytes next; it puts `<s>` before and
-    `</s>` behind a text. A small corpus may give fewer than `vocab_size` ids. `min_frequency` is of "bytebpe".
+    `</s>` behind a text. A small corpus may give fewer than `vocab_size` ids.
     UserError: vocab_size has no room for the bytes or does not fit the text, or the folder exists.
     """
     if kind not in get_args(TokenizerKind):
         raise UserError(f"kind={kind!r} of tokenizer is not trained here; take {', '.join(get_args(TokenizerKind))}")
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"vocab_size={vocab_size} is below {MIN_VOCAB_SIZE} (bytes, special tokens); raise it")
-    out = Path(out_dir)
+    out, files = Path(out_dir), dict[str, bytes]()
     if out.exists():
         raise UserError(f"{out} exists already; remove it or take another folder")
     if kind == "bytebpe":
-        backend = _train_byte_bpe(documents, vocab_size, min_frequency)
-        _save(backend, out, {})
-        return load_tokenizer(out)
-    from ki_ds.data.sentencepieces import backend_from_sentencepiece, train_sentencepiece
+        backend = _train_byte_bpe(documents, vocab_size)
+    else:
+        from ki_ds.data.sentencepieces import backend_from_sentencepiece, train_sentencepiece
 
-    lines = (line for document in documents for line in document.lines)
-    model = train_sentencepiece(
-        lines, vocab_size, "unigram" if kind == "unigram" else "bpe", special_tokens=SPECIAL_TOKENS
-    )
-    backend, _ = backend_from_sentencepiece(model, f"the model trained for {out}")
-    _save(backend, out, {SENTENCEPIECE_FILE: model})
+        lines = up_to(itertools.chain.from_iterable(documents), _MAX_SENTENCEPIECE_CHARACTERS, len)
+        model_type: Literal["unigram", "bpe"] = "unigram" if kind == "unigram" else "bpe"
+        model = train_sentencepiece(lines, vocab_size, model_type, special_tokens=SPECIAL_TOKENS)
+        backend, _ = backend_from_sentencepiece(model, f"the model trained for {out}")
+        files[SENTENCEPIECE_FILE] = model
+    from ki_ds.data.roberta_tokenizers import roberta_tokenizer
+
+    save_tokenizer(roberta_tokenizer(backend, SPECIAL_TOKENS), out, files)
     return load_tokenizer(out)
 
 
-def _train_byte_bpe(documents: Iterable[Document], vocab_size: int, min_frequency: int) -> Tokenizer:
+def up_to(items: Iterable[Item], limit: int, size: Callable[[Item], int]) -> Iterator[Item]:
+    """The items until their sizes add up to the limit, the one that reaches it included."""
+    for item in items:
+        yield item
+        limit -= size(item)
+        if limit <= 0:
+            return
+
+
+def _train_byte_bpe(documents: Iterable[Sequence[str]], vocab_size: int) -> Tokenizer:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=min_frequency,
+        min_frequency=2,
         special_tokens=[*SPECIAL_TOKENS[:-1], AddedToken(MASK, lstrip=True, special=True)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator((list(document.lines) for document in documents), trainer)
+    backend.train_from_iterator(map(list, documents), trainer)
     return backend
-
-
-def _save(backend: Tokenizer, out: Path, files: dict[str, bytes]) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A {EOS}",
-        pair=f"{BOS} $A {EOS} {EOS} $B {EOS}",
-        special_tokens=[(token, backend.token_to_id(token)) for token in (BOS, EOS)],
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=BOS,
-        eos_token=EOS,
-        cls_token=BOS,
-        sep_token=EOS,
-        pad_token=PAD,
-        unk_token=UNK,
-        mask_token=AddedToken(MASK, lstrip=True, special=True),
-        clean_up_tokenization_spaces=False,
-    )
-    save_tokenizer(tokenizer, out, files)
 
 
 def save_tokenizer(
@@ -156,8 +150,6 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> "PreTrainedTokeniz
     try:
         if is_file or (len(lone) == 1 and not (folder / "tokenizer_config.json").exists()):
             tokenizer = _from_sentencepiece(folder if is_file else lone[0])
-        elif (folder / "merges.txt").exists() and not (folder / "tokenizer.json").exists():
-            tokenizer = _from_vocab_and_merges(folder)
         else:
             tokenizer = _loader(folder).from_pretrained(name)
     except UserError:
@@ -186,59 +178,27 @@ def _from_sentencepiece(path: Path) -> Any:
 
 
 def _loader(folder: Path) -> Any:
-    """The class that loads a tokenizer: AutoTokenizer, but for folders it would load with its plainest class.
+    """The class that loads a tokenizer: AutoTokenizer where no other is known to be right.
 
-    AutoTokenizer imports torch, which costs seconds and 200 MB that preparing data has no use for.
+    AutoTokenizer imports torch, which costs seconds and 200 MB that preparing data has no use for. Of a vocabulary and
+    merges alone, with RoBERTa's mask or without it, it knows no class.
     """
+    import transformers
+
+    if (folder / "merges.txt").exists() and not (folder / "tokenizer.json").exists():
+        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        is_roberta = {MASK, SPECIAL_TOKENS[0]} <= vocabulary.keys()
+        return transformers.RobertaTokenizer if is_roberta else transformers.GPT2Tokenizer
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if "dictionary_size" in config:
-        from ki_ds.data.fairseq_bpe import DictionaryTokenizer
+        from ki_ds.data.roberta_tokenizers import DictionaryTokenizer
 
         return DictionaryTokenizer
-    plain = config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    plain = config.get("tokenizer_class") in ("TokenizersBackend", PLAIN_CLASS)
     if plain and not (folder / "config.json").exists():
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer
-
-
-def _from_vocab_and_merges(folder: Path) -> Any:
-    """RoBERTa's tokenizer if the vocabulary has its mask, else GPT-2's."""
-    from transformers import GPT2Tokenizer, RobertaTokenizer
-
-    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    kind = RobertaTokenizer if MASK in vocabulary and BOS in vocabulary else GPT2Tokenizer
-    return kind.from_pretrained(str(folder))
-
-
-def begin_with(folder: Path, first: int) -> bool:
-    """Have the tokenizer in a folder put the token `first` before a text; True where that was a change.
-
-    Causal models are trained on lines that follow `</s>` and end with it. A tokenizer of RoBERTa's kind would begin a
-    prompt with `<s>`, which they have never seen, and end it, so that they go on with another text.
-    No ids change. It is bos from then on, for programs that begin with that by themselves, and what was bos is cls.
-    """
-    tokenizer = load_tokenizer(folder)
-    around = tokenizer("a").input_ids
-    plain = tokenizer("a", add_special_tokens=False).input_ids
-    if around in (plain, [first, *plain]) and tokenizer.bos_token_id in (None, first):
-        return False
-    token = tokenizer.convert_ids_to_tokens(first)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, first)]
-    )
-    if tokenizer.bos_token_id not in (None, first) and tokenizer.cls_token_id in (None, tokenizer.bos_token_id):
-        tokenizer.cls_token, tokenizer.bos_token = tokenizer.bos_token, token
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"  # a class of RoBERTa's own would put its tokens back
-    config = json.loads(path.read_text(encoding="utf-8"))
-    kept = {name: value for name, value in config.items() if name not in ("add_bos_token", "add_eos_token")}
-    write_atomically(path, json.dumps(kept | {"tokenizer_class": PLAIN_CLASS}, indent=2, sort_keys=True) + "\n")
-    return True
+        return transformers.PreTrainedTokenizerFast
+    return transformers.AutoTokenizer
 
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> SpecialIds:
@@ -371,7 +331,95 @@ def tokenizer_from_fairseq(
     Ids are those of `read_fairseq_dict`; GPT-2 symbols that the dictionary lacks become `<unk>`. UserError: see
     `read_fairseq_dict`, `load_tokenizer`; or the dictionary does not list GPT-2 ids.
     """
-    from ki_ds.data.fairseq_bpe import tokenizer_with_dictionary
+    from ki_ds.data.roberta_tokenizers import tokenizer_with_dictionary
 
     symbols, ids = read_fairseq_dict(dict_path)
     return tokenizer_with_dictionary(symbols, ids, load_tokenizer(gpt2), name=str(dict_path))
+
+
+# ------------------------------------------------------------------------------------ beside exported models
+
+
+def tokenizer_files(
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    first: int | None = None,
+    limit: int | None = None,
+    config: str | None = None,
+    origin: Path | None = None,
+) -> Files:
+    """The files of a tokenizer that lies beside a model, from which it was read back and found the same.
+
+    Args:
+        first: id of the token that is to stand before a text, with nothing behind it; None leaves both as they are.
+        limit: positions of the model, to which `truncation=True` cuts.
+        config: the model's config.json, by which AutoTokenizer chooses its class.
+        origin: folder of the tokenizer; a SentencePiece model in it comes along.
+
+    Raises:
+        UserError: what was read back gives other ids.
+    """
+    made = copy.deepcopy(tokenizer)
+    if limit is not None:
+        made.model_max_length = min(limit, made.model_max_length)
+    with tempfile.TemporaryDirectory(prefix="ki_ds_tokenizer_") as place:
+        folder = Path(place, "tokenizer")
+        save_tokenizer(made, folder)
+        if config is not None:
+            (folder / "config.json").write_text(config, encoding="utf-8")
+        if first is not None:
+            begin_with(folder, first)
+        _take_as_saved(folder, from_class="TokenizersBackend")  # the same by a name that older transformers know
+        if not _same(made, folder, with_special_tokens=first is None):
+            _take_as_saved(folder)
+            if not _same(made, folder, with_special_tokens=first is None):
+                raise UserError(
+                    f"the tokenizer {tokenizer.name_or_path} gives other ids once it is saved; save it as a fast "
+                    "tokenizer (tokenizer.json) and name that"
+                )
+        saved = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "config.json"]
+        files = {path.name: path.read_bytes() for path in saved}
+    if origin is not None and origin.is_file():
+        return {SENTENCEPIECE_FILE: origin.read_bytes()} | files
+    beside = [] if origin is None else [origin / name for name in (SENTENCEPIECE_FILE, "spiece.model")]
+    return {path.name: path.read_bytes() for path in beside if path.is_file()} | files
+
+
+def _same(tokenizer: "PreTrainedTokenizerBase", folder: Path, *, with_special_tokens: bool) -> bool:
+    again = load_tokenizer(folder)
+    return tokenizer_hash(again) == tokenizer_hash(tokenizer) and all(
+        again(_SAMPLE, add_special_tokens=added).input_ids == tokenizer(_SAMPLE, add_special_tokens=added).input_ids
+        for added in {False, with_special_tokens}
+    )
+
+
+def begin_with(folder: Path, first: int) -> bool:
+    """Have the tokenizer in a folder put the token `first` before a text; True where that was a change.
+
+    Causal models are trained on lines that follow `</s>` and end with it. A tokenizer of RoBERTa's kind would begin a
+    prompt with `<s>`, which they have never seen, and end it, so that they go on with another text.
+    No ids change. It is bos from then on, for programs that begin with that by themselves, and what was bos is cls.
+    """
+    tokenizer = load_tokenizer(folder)
+    around = tokenizer("a").input_ids
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    if around in (plain, [first, *plain]) and tokenizer.bos_token_id in (None, first):
+        return False
+    token = tokenizer.convert_ids_to_tokens(first)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, first)]
+    )
+    if tokenizer.bos_token_id not in (None, first) and tokenizer.cls_token_id in (None, tokenizer.bos_token_id):
+        tokenizer.cls_token, tokenizer.bos_token = tokenizer.bos_token, token
+    tokenizer.save_pretrained(folder)
+    _take_as_saved(folder, without=("add_bos_token", "add_eos_token"))  # a class of its own would put its tokens back
+    return True
+
+
+def _take_as_saved(folder: Path, *, from_class: str | None = None, without: Collection[str] = ()) -> None:
+    """Have the folder's tokenizer.json taken as it is, where a class of its own (or the named one) would build it."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if from_class in (None, config.get("tokenizer_class")):
+        kept = {name: value for name, value in config.items() if name not in without}
+        write_atomically(path, json.dumps(kept | {"tokenizer_class": PLAIN_CLASS}, indent=2, sort_keys=True) + "\n")

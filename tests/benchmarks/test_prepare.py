@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from benchmarks import prepare
-from ki_ds.data.corpora import Document
 from ki_ds.data.tokenize import train_tokenizer
 from tests import forked
 from tests.tiny import ROOT, environment
@@ -17,7 +16,7 @@ from tests.tiny import ROOT, environment
 def inputs(tmp_path):
     """Text and a tokenizer as the command wants them."""
     (tmp_path / "text.txt").write_text("the cat sat on the mat\nand so on\n\na dog\n\n" * 50)
-    train_tokenizer([Document(("the cat sat on the mat",), "d")] * 3, 280, out_dir=tmp_path / "tokenizer")
+    train_tokenizer([["the cat sat on the mat"]] * 3, 280, out_dir=tmp_path / "tokenizer")
     return ["--text", tmp_path / "text.txt", "--tokenizer", tmp_path / "tokenizer", "--repeats", "1"]
 
 

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from ki_ds.checkpoints.lineage import read
 from ki_ds.convert import export, sources
 from ki_ds.convert.export import Options, convert, made_up_rows
-from ki_ds.data.corpora import Document
 from ki_ds.data.store import SpecialIds, StoreWriter
 from ki_ds.data.tokenize import load_tokenizer, train_tokenizer
 from ki_ds.errors import UserError
@@ -42,7 +41,7 @@ def converted(path, output, **options):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "tokenizer"
-    train_tokenizer([Document("one", ["the cat sees a dog in the garden"] * 5)], 280, out_dir=folder)
+    train_tokenizer([["the cat sees a dog in the garden"]] * 5, 280, out_dir=folder)
     return folder
 
 

@@ -39,7 +39,7 @@ def lines():
     except UserError:
         pytest.skip("neither real text (KI_DS_SHARED) nor the package gensim is there")
     for document in Corpus([dump]):
-        found += [line.strip() for line in document.cleaned().lines if line.strip()]
+        found += [line.strip() for line in document.lines() if line.strip()]
         if len(found) >= NUM_LINES:
             return found[:NUM_LINES]
     raise AssertionError(f"only {len(found)} lines")

@@ -8,7 +8,6 @@ from tokenizers import pre_tokenizers
 
 from ki_ds.convert.folder import beside_model
 from ki_ds.convert.sources import Source
-from ki_ds.data.corpora import Document
 from ki_ds.data.tokenize import load_tokenizer, train_tokenizer
 from ki_ds.errors import UserError
 
@@ -32,7 +31,7 @@ def source(task="mlm", **changed):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vocabulary") / "tokenizer"
-    train_tokenizer([Document("one", ["the cat sees a dog"] * 3)], 265, out_dir=folder)
+    train_tokenizer([["the cat sees a dog"]] * 3, 265, out_dir=folder)
     return folder
 
 

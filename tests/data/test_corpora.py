@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from ki_ds.data import corpora
 from ki_ds.data.corpora import Corpus, gensim_dump_path
 from ki_ds.data.processes import StoppedError
+from ki_ds.data.sources import HubSource
 from ki_ds.errors import UserError
 from tests import forked
 from tests.data.test_packings import wide
@@ -56,7 +57,7 @@ DUMP = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/" version="
 
 
 def lines_of(*sources, **settings):
-    return [list(raw.cleaned().lines) for raw in Corpus(sources, **settings)]
+    return [list(raw.lines()) for raw in Corpus(sources, **settings)]
 
 
 class TestPlainFormats:
@@ -65,10 +66,10 @@ class TestPlainFormats:
         path = tmp_path / f"a.txt{suffix}"
         path.write_bytes(PACKERS[suffix](TEXT.encode()))
         assert lines_of(path) == [["First line.", "Second – line."], ["Another document.", "Its end."]]
-        documents = list(Corpus([path], domain="WB"))
-        assert [(d.id, d.domain, d.starts, d.ends) for d in documents] == [
-            (f"a.txt{suffix}#0", "WB", True, True),
-            (f"a.txt{suffix}#1", "WB", True, True),
+        documents = list(Corpus([path]))
+        assert [(d.id, d.starts, d.ends) for d in documents] == [
+            (f"a.txt{suffix}#0", True, True),
+            (f"a.txt{suffix}#1", True, True),
         ]
 
     @pytest.mark.parametrize("suffix", PACKERS)
@@ -97,8 +98,8 @@ class TestPlainFormats:
         for part in parts:
             assert part.starts == (not documents or ended)  # noqa: F821 - set below, at the first part
             documents += [[]] if part.starts else []
-            documents[-1] += part.cleaned().lines
-            assert part.cleaned().lines
+            documents[-1] += part.lines()
+            assert part.lines()
             ended = part.ends
         assert ended
         assert documents == whole
@@ -138,14 +139,14 @@ class TestPlainFormats:
         for name in ("b.txt", "a/c.txt", "a/d.jsonl", "a/README.md"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text('{"text": "d"}' if name.endswith("l") else name)
-        assert [f.name for f in Corpus([tmp_path]).files] == ["c.txt", "d.jsonl", "b.txt"]
-        assert [f.name for f in Corpus([tmp_path / "**/*.txt"]).files] == ["c.txt", "b.txt"]
+        assert [f.name for f in Corpus([tmp_path]).sources] == ["c.txt", "d.jsonl", "b.txt"]
+        assert [f.name for f in Corpus([tmp_path / "**/*.txt"]).sources] == ["c.txt", "b.txt"]
 
     def test_progress_counts_the_bytes_of_the_files(self, tmp_path):
         (tmp_path / "a.txt").write_text("x\n" * 1000)
         (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"y\n" * 1000))
         corpus = Corpus([tmp_path])
-        assert corpus.total_bytes == sum(f.stat().st_size for f in corpus.files)
+        assert corpus.total_bytes == sum(f.stat().st_size for f in (source.path for source in corpus.sources))
         seen = [corpus.bytes_read for _ in corpus]
         assert seen == sorted(seen)
         assert corpus.bytes_read == corpus.total_bytes
@@ -167,7 +168,7 @@ class TestUnicode:
 
     def check(self, source, *, text=RIGHT, count=COUNT):
         corpus = Corpus([source])
-        assert [raw.cleaned().lines for raw in corpus] == [(text,)]
+        assert [raw.lines() for raw in corpus] == [(text,)]
         assert corpus.replaced == {corpus.sources[0].name: count}
         assert len(list(corpus)) == 1
         assert corpus.replaced.total() == count  # not added up
@@ -205,7 +206,7 @@ class TestUnicode:
         text = "&amp;#xD83D;&amp;#xde00; is &amp;#55357; wet &amp;#x1F600;&amp;#65;."
         (tmp_path / "a.xml").write_text(DUMP.replace("Water is wet.", text))
         corpus = Corpus([tmp_path / "a.xml"])
-        assert [raw.cleaned().lines for raw in corpus][1] == ("\ufffd\ufffd is \ufffd wet \U0001f600A.",)
+        assert [raw.lines() for raw in corpus][1] == ("\ufffd\ufffd is \ufffd wet \U0001f600A.",)
         assert corpus.replaced == {"a.xml": 3}
 
     def column(self, kind):
@@ -358,7 +359,7 @@ class TestTables:
             places = pyarrow.array([0, 1], pyarrow.int8())
             column = pyarrow.DictionaryArray.from_arrays(places, pyarrow.array(["tea"]), safe=False)
         with pytest.raises(pyarrow.ArrowInvalid):
-            next(corpora._texts(column, "row", 0, "text"))
+            next(corpora._texts([column], HubSource.parse("hf:a"), "text"))
 
     def test_numbers_and_nulls_are_no_text(self, tmp_path):
         for texts in ([1, 2], ["a", None]):
@@ -411,16 +412,16 @@ class TestMediaWiki:
     @pytest.mark.parametrize("name", ["w.xml", "w.xml.bz2", "w-articles1.xml-p1p41242.bz2"])
     def test_articles_in_their_latest_revision(self, tmp_path, name):
         (tmp_path / name).write_bytes(PACKERS[".bz2" if name.endswith("bz2") else ""](DUMP.encode()))
-        documents = [raw.cleaned() for raw in Corpus([tmp_path / name])]
+        documents = list(Corpus([tmp_path / name]))
         assert [(d.id, d.title) for d in documents] == [("11", "Tea"), ("14", "Water")]
-        assert list(documents[0].lines) == ["Tea is a beverage.", "Kinds", "green", "black"]
-        assert list(documents[1].lines) == ["Water is wet."]
+        assert list(documents[0].lines()) == ["Tea is a beverage.", "Kinds", "green", "black"]
+        assert list(documents[1].lines()) == ["Water is wet."]
 
     @pytest.mark.skipif(importlib.util.find_spec("gensim") is None, reason="the package gensim is not installed")
     def test_a_real_dump(self):
         documents = [raw for raw, _ in zip(Corpus([gensim_dump_path()]), range(3), strict=False)]
         assert [d.title for d in documents] == ["Anarchism", "Autism", "Albedo"]
-        text = "\n".join(documents[2].cleaned().lines)
+        text = "\n".join(documents[2].lines())
         assert text.startswith("Albedo")
         assert not any(mark in text for mark in ("[[", "{{", "'''", "<ref", "]]", "{|"))
         assert len(text) > 5000

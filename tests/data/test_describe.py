@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from ki_ds.data.corpora import Document
 from ki_ds.data.describe import inspect
 from ki_ds.data.prepare import TokenizerSpec, build_store
 from ki_ds.data.store import SpecialIds, StoreWriter
@@ -26,7 +25,7 @@ released = pytest.mark.skipif(
 @pytest.fixture
 def ours(tmp_path):
     """A folder as `build_store` makes it."""
-    tokenizer = train_tokenizer([Document(("green tea", "black tea"), "d")] * 4, 264, out_dir=tmp_path / "tokenizer")
+    tokenizer = train_tokenizer([["green tea", "black tea"]] * 4, 264, out_dir=tmp_path / "tokenizer")
     with StoreWriter(
         tmp_path / "train", vocab_size=264, special_ids=special_ids(tokenizer), tokenizer_hash=tokenizer_hash(tokenizer)
     ) as writer:
@@ -90,7 +89,7 @@ class TestDescribe:
             describe_store(fairseq(tmp_path, ids=(4, 7, 2)))
 
     def test_another_tokenizer(self, ours, tmp_path):
-        train_tokenizer([Document(("other words",), "d")], 262, out_dir=tmp_path / "other")
+        train_tokenizer([["other words"]], 262, out_dir=tmp_path / "other")
         with pytest.raises(UserError, match="is not the tokenizer that"):
             describe_store(ours, tokenizer=tmp_path / "other")
 

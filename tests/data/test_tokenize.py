@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from ki_ds.data.corpora import Document
 from ki_ds.data.store import SpecialIds, open_store
 from ki_ds.data.tokenize import (
     begin_with,
@@ -31,7 +30,7 @@ from ki_ds.errors import UserError
 
 SHARED = Path(os.environ.get("KI_DS_SHARED", Path(__file__).parents[3] / "shared"))
 shared = pytest.mark.skipif(not (SHARED / "data/tok").is_dir(), reason="vocabularies (KI_DS_SHARED) are not there")
-TEXT = Document(("The cat – sat on the mat, twice.", "Then the cat sat on the hat."), "d")
+TEXT = ("The cat – sat on the mat, twice.", "Then the cat sat on the hat.")
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +83,7 @@ class TestTraining:
     def test_sentencepiece(self, sentencepiece_lines, tmp_path, kind):
         from transformers import AutoTokenizer
 
-        document = Document(sentencepiece_lines, "d")
-        tokenizer = train_tokenizer([document], 400, kind, out_dir=tmp_path / "t")
+        tokenizer = train_tokenizer([sentencepiece_lines], 400, kind, out_dir=tmp_path / "t")
         assert special_ids(tokenizer) == SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=4)
         assert len(tokenizer) == 400
         model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t/tokenizer.model"))
@@ -97,12 +95,12 @@ class TestTraining:
         again = AutoTokenizer.from_pretrained(tmp_path / "t")
         assert again("the cat").input_ids == tokenizer("the cat").input_ids
         assert tokenizer_hash(again) == tokenizer_hash(tokenizer)
-        train_tokenizer([document], 400, kind, out_dir=tmp_path / "again")
+        train_tokenizer([sentencepiece_lines], 400, kind, out_dir=tmp_path / "again")
         assert (tmp_path / "again/tokenizer.json").read_bytes() == (tmp_path / "t/tokenizer.json").read_bytes()
 
     @pytest.mark.parametrize("kind", ["unigram", "sp_bpe"])
     def test_a_vocabulary_that_does_not_fit_the_text_is_one_line(self, sentencepiece_lines, tmp_path, kind):
-        texts = [Document(sentencepiece_lines, "d"), Document(tuple(map(chr, range(0x4E00, 0x4E80))) * 9, "d")]
+        texts = [sentencepiece_lines, tuple(map(chr, range(0x4E00, 0x4E80))) * 9]
         size = 265 if kind == "unigram" else 50_000
         with pytest.raises(UserError, match=f"vocab_size={size} does not fit this text") as caught:
             train_tokenizer(texts, size, kind, out_dir=tmp_path / "t")

@@ -7,10 +7,8 @@ import pytest
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from ki_ds.data import tokenizer_files as module
-from ki_ds.data.corpora import Document
-from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash, train_tokenizer
-from ki_ds.data.tokenizer_files import tokenizer_files
+from ki_ds.data import tokenize as module
+from ki_ds.data.tokenize import load_tokenizer, tokenizer_files, tokenizer_hash, train_tokenizer
 from ki_ds.errors import UserError
 from tests.data.test_sentencepieces import made_up_lines
 from tests.data.test_sentencepieces import trained as trained_sentencepiece
@@ -19,7 +17,7 @@ from tests.data.test_sentencepieces import trained as trained_sentencepiece
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files") / "tokenizer"
-    train_tokenizer([Document("one", ["the cat sees a dog in the garden"] * 3)], 280, out_dir=folder)
+    train_tokenizer([["the cat sees a dog in the garden"]] * 3, 280, out_dir=folder)
     return folder
 
 

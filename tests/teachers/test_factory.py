@@ -9,7 +9,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from ki_ds.checkpoints import lineage
 from ki_ds.config import TeacherConfig, TeacherEntry
 from ki_ds.data.batches import Sample, collate
-from ki_ds.data.corpora import Document
 from ki_ds.data.tokenize import tokenizer_hash, train_tokenizer
 from ki_ds.errors import UserError
 from ki_ds.models.presets import Rows, count_parameters
@@ -29,7 +28,7 @@ def tiny_gpt(vocab_size=320, seed=0):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    documents = [Document("one", ["the cat sees a dog in the garden"] * 3)]
+    documents = [["the cat sees a dog in the garden"]] * 3
     return train_tokenizer(documents, NUM_CLASSES, out_dir=tmp_path_factory.mktemp("factory") / "tokenizer")
 
 

@@ -6,8 +6,7 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from ki_ds.data.corpora import Document
-from ki_ds.data.fairseq_bpe import DictionaryTokenizer, tokenizer_with_dictionary
+from ki_ds.data.roberta_tokenizers import DictionaryTokenizer, tokenizer_with_dictionary
 from ki_ds.data.store import SpecialIds
 from ki_ds.data.tokenize import (
     load_tokenizer,
@@ -28,7 +27,7 @@ def gpt2(tmp_path_factory):
     """(folder of a small byte-level BPE tokenizer in GPT-2's place, it)."""
     folder = tmp_path_factory.mktemp("gpt2") / "t"
     lines = [" ".join(random.Random(i).choices(WORDS, k=9)) for i in range(60)]
-    return folder, train_tokenizer([Document(tuple(lines), "d")], 330, out_dir=folder)
+    return folder, train_tokenizer([lines], 330, out_dir=folder)
 
 
 def texts():

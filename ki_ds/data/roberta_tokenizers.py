@@ -1,4 +1,4 @@
-"""GPT-2's byte-level BPE with the ids of a fairseq dictionary, whose symbols are GPT-2 ids in digits."""
+"""Tokenizers of RoBERTa's form; among them GPT-2's byte-level BPE with the ids of a fairseq dictionary."""
 
 import json
 import os
@@ -12,6 +12,33 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
+
+
+def roberta_tokenizer(
+    backend: Tokenizer,
+    special_tokens: Sequence[str],
+    kind: type[PreTrainedTokenizerFast] = PreTrainedTokenizerFast,
+    **settings: Any,
+) -> PreTrainedTokenizerFast:
+    """A fast tokenizer of some kind with `<s>` before and `</s>` behind a text; tokens are bos, pad, eos, unk, mask."""
+    bos, pad, eos, unk, mask = special_tokens
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        pair=f"{bos} $A {eos} {eos} $B {eos}",
+        special_tokens=[(token, backend.token_to_id(token)) for token in (bos, eos)],
+    )
+    return kind(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=eos,
+        cls_token=bos,
+        sep_token=eos,
+        pad_token=pad,
+        unk_token=unk,
+        mask_token=AddedToken(mask, lstrip=True, special=True),
+        clean_up_tokenization_spaces=False,
+        **settings,
+    )
 
 
 class DictionaryTokenizer(PreTrainedTokenizerFast):
@@ -64,8 +91,8 @@ class DictionaryTokenizer(PreTrainedTokenizerFast):
 
 def tokenizer_with_dictionary(
     symbols: Sequence[str], special_ids: SpecialIds, gpt2: PreTrainedTokenizerBase, *, name: str
-) -> DictionaryTokenizer:
-    """A tokenizer with GPT-2's merges whose ids are the places of `symbols`; `<s>` before and `</s>` behind a text.
+) -> PreTrainedTokenizerFast:
+    """A `DictionaryTokenizer` with GPT-2's merges whose ids are the places of `symbols`.
 
     `symbols` and `special_ids` are those of `read_fairseq_dict`, the mask's among them. Symbols that are no GPT-2 id
     (madeupword0000) keep their id and come from no text; of one that is there twice, text gets the last. UserError
@@ -87,24 +114,8 @@ def tokenizer_with_dictionary(
     own = Tokenizer(models.BPE(ids, [tuple(merge) for merge in model["merges"]]))
     assert backend is not None
     own.pre_tokenizer, own.decoder = backend.pre_tokenizer, backend.decoder
-    bos, pad, eos, unk, mask = (roles[i] for i in astuple(special_ids)[:5])
-    own.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A {eos}",
-        pair=f"{bos} $A {eos} {eos} $B {eos}",
-        special_tokens=[(bos, special_ids.bos), (eos, special_ids.eos)],
-    )
-    return DictionaryTokenizer(
-        dictionary_size=len(symbols),
-        tokenizer_object=own,
-        bos_token=bos,
-        eos_token=eos,
-        cls_token=bos,
-        sep_token=eos,
-        pad_token=pad,
-        unk_token=unk,
-        mask_token=AddedToken(mask, lstrip=True, special=True),
-        clean_up_tokenization_spaces=False,
-    )
+    tokens_of_roles = [roles[i] for i in astuple(special_ids)[:5]]
+    return roberta_tokenizer(own, tokens_of_roles, DictionaryTokenizer, dictionary_size=len(symbols))
 
 
 def _distinct(tokens: list[str], roles: dict[int, str]) -> list[str]:
