@@ -17,9 +17,9 @@ WORKDIR /workspace/ki_ds
 COPY constraints.txt setup.py README.md pyproject.toml ./
 COPY ki_ds/__init__.py ki_ds/
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# torch first: with any looser requirement pip would choose the build
+# torch first, of that index: a looser requirement would take the build of PyPI
 RUN python3 -m venv "$VIRTUAL_ENV" \
-    && pip install -c constraints.txt --index-url "$TORCH_INDEX" torch \
+    && pip install -c constraints.txt --extra-index-url "$TORCH_INDEX" torch \
     && pip install -c constraints.txt -e '.[demo]' triton
 COPY . .
 # what was imported once is compiled once

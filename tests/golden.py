@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -27,8 +28,11 @@ TIMES = ("seconds", "tokens_per_second", "bytes_before", "bytes_after")
 
 
 def platform_class() -> str:
-    """What the last bits of a float depend on: torch's release and the vector instructions that it found."""
-    return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}"
+    """What the last bits of a float depend on: torch's release and the processor, whose kernels it chooses."""
+    said = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    facts = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", said, re.M))
+    processor = " ".join(facts.get(name, "?") for name in ("model name", "cpu family", "model"))
+    return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}, {processor}"
 
 
 def prepare(task: str, folder: Path) -> Path:
@@ -61,6 +65,7 @@ def figures(run_dir: Path) -> dict:
     """What must stay of a run: its losses, and a hash of all its metrics and of each file of weights and states."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     kept = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    kept = [line for line in kept if line["kind"] != "straggler"]  # a rank was slow: that is of the machine
     files = [*(run_dir / "best").glob("*.safetensors"), *(run_dir / "checkpoints").rglob("*")]
     files = [path for path in files if path.suffix in (".safetensors", ".pt")]
     return {
@@ -75,20 +80,17 @@ def _short_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def measure(folder: Path) -> dict:
-    """The figures of every case, made in a folder."""
-    found = {}
-    for task in VOCAB_SIZES:
-        prepare(task, folder)
-        for name, world in CASES:
-            found[f"{task} {name} {world}"] = figures(train(task, name, world, folder))
-    return found
+def measure(task: str, folder: Path) -> dict:
+    """The figures of every case of a task, made in a folder."""
+    prepare(task, folder)
+    return {f"{task} {name} {world}": figures(train(task, name, world, folder)) for name, world in CASES}
 
 
 def main(folder: Path) -> None:
     """Run everything and write the figures of this class of machine."""
+    found = {case: values for task in VOCAB_SIZES for case, values in measure(task, folder).items()}
     known = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    GOLDEN.write_text(json.dumps({**known, platform_class(): measure(folder)}, indent=1) + "\n")
+    GOLDEN.write_text(json.dumps({**known, platform_class(): found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ class Case:
     alpha: float = 0.3
     tau: float = 2.0
     smoothing: float = 0.0
+    z_weight: float = 0.0
     weighted: bool = False
     std: float = 1.0
     num_rows: int = 9
@@ -131,6 +132,7 @@ class Case:
             tau=self.tau,
             num_classes=self.num_classes,
             smoothing=self.smoothing,
+            z_weight=self.z_weight,
             weights=None if self.row_weights is None else self.row_weights.tolist(),
         )
         student = self.student_logits()
@@ -195,6 +197,7 @@ class Case:
             "num_classes": self.num_classes,
             "row_weights": self.row_weights,
             "label_smoothing": self.smoothing,
+            "z_weight": self.z_weight,
             "backend": self.backend,
             **self.extra,
         }

@@ -13,6 +13,7 @@ class Oracle:
     tau: float = 2.0
     num_classes: int | None = None
     smoothing: float = 0.0
+    z_weight: float = 0.0
     ignore_index: int = -100
     weights: list[float] | None = None
 
@@ -63,6 +64,7 @@ class Oracle:
                 soft = z / self.tau
                 kl = divergence(targets[r], soft - torch.logsumexp(soft, 0))
             weight = 1.0 if self.weights is None else self.weights[r]
+            loss = loss + weight * self.z_weight * torch.logsumexp(z, 0) ** 2
             loss = loss + weight * ((1 - alpha) * -(aim * log_p).sum() + alpha * self.tau**2 * kl)
             ce_sum, kl_sum, count = ce_sum - log_p[label], kl_sum + kl, count + 1
         return loss, ce_sum, kl_sum, count

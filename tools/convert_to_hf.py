@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ki_ds.cli import ends_cleanly
 from ki_ds.convert.export import Options, convert
-from ki_ds.convert.starting_point import describe
+from ki_ds.convert.folder import describe
 from ki_ds.errors import UserError
 
 

@@ -53,7 +53,7 @@ def _add_ppl(ppl: argparse.ArgumentParser) -> None:
 def _ppl(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from ki_ds.evaluation.measure import data_of_run, given_data, measure, table, write_figures
+    from ki_ds.evaluation.perplexity import data_of_run, given_data, measure, table, write_figures
 
     if args.data is None:
         defaults = {"task": None, "tokenizer": None, "seq_len": 512, "mask_variants": 1, "max_samples": None}
@@ -115,9 +115,7 @@ def _fine_tune(args: argparse.Namespace) -> None:
     grid, sets = _grid(args), _sets(args)
     from rich.console import Console
 
-    from ki_ds.evaluation.along import evaluate_along, reached
-    from ki_ds.evaluation.along import table as along_table
-    from ki_ds.evaluation.downstream import evaluate, tables
+    from ki_ds.evaluation.downstream import curve_table, evaluate, evaluate_along, reached, tables
     from ki_ds.evaluation.finetune import Candidate
 
     console, out = Console(width=None if sys.stdout.isatty() else 160), Path(args.out)
@@ -125,7 +123,7 @@ def _fine_tune(args: argparse.Namespace) -> None:
         console.print(note, highlight=False)
     if args.what == "along":
         curves = evaluate_along(args.models, sets, grid, out, num_seeds=args.seeds, tokenizer=args.tokenizer)
-        console.print(along_table(curves, sets))
+        console.print(curve_table(curves, sets))
         console.print("\n".join([*reached(curves), f"{out}/along.png"]), highlight=False)
         return
     candidates = [Candidate.find(model, tokenizer=args.tokenizer) for model in args.models]

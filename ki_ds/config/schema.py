@@ -215,17 +215,19 @@ class InheritConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """How the objective is computed; no field but label_smoothing changes its value.
+    """How the objective is computed; only label_smoothing and z_weight change its value.
 
     Args:
         backend: auto takes the Triton kernels on a GPU and chunked PyTorch elsewhere.
         chunk_rows: rows whose logits exist at once; null chooses from the sizes.
         label_smoothing: share of the label's mass spread over the other classes (Table 10; 0 in all other runs).
+        z_weight: of logsumexp(logits)^2 in each row while training, which keeps logits small (z-loss; 1e-4 in PaLM).
     """
 
     backend: Literal["auto", "triton", "torch"] = setting("auto", ALWAYS, operational=True)
     chunk_rows: int | None = setting(None, ALWAYS, at_least=1, at_most=2**31, operational=True)
     label_smoothing: float = setting(0.0, ALWAYS, at_least=0, below=1)
+    z_weight: float = setting(0.0, ALWAYS, at_least=0, at_most=1e3)
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ki_ds.checkpoints import lineage
-from ki_ds.convert.card import model_card
+from ki_ds.convert.folder import begin_with, beside_model, cut, model_card, num_classes_of, unpadded, write_beside
 from ki_ds.convert.sources import Source, open_source
-from ki_ds.convert.unpadded import begin_with, cut, num_classes_of, readable_alike, unpadded
-from ki_ds.convert.vocabulary import beside_model
 from ki_ds.data.store import is_fairseq_folder, open_store
 from ki_ds.errors import UserError
-from ki_ds.files import check_space, sync_folder, write_errors_are_one_line, write_json
+from ki_ds.files import check_space, sync_folder, write_errors_are_one_line
 from ki_ds.models.presets import DTYPES, load_lm, max_positions, quieten, weights_sha256
 
 # Largest difference of logits, of those up to 10; in proportion beyond.
@@ -74,7 +71,6 @@ def convert(path: Path, output: Path, options: Options, *, say: Callable[[str], 
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             _write(source, temporary, output.name, options, real_rows=_real_rows(path, options), say=say)
-            readable_alike(temporary)
             for file in temporary.iterdir():
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
@@ -110,14 +106,11 @@ def _write(
     whole = source.model(torch.float32)
     beside = beside_model(source, whole, tokenizer=options.tokenizer)
     model = unpadded(whole, beside.num_ids, dtype=torch.float32)
-    model.config.use_cache = True  # of no use in training, but whoever generates wants it
     if source.first is not None:
         begin_with(model, source.first, eos=model.config.eos_token_id, pad=beside.pad)
     state = cut(whole.state_dict(), model)
     check_space(folder, 2 * sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
     model.save_pretrained(folder, state_dict=state)
-    for file_name, content in beside.files.items():
-        (folder / file_name).write_bytes(content)
     rows = made_up_rows(beside.num_ids, max_positions(whole), padding_id(model))
     for row in real_rows or []:
         if int(row.max()) >= beside.num_ids:
@@ -129,21 +122,13 @@ def _write(
     checks = [*_check_weights(source, folder), *_check_logits(source, folder, rows, num_real=len(real_rows or []))]
     if options.dtype != "fp32":
         checks.append(_cast(source, folder, rows, options.dtype))
-    vocabulary = beside.lines
-    for line in (*vocabulary, *checks):
+    for line in (*beside.lines, *checks):
         say(line)
     card = model_card(
-        name,
-        source,
-        model,
-        dtype=options.dtype,
-        license_name=options.license,
-        vocabulary=vocabulary,
-        checks=checks,
+        name, source, model, dtype=options.dtype, license_name=options.license, vocabulary=beside.lines, checks=checks
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    if source.lineage is not None:
-        write_json(folder / lineage.FILE_NAME, source.lineage | {"weights_sha256": weights_sha256(str(folder))})
+    record = source.lineage and source.lineage | {"weights_sha256": weights_sha256(str(folder))}
+    write_beside(folder, beside.files, card, record)
 
 
 # --- the rows it is compared on ---------------------------------------------------------------------------------

@@ -27,37 +27,22 @@ FIRST_POSITION = PAD + 1  # row of a position table that a row's first token tak
 
 # Options whose other values change the function in a way that no Hugging Face model computes.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
-    "quant_noise_pq": (0,),
-    "quant_noise_scalar": (0,),
-    "adaptive_input": (False,),
-    "char_inputs": (False,),
-    "use_stable_embedding": (False,),
-    "base_layers": (0,),
-    "moe_freq": (0,),
-    "scale_fc": (False,),
-    "scale_attn": (False,),
-    "scale_heads": (False,),
-    "scale_resids": (False,),
+    **dict.fromkeys(("quant_noise_pq", "quant_noise_scalar", "base_layers", "moe_freq"), (0,)),
+    **dict.fromkeys(("adaptive_input", "char_inputs", "use_stable_embedding", "scale_fc"), (False,)),
+    **dict.fromkeys(("scale_attn", "scale_heads", "scale_resids"), (False,)),
 }
 _MUST_BE_GPT = _MUST_BE | {
     "decoder_normalize_before": (True,),
-    "no_decoder_final_norm": (False,),
-    "layernorm_embedding": (False,),
-    "adaptive_softmax_cutoff": ("",),
-    "tie_adaptive_weights": (False,),
-    "tie_adaptive_proj": (False,),
-    "character_embeddings": (False,),
-    "decoder_learned_sinusoidal_pos": (False,),
-    "decoder_layers_to_keep": ("",),
+    **dict.fromkeys(("no_decoder_final_norm", "layernorm_embedding", "tie_adaptive_weights"), (False,)),
+    **dict.fromkeys(("tie_adaptive_proj", "character_embeddings", "decoder_learned_sinusoidal_pos"), (False,)),
+    **dict.fromkeys(("adaptive_softmax_cutoff", "decoder_layers_to_keep"), ("",)),
     "activation_fn": ("gelu", "gelu_accurate", "gelu_fast", "relu", "tanh", "linear", "swish"),
 }
 _MUST_BE_ROBERTA = _MUST_BE | {"encoder_layers_to_keep": ("",), "activation_fn": ("gelu",)}
 # Only in files with `layernorm_embedding`: before, these were no options of RoBERTa.
 _MUST_BE_NEW_ROBERTA = {
-    "encoder_normalize_before": (False,),
-    "layernorm_embedding": (True,),
-    "encoder_learned_pos": (True,),
-    "no_token_positional_embeddings": (False,),
+    **dict.fromkeys(("layernorm_embedding", "encoder_learned_pos"), (True,)),
+    **dict.fromkeys(("encoder_normalize_before", "no_token_positional_embeddings"), (False,)),
 }
 _MOST_POSITIONS = 2**20
 # Options that no tensor shows, which may be given for a file that lacks them.
@@ -142,7 +127,7 @@ class Fairseq:
         """Layers, as the options say; counted in the tensors where they do not."""
         pattern = re.compile(rf"{re.escape(self.body)}\.layers\.(\d+)\.")
         counted = 1 + max((int(m[1]) for name in self.weights if (m := pattern.match(name))), default=-1)
-        said = self.flag("decoder_layers" if self.kind == "gpt" else "encoder_layers", counted)
+        said = self.flag(f"{self.side}_layers", counted)
         return min(said, counted + 1)  # one that is lacking is enough to say
 
     @property
@@ -156,14 +141,14 @@ class Fairseq:
         return self.weights[f"{self.body}.layers.0.fc1.weight"].shape[0]
 
     @property
-    def num_heads(self) -> int:
-        """Attention heads, which no shape shows."""
-        return self.flags[self.heads_flag]
+    def side(self) -> str:
+        """What the options of the layers begin with."""
+        return "decoder" if self.kind == "gpt" else "encoder"
 
     @property
-    def heads_flag(self) -> str:
-        """The option that says how many attention heads there are."""
-        return "decoder_attention_heads" if self.kind == "gpt" else "encoder_attention_heads"
+    def num_heads(self) -> int:
+        """Attention heads, which no shape shows."""
+        return self.flags[f"{self.side}_attention_heads"]
 
     @property
     def num_positions(self) -> int:
@@ -226,7 +211,8 @@ def read_fairseq(path: Path, given: Mapping[str, str] = MappingProxyType({})) ->
     _check_heads_and_sizes(model)
     _check_flags(model)
     _check_tensors(model)
-    _check_known(model)
+    has_table = f"{model.body}.embed_positions.weight" in weights
+    _ = model.scaled, model.activation, has_table or model.has_sinusoids  # refused if the file does not say them
     if (inner := model.flag("activation_dropout", 0.0)) > 0:
         notes.append(f"activation_dropout={inner} has no counterpart; only further training would notice")
     return dataclasses.replace(model, notes=tuple(notes))
@@ -320,87 +306,70 @@ def _training(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_heads_and_sizes(model: Fairseq) -> None:
-    heads = model.flags.get(model.heads_flag)
+    path, heads_flag = model.path, f"{model.side}_attention_heads"
+    heads = model.flags.get(heads_flag)
     if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
-        raise UserError(f"{model.path}: {model.heads_flag}={heads}, and no shape shows the number of attention heads")
+        raise UserError(f"{path}: {heads_flag}={heads}, and no shape shows the number of attention heads")
     name = f"{model.body}.layers.0.fc1.weight"
     if (tensor := model.weights.get(name)) is None or tensor.dim() != 2 or not model.ffn_size or not model.hidden_size:
-        raise UserError(f"{model.path} lacks the matrix {name}; get the file again")
+        raise UserError(f"{path} lacks the matrix {name}; get the file again")
     embedding = model.weights[f"{model.body}.embed_tokens.weight"]
     if embedding.dim() != 2 or model.vocab_size <= FIRST_POSITION:
-        raise UserError(f"{model.path}: {model.body}.embed_tokens.weight is {list(embedding.shape)}, no vocabulary")
-    side = "decoder" if model.kind == "gpt" else "encoder"
-    for flag, found in (
-        (f"{side}_embed_dim", model.hidden_size),
-        (f"{side}_ffn_embed_dim", model.ffn_size),
-    ):
-        if model.flag(flag, found) != found:
-            raise UserError(f"{model.path}: {flag}={model.flags[flag]}, but the tensors have {found}; get a whole file")
+        raise UserError(f"{path}: {model.body}.embed_tokens.weight is {list(embedding.shape)}, no vocabulary")
+    for flag, size in (("embed_dim", model.hidden_size), ("ffn_embed_dim", model.ffn_size)):
+        if (said := model.flag(f"{model.side}_{flag}", size)) != size:
+            raise UserError(f"{path}: {model.side}_{flag}={said}, but the tensors have {size}; get a whole file")
     if model.hidden_size % heads:
-        raise UserError(f"{model.path}: {model.heads_flag}={heads} does not divide the hidden size {model.hidden_size}")
+        raise UserError(f"{path}: {heads_flag}={heads} does not divide the hidden size {model.hidden_size}")
 
 
 def _check_flags(model: Fairseq) -> None:
-    rules = dict(_MUST_BE_GPT if model.kind == "gpt" else _MUST_BE_ROBERTA)
-    if model.kind == "roberta" and f"{model.body}.emb_layer_norm.weight" not in model.weights:
+    path, roberta, positions = model.path, model.kind == "roberta", f"{model.body}.embed_positions.weight"
+    rules = dict(_MUST_BE_ROBERTA if roberta else _MUST_BE_GPT)
+    if roberta and f"{model.body}.emb_layer_norm.weight" not in model.weights:
         rules |= _MUST_BE_NEW_ROBERTA
     for flag, allowed in rules.items():
-        if flag in model.flags and (model.flags[flag] if model.flags[flag] is not None else allowed[0]) not in allowed:
-            raise UserError(
-                f"{model.path} has {flag}={model.flags[flag]}, which no Hugging Face model computes; cannot convert"
-            )
-    if model.kind == "roberta" and f"{model.body}.layer_norm.weight" in model.weights:
-        raise UserError(
-            f"{model.path} is pre-norm (encoder_normalize_before=True), RoBERTa is post-norm; cannot convert"
-        )
-    if model.kind == "gpt":
+        value = model.flags.get(flag)
+        if value is not None and value not in allowed:
+            raise UserError(f"{path} has {flag}={value}, which no Hugging Face model computes; cannot convert")
+    if roberta and f"{model.body}.layer_norm.weight" in model.weights:
+        raise UserError(f"{path} is pre-norm (encoder_normalize_before=True), RoBERTa is post-norm; cannot convert")
+    if not roberta:
         _check_positions_and_output(model)
     if not 0 < model.num_positions <= _MOST_POSITIONS:
-        raise UserError(f"{model.path} has {model.num_positions} positions (max_target_positions); get a whole file")
+        raise UserError(f"{path} has {model.num_positions} positions (max_target_positions); get a whole file")
     for name in ("dropout", "attention_dropout"):
         if not 0 <= model.flag(name, 0.0) <= 1:
-            raise UserError(f"{model.path}: {name}={model.flags[name]} is no probability; get the file again")
-    if model.kind == "gpt" and model.hidden_size < 4:
+            raise UserError(f"{path}: {name}={model.flags[name]} is no probability; get the file again")
+    if not roberta and model.hidden_size < 4:
+        raise UserError(f"{path} has a hidden size of {model.hidden_size}, too small for sinusoids; cannot convert")
+    if positions in model.weights and model.said_positions not in (0, model.num_positions):
         raise UserError(
-            f"{model.path} has a hidden size of {model.hidden_size}, too small for sinusoids; cannot convert"
-        )
-    if f"{model.body}.embed_positions.weight" in model.weights and model.said_positions not in (0, model.num_positions):
-        raise UserError(
-            f"{model.path}: {model.body}.embed_positions.weight has {model.num_positions + FIRST_POSITION} rows, but "
-            f"{model.said_positions} positions need {model.said_positions + FIRST_POSITION}; get a whole file"
+            f"{path}: {positions} has {model.num_positions + FIRST_POSITION} rows, but {model.said_positions} "
+            f"positions need {model.said_positions + FIRST_POSITION}; get a whole file"
         )
 
 
 def _check_positions_and_output(model: Fairseq) -> None:
     """That a GPT's tensors are those of its options."""
+    path, embedding, own = model.path, "decoder.embed_tokens.weight", model.output_weight
     has_table = "decoder.embed_positions.weight" in model.weights
     learned = model.flag("decoder_learned_pos", has_table) and not model.flag("no_token_positional_embeddings", False)
     if learned != has_table:
-        state = "has" if has_table else "lacks"
         raise UserError(
-            f"{model.path} {state} decoder.embed_positions.weight with decoder_learned_pos="
+            f"{path} {'has' if has_table else 'lacks'} decoder.embed_positions.weight with decoder_learned_pos="
             f"{model.flags.get('decoder_learned_pos')}; get a whole file"
         )
-    shared, own = model.flag("share_decoder_input_output_embed", None), model.output_weight
-    if shared is False and own == "decoder.embed_tokens.weight":
-        raise UserError(f"{model.path} lacks decoder.embed_out with share_decoder_input_output_embed=False")
+    shared = model.flag("share_decoder_input_output_embed", None)
+    if shared is False and own == embedding:
+        raise UserError(f"{path} lacks decoder.embed_out with share_decoder_input_output_embed=False")
     if shared and own == "decoder.embed_out":
-        raise UserError(f"{model.path} has decoder.embed_out with share_decoder_input_output_embed=True")
-    if shared and not torch.equal(model.weights[own], model.weights["decoder.embed_tokens.weight"]):
-        raise UserError(f"{model.path}: {own} is not the embedding, with share_decoder_input_output_embed=True")
+        raise UserError(f"{path} has decoder.embed_out with share_decoder_input_output_embed=True")
+    if shared and not torch.equal(model.weights[own], model.weights[embedding]):
+        raise UserError(f"{path}: {own} is not the embedding, with share_decoder_input_output_embed=True")
     size = model.flag("output_dictionary_size", -1)
     if 0 < size != model.vocab_size:
-        raise UserError(
-            f"{model.path} has output_dictionary_size={size} and {model.vocab_size} embeddings; cannot convert"
-        )
-
-
-def _check_known(model: Fairseq) -> None:
-    """That the file says whatever no tensor shows."""
-    assert isinstance(model.scaled, bool)
-    assert model.activation
-    if model.kind == "gpt" and "decoder.embed_positions.weight" not in model.weights:
-        assert isinstance(model.has_sinusoids, bool)
+        raise UserError(f"{path} has output_dictionary_size={size} and {model.vocab_size} embeddings; cannot convert")
 
 
 def expected_shapes(model: Fairseq) -> dict[str, tuple[int, ...]]:

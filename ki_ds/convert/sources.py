@@ -25,11 +25,11 @@ from ki_ds.config import Task
 from ki_ds.convert import direct, zero
 from ki_ds.convert.fairseq import Fairseq, read_fairseq
 from ki_ds.convert.fairseq_to_hf import first_token, to_hf
-from ki_ds.convert.unpadded import LARGEST_PADDING
 from ki_ds.errors import UserError
 from ki_ds.files import file_sha256, read_json
 from ki_ds.models.presets import lm_of, load_lm, model_folder, read_config, weights_sha256
 
+LARGEST_PADDING = 1024  # rows of an embedding beyond the tokenizer's ids that can still be padding
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
@@ -73,6 +73,11 @@ class Source:
     def sha256(self) -> dict[str, str]:
         """Hash of each file by its name."""
         return {path.name: file_sha256(path) for path in self.files}
+
+
+def known(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the facts that have a value."""
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def open_source(
@@ -137,31 +142,27 @@ def _of_fairseq(path: Path, dictionary: Path | None, options: Mapping[str, str])
     )
 
 
+_PLAIN_LOSSES = ("masked_lm", "cross_entropy")
+_TRAINING_FLAGS = (
+    *("max_update", "lr", "max_sentences", "batch_size", "update_freq", "distributed_world_size"),
+    *("tokens_per_sample", "sample_break_mode", "mask_prob", "dropout", "weight_decay", "seed", "criterion"),
+)
+
+
 def _fairseq_facts(model: Fairseq) -> dict[str, Any]:
     flags, training = model.flags, model.training
     facts: dict[str, Any] = {"updates": training.get("num_updates"), "epoch": training.get("epoch")}
-    names: tuple[str, ...] = (
-        "max_update",
-        "lr",
-        "max_sentences",
-        "batch_size",
-        "update_freq",
-        "distributed_world_size",
-    )
-    names += ("tokens_per_sample", "sample_break_mode", "mask_prob", "dropout", "weight_decay", "seed", "criterion")
-    facts |= {name: flags.get(name) for name in names}
+    facts |= {name: flags.get(name) for name in _TRAINING_FLAGS}
     facts["data"] = Path(str(flags["data"])).name if flags.get("data") else None
     if "distil" in str(flags.get("criterion")) or "distil" in str(flags.get("task")):
-        facts |= {"taught by": flags.get("arch_distil_from")}
+        facts["taught by"] = flags.get("arch_distil_from")
         facts |= {name: flags.get(name) for name in ("temperature_distil", "max_update_distil")}
     elif isinstance(best := training.get("best"), int | float) and flags.get("criterion") in _PLAIN_LOSSES:
         facts["best validation perplexity"] = f"{2**best:.2f}"  # fairseq notes bits
     if training.get("best") is not None:
         facts["best validation loss"] = f"{training['best']:.4f} (bits, as noted)"
-    return {name: value for name, value in facts.items() if value is not None}
+    return known(facts)
 
-
-_PLAIN_LOSSES = ("masked_lm", "cross_entropy")
 
 # --- ours -------------------------------------------------------------------------------------------------------
 
@@ -205,7 +206,7 @@ def _of_hf(folder: Path, run_dir: Path, what: str, facts: dict[str, Any]) -> Sou
         model=lambda dtype: load_lm(str(folder), task, dtype, what="INPUT").eval(),
         weights={name: tensor.float() for name, tensor in weights.items()},
         first=_first(hf_config) if task == "causal" else None,
-        facts={name: value for name, value in facts.items() if value is not None},
+        facts=known(facts),
         lineage=lineage.read(folder, weights_sha256(str(folder))),
         tokenizer_dir=folder if any((folder / name).exists() for name in TOKENIZER_FILES) else None,
         dictionary=folder / "dict.txt" if (folder / "dict.txt").is_file() else None,

@@ -1,22 +1,28 @@
-"""Models compared on downstream tasks: a grid of settings, several seeds, baselines beside them, one table."""
+"""Models, or a run's checkpoints, compared on downstream tasks (Tables 1 and 5, Figure 6).
+
+A grid of settings, several seeds, and baselines beside them.
+"""
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
-from ki_ds.checkpoints.checkpoint import claimed
+from ki_ds.checkpoints.checkpoint import claimed, damage
+from ki_ds.errors import UserError
 from ki_ds.evaluation.finetune import RANDOM, Candidate, Outcome
 from ki_ds.evaluation.scores import METRICS, Spread, score, simplest_guess
-from ki_ds.evaluation.tasks import GLUE, Grid, Settings, TaskData
+from ki_ds.evaluation.tasks import Grid, Settings, TaskData
 from ki_ds.evaluation.trials import Trial, run_trials
-from ki_ds.files import write_json
+from ki_ds.files import write_atomically, write_json
+from ki_ds.reports.figures import draw_scores, png_bytes
 
 MAJORITY = "majority class"
 
@@ -50,14 +56,12 @@ class Row:
         scores = {
             part: {
                 metric: {"mean": spread.mean, "std": spread.std, "values": list(spread.values)}
-                for metric, spread in found.items()
+                for metric, spread in of_part.items()
             }
-            for part, found in self.scores.items()
+            for part, of_part in self.scores.items()
         }
-        figures = {"seconds": self.seconds, "num_parameters": self.num_parameters, "share_cut": self.share_cut}
-        settings = self.settings.as_dict() if self.settings else None
-        names = {"model": self.model, "data": self.data, "settings": settings, "seeds": list(self.seeds)}
-        return {**names, "scores": scores, **figures}
+        settings = asdict(self.settings) if self.settings else None
+        return vars(self) | {"settings": settings, "seeds": list(self.seeds), "scores": scores}
 
 
 def evaluate(
@@ -192,28 +196,157 @@ def _table(rows: Sequence[Row], data: TaskData) -> Table:
     return shown
 
 
+def main_scores(rows: Sequence[Row], sets: Sequence[TaskData], model: str) -> list[Spread]:
+    """A model's scores that stand for each set."""
+    of_model = {row.data: row for row in rows if row.model == model}
+    return [of_model[data.name].scores[data.scored_part][data.metrics[0]] for data in sets]
+
+
 def _title(data: TaskData) -> str:
-    name = GLUE[data.name].title if data.name in GLUE else data.name
     sizes = ", ".join(f"{len(examples):,} {part}" for part, examples in data.parts.items())
     chosen = "the validation part" if data.scored_part == "test" else "it, as in the paper"
-    return f"{name} ({sizes}); {data.scored_part} is scored, epoch and settings are chosen on {chosen}"
+    return f"{data.title} ({sizes}); {data.scored_part} is scored, epoch and settings are chosen on {chosen}"
 
 
 def _overview(rows: Sequence[Row], sets: Sequence[TaskData]) -> Table:
     """The first score of each set, and the mean over the sets (Tables 1 and 5)."""
     shown = Table("model", box=None)
     for data in sets:
-        name = GLUE[data.name].title if data.name in GLUE else data.name
-        shown.add_column(f"{name}\n{METRICS[data.metrics[0]]}", justify="right", no_wrap=True)
+        shown.add_column(f"{data.title}\n{METRICS[data.metrics[0]]}", justify="right", no_wrap=True)
     shown.add_column("mean", justify="right")
     for model in dict.fromkeys(row.model for row in rows):
-        found = {row.data: row.scores[data_of(sets, row.data).scored_part] for row in rows if row.model == model}
-        spreads = [found[data.name][data.metrics[0]] for data in sets]
+        spreads = main_scores(rows, sets, model)
         mean = statistics.fmean(spread.mean for spread in spreads)
         shown.add_row(model, *map(str, spreads), f"{100 * mean:.1f}")
     return shown
 
 
-def data_of(sets: Sequence[TaskData], name: str) -> TaskData:
-    """The set of a name."""
-    return next(data for data in sets if data.name == name)
+# --- scores against steps ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's scores along its training, or a baseline's single one (no steps).
+
+    Args:
+        points: step -> spread over the seeds; of several sets the mean of each seed's scores.
+    """
+
+    name: str
+    points: dict[int, Spread]
+
+
+def checkpoints(run: str) -> list[tuple[int, Path]]:
+    """The steps of a run and the Hugging Face folders of its checkpoints, oldest first.
+
+    Raises:
+        UserError: it is no run, or has no checkpoint, or one is damaged.
+    """
+    root = Path(run)
+    if not (root / "run.json").exists():
+        raise UserError(f"{run} is no run of ours, whose checkpoints could be compared; name its folder")
+    found = []
+    for folder in sorted((root / "checkpoints").glob("step_*")):
+        match = re.fullmatch(r"step_(\d+)", folder.name)
+        if match is not None and folder.is_dir():
+            if (what := damage(folder)) is not None:
+                raise UserError(f"{folder} is damaged: {what}; remove it, or restore it")
+            found.append((int(match[1]), folder))
+    if not found:
+        raise UserError(
+            f"{run} has no checkpoint yet; train it, with train.keep_checkpoints for as many as you compare"
+        )
+    return found
+
+
+def evaluate_along(
+    runs: Sequence[str],
+    sets: Sequence[TaskData],
+    grid: Grid,
+    out: Path,
+    *,
+    num_seeds: int | None = None,
+    tokenizer: str | None = None,
+    places: Sequence[str] | None = None,
+    show_progress: bool = True,
+) -> list[Curve]:
+    """A curve for each run, then the baselines; `along.json` and `along.png` in `out` hold them.
+
+    Every checkpoint is evaluated as `downstream.evaluate` does. Where a set is repeated more often than another, the
+    mean over the sets is that of the seeds that all of them have.
+
+    Raises:
+        UserError: see `checkpoints` and `downstream.evaluate`.
+    """
+    names = [Path(run).resolve().name for run in runs]
+    names = [run if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
+    candidates: dict[tuple[str, int], Candidate] = {}
+    for run, name in zip(runs, names, strict=True):
+        for step, folder in checkpoints(run):
+            found = Candidate.find(str(folder), tokenizer=tokenizer)
+            candidates[name, step] = replace(found, name=f"{name}, step {step}")
+    rows = evaluate(
+        [*candidates.values()], sets, grid, out, num_seeds=num_seeds, places=places, show_progress=show_progress
+    )
+    curves = []
+    for name in names:
+        of_run = {step: candidate.name for (run, step), candidate in candidates.items() if run == name}
+        curves.append(Curve(name, {step: _mean_over_sets(rows, sets, model) for step, model in of_run.items()}))
+    for name in dict.fromkeys(row.model for row in rows if _is_baseline(row.model)):
+        curves.append(Curve(name, {0: _mean_over_sets(rows, sets, name)}))
+    points = {
+        curve.name: [{"step": s, "mean": p.mean, "std": p.std, "values": p.values} for s, p in curve.points.items()]
+        for curve in curves
+    }
+    write_json(out / "along.json", {"score": score_name(sets), "curves": points})
+    figure = draw_scores({c.name: [(s, p.mean, p.std) for s, p in c.points.items()] for c in curves}, score_name(sets))
+    write_atomically(out / "along.png", png_bytes(figure))
+    return curves
+
+
+def _mean_over_sets(rows: Sequence[Row], sets: Sequence[TaskData], model: str) -> Spread:
+    by_seed = zip(*(spread.values for spread in main_scores(rows, sets, model)), strict=False)
+    return Spread(tuple(map(statistics.fmean, by_seed)))
+
+
+def _is_baseline(name: str) -> bool:
+    return name.startswith((RANDOM, MAJORITY))
+
+
+def score_name(sets: Sequence[TaskData]) -> str:
+    """What the curves show."""
+    if len(sets) > 1:
+        return f"mean of {len(sets)} tasks"
+    return f"{sets[0].title}, {METRICS[sets[0].metrics[0]]} ({sets[0].scored_part})"
+
+
+def curve_table(curves: Sequence[Curve], sets: Sequence[TaskData]) -> Table:
+    """A row a step, a column a run; the baselines and what was reached when below."""
+    shown = Table("step", box=None, caption=score_name(sets), caption_justify="left")
+    runs = [curve for curve in curves if not _is_baseline(curve.name)]
+    for curve in runs:
+        shown.add_column(curve.name, justify="right", no_wrap=True)
+    for step in sorted({step for curve in runs for step in curve.points}):
+        shown.add_row(f"{step:,}", *(str(curve.points.get(step, "")) for curve in runs))
+    for curve in curves[len(runs) :]:
+        shown.add_row(curve.name, *[str(curve.points[0])] * len(runs))
+    return shown
+
+
+def reached(curves: Sequence[Curve]) -> list[str]:
+    """For each run but the first, a line with the first of its steps that has the first run's last score."""
+    runs = [curve for curve in curves if not _is_baseline(curve.name)]
+    first = runs[0]
+    last = max(first.points)
+    target = first.points[last].mean
+    lines = []
+    for curve in runs[1:]:
+        step = next((s for s in sorted(curve.points) if curve.points[s].mean >= target), None)
+        if step is None:
+            lines.append(f"{curve.name} does not reach {first.name}'s {100 * target:.1f} of step {last:,}")
+        else:
+            lines.append(
+                f"{curve.name} reaches {first.name}'s {100 * target:.1f} of step {last:,} at step {step:,} "
+                f"({step / last - 1:+.1%}), as far as its checkpoints tell"
+            )
+    return lines

@@ -152,7 +152,11 @@ def fine_tune(
     try:
         with write_errors_are_one_line(scratch):
             trainer.train()
-        scores = {name: _scores(trainer, part, data) for name, part in parts.items() if name != "train"}
+        scores = {}
+        for name, part in parts.items():
+            if name != "train":
+                prediction: Any = trainer.predict(part)  # type: ignore[arg-type]
+                scores[name] = all_scores(data, prediction.predictions, prediction.label_ids)
     except torch.OutOfMemoryError:
         raise UserError(
             f"{settings.micro_batch_size} examples of {limit} tokens of {candidate.name} exceed the memory of the "
@@ -228,14 +232,17 @@ class _Encoder:
 
     def __call__(self, examples: list[Example]) -> list[dict[str, Any]]:
         """Rows with input_ids, attention_mask and labels."""
-        texts: list[Any] = [self._texts(example) for example in examples]
+        texts: list[Any] = [
+            example.text if example.pair is None else (example.text, self.separator + example.pair)
+            for example in examples
+        ]
         encoded = self.tokenizer(texts, truncation=False, return_token_type_ids=self.types, verbose=False)
         lengths = [len(ids) for ids in encoded.input_ids]
         self.num_cut += sum(length > self.limit for length in lengths)
         self.num_encoded += len(lengths)
         if max(lengths) > self.limit:
             encoded = self.tokenizer(
-                *(texts, None) if isinstance(texts[0], str) else ([t[0] for t in texts], [t[1] for t in texts]),
+                *(texts, None) if isinstance(texts[0], str) else map(list, zip(*texts, strict=True)),
                 truncation=True,
                 max_length=self.limit,
                 return_token_type_ids=self.types,
@@ -244,11 +251,6 @@ class _Encoder:
         return [
             {name: encoded[name][i] for name in names} | {"labels": example.label} for i, example in enumerate(examples)
         ]
-
-    def _texts(self, example: Example) -> str | tuple[str, str]:
-        if example.pair is None:
-            return example.text
-        return example.text, self.separator + example.pair
 
 
 def _sampled(examples: list[Example], part: str, settings: Settings) -> list[Example]:
@@ -321,9 +323,6 @@ def _trainer(
         total = objective(outputs.logits, labels, graded=data.is_graded)
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
-    def metrics(prediction: transformers.EvalPrediction) -> dict[str, float]:
-        return all_scores(data, prediction.predictions, prediction.label_ids)
-
     trainer = transformers.Trainer(
         model,
         arguments,
@@ -331,7 +330,7 @@ def _trainer(
         train_dataset=parts["train"],
         eval_dataset=parts["valid"],
         compute_loss_func=loss,
-        compute_metrics=metrics,
+        compute_metrics=lambda prediction: all_scores(data, prediction.predictions, prediction.label_ids),
         preprocess_logits_for_metrics=lambda logits, _labels: logits[0] if isinstance(logits, tuple) else logits,
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -351,13 +350,8 @@ def all_scores(data: TaskData, logits_NC: Any, labels_N: Any) -> dict[str, float
     return {metric: score(metric, predicted.tolist(), labels_N.tolist()) for metric in data.metrics}
 
 
-def _scores(trainer: transformers.Trainer, part: list[dict[str, Any]], data: TaskData) -> dict[str, float]:
-    found = trainer.predict(part)  # type: ignore[arg-type]
-    return all_scores(data, found.predictions, found.label_ids)
-
-
 class _Steps(transformers.TrainerCallback):
-    """Passes on how far the training is."""
+    """Passes on the share of updates that are done."""
 
     def __init__(self, on_step: Callable[[float], None]):
         self.on_step = on_step

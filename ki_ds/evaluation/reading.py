@@ -5,6 +5,7 @@ GLUE's own TSV files with those of the tasks' first releases; JSON lines; PubMed
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -49,19 +50,18 @@ def read_glue(name: str, data: str) -> TaskData:
     if data == HUB:
         return _from_hub(name, task)
     folder = _glue_folder(name, task, Path(data))
-    parts, notes = {}, []
+    parts: dict[str, list[Example]] = {}
+    notes: list[str] = []
     for part in _GLUE_FILES:
         files = _files_of(folder, _GLUE_FILES[part])
         if not files and part in ("train", "valid"):
             wanted = ", ".join(" and ".join(names) for names in _GLUE_FILES[part])
             raise UserError(f"{folder} has no {part} part of {task.title} ({wanted}); complete it")
-        found: list[Example] = []
+        parts[part] = []
         for file in files:
             examples, note = _read_tsv(file, task, may_lack_labels=part == "test")
-            found += examples
+            parts[part] += examples
             notes += [note] if note else []
-        if found or part in ("train", "valid"):
-            parts[part] = found
     return _checked(TaskData(name, task.labels, task.metrics, parts, task.seeds, tuple(notes)), str(folder))
 
 
@@ -200,7 +200,15 @@ def read_set(data: str, metric: str | None = None) -> TaskData:
         named = _read_pubmedqa(folder)
         metrics = set_metrics(name, metric or "accuracy")
     else:
-        named = {part: list(_read_jsonl(path)) for part, path in _set_files(folder).items()}
+        named = {}
+        for part, names in _SET_FILES.items():
+            path = next((folder / file for file in names if (folder / file).is_file()), None)
+            if path is not None:
+                named[part] = list(_read_jsonl(path))
+            elif part != "test":
+                raise UserError(
+                    f"{folder} has no {names[0]}; a set needs train.jsonl and dev.jsonl, and may have test.jsonl"
+                )
         metrics = set_metrics(name, metric)
     labels = tuple(sorted({label for _, _, _, label in named["train"]}))
     if len(labels) == 1:
@@ -215,28 +223,21 @@ def read_set(data: str, metric: str | None = None) -> TaskData:
 _Row = tuple[str, str, str | None, str]  # where it stands, text, second text, label
 
 
-def _set_files(folder: Path) -> dict[str, Path]:
-    found = {}
-    for part, names in _SET_FILES.items():
-        path = next((folder / name for name in names if (folder / name).is_file()), None)
-        if path is not None:
-            found[part] = path
-        elif part != "test":
-            raise UserError(
-                f"{folder} has no {names[0]}; a set needs train.jsonl and dev.jsonl, and may have test.jsonl"
-            )
-    return found
-
-
 def _read_jsonl(path: Path) -> Iterator[_Row]:
     for number, line in enumerate(_text(path).split("\n"), 1):
-        if line.strip():
-            where = f"{path} line {number}"
-            row = _parsed(line, where)
-            text, pair, label = (_field(row, name, where) for name in ("text", "text_pair", "label"))
-            if text is None or label is None:
-                raise UserError(f"{where} has no {'text' if text is None else 'label'!r}; mend it")
-            yield where, text, pair, label
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        row = _parsed(line, where)
+        if isinstance(row.get("label"), int):
+            row["label"] = str(row["label"])
+        fields: Any = [row.get(name) for name in ("text", "text_pair", "label")]
+        for name, value in zip(("text", "text_pair", "label"), fields, strict=True):
+            if value is not None and not isinstance(value, str):
+                raise UserError(f"{where}: {name}={str(value)[:40]!r} is a {type(value).__name__}, not text; mend it")
+            if value is None and name != "text_pair":
+                raise UserError(f"{where} has no {name!r}; mend it")
+        yield where, *fields
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:
@@ -246,15 +247,6 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where} is no JSON ({error}); mend it") from None
     if not isinstance(value, dict):
         raise UserError(f"{where} is a {type(value).__name__}, not an object with text and label; mend it")
-    return value
-
-
-def _field(row: dict[str, Any], name: str, where: str) -> str | None:
-    value = row.get(name)
-    if name == "label" and isinstance(value, int):
-        value = str(value)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: {name}={str(value)[:40]!r} is a {type(value).__name__}, not text; mend it")
     return value
 
 
@@ -276,6 +268,7 @@ def _read_pubmedqa(folder: Path) -> dict[str, list[_Row]]:
 
 
 def _checked(data: TaskData, where: str) -> TaskData:
+    """The set without its empty parts. UserError: it has nothing to learn from or to choose on, or an empty text."""
     for part in ("train", "valid"):
         if not data.parts.get(part):
             raise UserError(f"{where}: the {part} part of {data.name} is empty; give it examples")
@@ -283,4 +276,4 @@ def _checked(data: TaskData, where: str) -> TaskData:
     for part, examples in parts.items():
         if any(not (example.text or example.pair) for example in examples):
             raise UserError(f"{where}: the {part} part of {data.name} has an example without text; mend it")
-    return TaskData(data.name, data.labels, data.metrics, parts, data.seeds, data.notes)
+    return dataclasses.replace(data, parts=parts)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from ki_ds.evaluation.scores import GRADED
 
@@ -40,6 +40,11 @@ class TaskData:
     parts: dict[str, list[Example]]
     seeds: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The usual name of a task of GLUE; another set's own."""
+        return GLUE[self.name].title if self.name in GLUE else self.name
 
     @property
     def is_graded(self) -> bool:
@@ -86,39 +91,45 @@ class GlueTask:
     hub_columns: tuple[str, str] | None = None
 
 
-_ENTAILS = ("not_entailment", "entailment")
+_YES_NO, _ENTAILS = ("0", "1"), ("not_entailment", "entailment")
+_MNLI, _PAIR = ("entailment", "neutral", "contradiction"), ("sentence1", "sentence2")
+_SENTENCE = ("sentence", "", "label")
 GLUE: dict[str, GlueTask] = {
-    "cola": GlueTask(
-        "CoLA", ("0", "1"), ("matthews",), ("sentence", "", "label"), ("CoLA", "cola"), positions=(3, -1, 1)
-    ),
-    "sst2": GlueTask(
-        "SST-2", ("0", "1"), ("accuracy",), ("sentence", "", "label"), ("SST-2", "sst2", "sst2_glue", "sst-2")
-    ),
+    "cola": GlueTask("CoLA", _YES_NO, ("matthews",), _SENTENCE, ("CoLA", "cola"), positions=(3, -1, 1)),
+    "sst2": GlueTask("SST-2", _YES_NO, ("accuracy",), _SENTENCE, ("SST-2", "sst2", "sst2_glue", "sst-2")),
     "mrpc": GlueTask(
-        *("MRPC", ("0", "1"), ("accuracy", "f1"), ("#1 String", "#2 String", "Quality"), ("MRPC", "mrpc")),
-        hub_columns=("sentence1", "sentence2"),
+        "MRPC", _YES_NO, ("accuracy", "f1"), ("#1 String", "#2 String", "Quality"), ("MRPC", "mrpc"), hub_columns=_PAIR
     ),
     "stsb": GlueTask(
-        *("STS-B", None, ("pearson", "spearman"), ("sentence1", "sentence2", "score")),
-        folders=("STS-B", "stsb", "sts", "sts-b"),
+        "STS-B",
+        None,
+        ("pearson", "spearman"),
+        (*_PAIR, "score"),
+        ("STS-B", "stsb", "sts", "sts-b"),
         positions=(1, 2, 0),
     ),
     "qqp": GlueTask(
-        *("QQP", ("0", "1"), ("accuracy", "f1"), ("question1", "question2", "is_duplicate"), ("QQP", "qqp")),
+        "QQP",
+        _YES_NO,
+        ("accuracy", "f1"),
+        ("question1", "question2", "is_duplicate"),
+        ("QQP", "qqp"),
         seeds=3,
         skips_short_rows=True,
     ),
     "mnli": GlueTask(
-        *("MNLI", ("entailment", "neutral", "contradiction"), ("accuracy",)),
-        columns=("sentence1", "sentence2", "gold_label"),
-        folders=("MNLI", "mnli"),
+        "MNLI",
+        _MNLI,
+        ("accuracy",),
+        (*_PAIR, "gold_label"),
+        ("MNLI", "mnli"),
         seeds=3,
         hub_columns=("premise", "hypothesis"),
     ),
     "qnli": GlueTask(
-        *("QNLI", _ENTAILS, ("accuracy",), ("question", "sentence", "label"), ("QNLI", "qnli", "QNLIv2")), seeds=3
+        "QNLI", _ENTAILS, ("accuracy",), ("question", "sentence", "label"), ("QNLI", "qnli", "QNLIv2"), seeds=3
     ),
-    "rte": GlueTask("RTE", _ENTAILS, ("accuracy",), ("sentence1", "sentence2", "label"), ("RTE", "rte", "rte_glue")),
+    "rte": GlueTask("RTE", _ENTAILS, ("accuracy",), (*_PAIR, "label"), ("RTE", "rte", "rte_glue")),
 }
 
 # What Gururangan et al. (2020) score, whom the paper follows: micro F1 for ChemProt, macro F1 elsewhere.
@@ -157,10 +168,6 @@ class Settings:
     max_train_samples: int | None = None
     micro_batch_size: int = 32
     precision: str = "fp32"
-
-    def as_dict(self) -> dict[str, object]:
-        """By name, for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

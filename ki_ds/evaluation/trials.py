@@ -46,7 +46,7 @@ class Trial:
             "architecture": self.candidate.architecture,
             "weights": self.candidate.weights,
             "data": {"name": self.data_name, "sha256": self.data_sha256},
-            "settings": self.settings.as_dict(),
+            "settings": asdict(self.settings),
             "seed": self.seed,
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }
@@ -80,21 +80,18 @@ def run_trials(
     Raises:
         UserError: a trial cannot be done, or a result is damaged. Finished trials stay.
     """
-    found: dict[Trial, Outcome] = {}
-    for trial in trials:
-        if (path := _path(out, trial)).exists():
-            found[trial] = _read(path)
-    left = [trial for trial in trials if trial not in found]
+    outcomes = {trial: _read(path) for trial in trials if (path := _path(out, trial)).exists()}
+    left = [trial for trial in trials if trial not in outcomes]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     for unfinished in out.glob(".*.tmp"):  # of a process that was killed
         shutil.rmtree(unfinished)
     with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
-        bar = progress.add_task("fine-tuning", total=len(trials), completed=len(found))
+        bar = progress.add_task("fine-tuning", total=len(trials), completed=len(outcomes))
 
         def finished(trial: Trial, outcome: Outcome) -> None:
-            found[trial] = outcome
+            outcomes[trial] = outcome
             write_json(_path(out, trial), trial.facts | {"name": trial.candidate.name, "outcome": asdict(outcome)})
-            progress.update(bar, completed=len(found), description=_what(trial))
+            progress.update(bar, completed=len(outcomes), description=_what(trial))
 
         if left:
             (out / "results").mkdir(parents=True, exist_ok=True)
@@ -102,11 +99,11 @@ def run_trials(
             if len(places) == 1:
                 for trial in left:
                     progress.update(bar, description=_what(trial))
-                    moved = lambda share: progress.update(bar, completed=len(found) + share)  # noqa: E731
+                    moved = lambda share: progress.update(bar, completed=len(outcomes) + share)  # noqa: E731
                     finished(trial, _run(trial, sets[trial.data_sha256], out, places[0].partition(":")[0], moved))
             else:
                 _side_by_side(left, sets, out, places[: len(left)], finished)
-    return found
+    return outcomes
 
 
 def _what(trial: Trial) -> str:
@@ -130,13 +127,7 @@ def _run(trial: Trial, data: TaskData, out: Path, device: str, on_step: Callable
     scratch = out / f".{trial.key}.tmp"
     try:
         return fine_tune(
-            trial.candidate,
-            data,
-            trial.settings,
-            seed=trial.seed,
-            scratch=scratch,
-            device=device,
-            on_step=on_step,
+            trial.candidate, data, trial.settings, seed=trial.seed, scratch=scratch, device=device, on_step=on_step
         )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -200,6 +200,8 @@ def _check_numbers(objective: Objective, rows: Tensor) -> None:
         raise UserError(f"tau={tau} is not positive; the paper's temperature is 2.0")
     if not 0.0 <= label_smoothing < 1.0:
         raise UserError(f"label_smoothing={label_smoothing} is outside [0, 1)")
+    if not 0.0 <= objective.z_weight < math.inf:
+        raise UserError(f"z_weight={objective.z_weight} must be a finite number that is not negative")
 
 
 def _check_float(name: str, tensor: Tensor) -> None:

@@ -81,7 +81,8 @@ def _empty_terms(student_NV: Tensor, task: RowTask, *, has_teacher: bool, has_lo
     ce_N = student_NV.new_empty(student_NV.shape[0], dtype=compute_dtype(student_NV))
     smooth_ce_N = torch.empty_like(ce_N) if task.label_smoothing else ce_N
     kl_N = torch.empty_like(ce_N) if has_teacher else None
-    return RowTerms(ce_N, smooth_ce_N, kl_N, torch.empty_like(ce_N) if has_logits else None)
+    teacher_ce_N = torch.empty_like(ce_N) if has_logits else None
+    return RowTerms(ce_N, smooth_ce_N, kl_N, teacher_ce_N, torch.empty_like(ce_N) if task.z_weight else None)
 
 
 class _Softmax(NamedTuple):
@@ -133,7 +134,7 @@ class _Block:
         plain = _softmax(self.logits_RC, 1.0)
         self.lse_R1 = plain.lse
         if self.grad_RV is not None:
-            self._write(torch.mul(plain.prob, self.scale, out=self.target_RC), self.scale)
+            self._write(torch.mul(plain.prob, self._plain_weight(self.scale), out=self.target_RC), self.scale)
 
     def dense(self, teacher_RV: Tensor) -> None:
         task = self.task
@@ -153,10 +154,10 @@ class _Block:
             return
         ce_weight, kl_weight = (1 - task.alpha) * self.scale, task.alpha * task.tau * self.scale
         if plain is None:  # p^2 ce_weight / sum p^2 + p kl_weight
-            grad_RC = torch.mul(student.prob, ce_weight / squares_R1, out=gap_RC)
+            grad_RC = torch.mul(student.prob, self._plain_weight(ce_weight) / squares_R1, out=gap_RC)
             grad_RC.add_(kl_weight).mul_(student.prob)
         else:
-            grad_RC = plain.prob.mul_(ce_weight).add_(student.prob.mul_(kl_weight))
+            grad_RC = plain.prob.mul_(self._plain_weight(ce_weight)).add_(student.prob.mul_(kl_weight))
         self._write(torch.sub(grad_RC, teacher.prob.mul_(kl_weight), out=self.target_RC), ce_weight)
 
     def topk(self, ids_RK: Tensor, probs_RK: Tensor) -> None:
@@ -166,11 +167,18 @@ class _Block:
         if self.grad_RV is None:
             return
         ce_weight, kl_weight = (1 - task.alpha) * self.scale, task.alpha * task.tau * self.scale
-        grad_RC = entry.rest_gradient(ce_weight, kl_weight)  # 0 on the entries
-        entries_RK = ce_weight * (entry.logits_RK - self.lse_R1).exp()
+        plain_weight = self._plain_weight(ce_weight)
+        grad_RC = entry.rest_gradient(plain_weight, kl_weight)  # 0 on the entries
+        entries_RK = plain_weight * (entry.logits_RK - self.lse_R1).exp()
         entries_RK = entries_RK + kl_weight * (entry.mass_R1 * entry.student_RK - entry.probs_RK)
         grad_RC.scatter_add_(1, entry.ids_RK, torch.where(entry.present_RK, entries_RK, 0.0))
         self._write(grad_RC, ce_weight)
+
+    def _plain_weight(self, ce_weight: float | Tensor) -> float | Tensor:
+        """What the softmax at 1 is multiplied by in the gradient: the cross-entropy's weight and 2 z_weight lse."""
+        if not self.task.z_weight:
+            return ce_weight
+        return ce_weight + 2.0 * self.task.z_weight * self.scale * self.lse_R1
 
     def _plain_lse(self, soft: _Softmax, logits_RC: Tensor) -> Tensor:
         """The log-sum-exp at 1 of logits whose softmax at tau is known."""
@@ -210,6 +218,8 @@ class _Block:
             terms.smooth_ce_N[rows] = self._kept((1 - task.label_smoothing) * ce_R1 + on_others * others_R1)
         if terms.kl_N is not None:
             terms.kl_N[rows] = self._kept(self.kl_R1)
+        if terms.z_N is not None:
+            terms.z_N[rows] = self._kept(task.z_weight * self.lse_R1.square())
         if terms.teacher_ce_N is not None:
             terms.teacher_ce_N[rows] = self._kept(self.teacher_ce_R1)
 

@@ -28,6 +28,7 @@ class Objective:
         alpha: weight of the teacher in [0, 1], a float or a 0-d tensor (a device tensor costs no host sync).
         tau: temperature of both softmaxes in the KL.
         label_smoothing: e in [0, 1).
+        z_weight: of logsumexp(z_s)^2 in each row (z-loss, as in PaLM and OLMo), whatever alpha is; at least 0.
         ignore_index: the label of rows that count nowhere.
     """
 
@@ -35,6 +36,7 @@ class Objective:
     alpha: float | Tensor = 0.0
     tau: float = 2.0
     label_smoothing: float = 0.0
+    z_weight: float = 0.0
     ignore_index: int = -100
 
     def uses_teacher(self) -> bool:
@@ -47,7 +49,9 @@ class Objective:
     ) -> Objective:
         """The objective of a run's configuration; an evaluation has nothing that only helps training."""
         objective = cls(num_classes=num_classes, alpha=alpha, tau=tau)
-        return replace(objective, label_smoothing=config.label_smoothing) if training else objective
+        if not training:
+            return objective
+        return replace(objective, label_smoothing=config.label_smoothing, z_weight=config.z_weight)
 
 
 class ObjectiveOptions(TypedDict, total=False):
@@ -57,6 +61,7 @@ class ObjectiveOptions(TypedDict, total=False):
     alpha: float | Tensor
     tau: float
     label_smoothing: float
+    z_weight: float
     ignore_index: int
 
 
@@ -83,6 +88,7 @@ class RowTerms(NamedTuple):
     smooth_ce_N: Tensor  # the same tensor as ce_N without label smoothing
     kl_N: Tensor | None = None  # None: no teacher was asked
     teacher_ce_N: Tensor | None = None  # of the teacher's softmax at 1; None: it gave entries only
+    z_N: Tensor | None = None  # z_weight lse^2; None: z_weight is 0
 
 
 class RowSums(NamedTuple):
@@ -116,6 +122,8 @@ def sum_rows(terms: RowTerms, task: RowTask, row_weights_N: Tensor | None) -> Ro
         loss_N = loss_N + task.alpha * task.tau**2 * terms.kl_N
         kl = terms.kl_N.sum()
         teacher_ce = terms.ce_N.new_full((), math.nan) if terms.teacher_ce_N is None else terms.teacher_ce_N.sum()
+    if terms.z_N is not None:
+        loss_N = loss_N + terms.z_N
     if row_weights_N is not None:
         loss_N = loss_N * row_weights_N
     return RowSums(loss_N.sum(), terms.ce_N.sum(), kl, teacher_ce)

@@ -46,8 +46,9 @@ def dense_rows(
     smooth_ce_N = torch.empty_like(ce_N) if task.label_smoothing else ce_N
     kl_N = torch.empty_like(ce_N) if has_teacher else None
     teacher_ce_N = torch.empty_like(ce_N) if has_teacher else None
+    z_N = torch.empty_like(ce_N) if task.z_weight else None
     if num_rows == 0:
-        return RowTerms(ce_N, smooth_ce_N, kl_N, teacher_ce_N)
+        return RowTerms(ce_N, smooth_ce_N, kl_N, teacher_ce_N, z_N)
     teacher = teacher_NV if teacher_NV is not None and has_teacher else student_NV
     grad = student_NV if grad_NV is None else grad_NV
     alpha_is_tensor = isinstance(task.alpha, Tensor)
@@ -62,6 +63,7 @@ def dense_rows(
         smooth_ce_N,
         ce_N if kl_N is None else kl_N,
         ce_N if teacher_ce_N is None else teacher_ce_N,
+        ce_N if z_N is None else z_N,
         student_NV.stride(0),
         teacher.stride(0),
         grad.stride(0),
@@ -71,12 +73,14 @@ def dense_rows(
         0.0 if alpha_is_tensor else float(task.alpha),
         task.tau,
         task.label_smoothing,
+        task.z_weight,
         task.grad_scale,
         task.ignore_index,
         HAS_TEACHER=has_teacher,
         ALPHA_IS_TENSOR=alpha_is_tensor,
         HAS_ROW_SCALE=row_scale_N is not None,
         SMOOTHING=task.label_smoothing > 0,
+        Z_LOSS=task.z_weight > 0,
         WRITE_GRAD=grad_NV is not None,
         TAU_IS_2=task.tau == 2.0,
         CAP=task.cap or 0.0,
@@ -86,7 +90,7 @@ def dense_rows(
         STAGES=tiling.num_stages,
         num_warps=tiling.num_warps,
     )
-    return RowTerms(ce_N, smooth_ce_N, kl_N, teacher_ce_N)
+    return RowTerms(ce_N, smooth_ce_N, kl_N, teacher_ce_N, z_N)
 
 
 @triton.jit
@@ -192,8 +196,10 @@ def _dense_row(
     teacher_columns,
     tau,
     smoothing,
+    z_weight,
     HAS_TEACHER: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
     WRITE_GRAD: tl.constexpr,
     TAU_IS_2: tl.constexpr,
     CAP: tl.constexpr,
@@ -202,7 +208,7 @@ def _dense_row(
     E: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """CE, smoothed CE, KL and the teacher's CE of one row; with WRITE_GRAD also its gradient."""
+    """CE, smoothed CE, KL, the teacher's CE and the z-loss of one row; with WRITE_GRAD also its gradient."""
     scale = _LOG2_E / tau
     is_class = (label >= 0) & (label < num_classes)
     x_label = tl.load(student_row + label, mask=is_class, other=float("nan"))
@@ -245,31 +251,35 @@ def _dense_row(
     if WRITE_GRAD:
         ce_weight = (1.0 - alpha) * row_scale
         kl_weight = alpha * tau * row_scale
-        square = ce_weight * soft * soft / plain
+        plain_weight = ce_weight  # of the softmax at 1
+        if Z_LOSS:
+            plain_weight += 2.0 * z_weight * row_scale * (plain_lse * _LN_2)
+        square = plain_weight * soft * soft / plain
         shift = ce_weight * on_others
         tl.debug_barrier()  # the label's logit, read above, may be overwritten now
         _write_gradient(
             student_row, teacher_row, grad_row, num_classes, num_columns, teacher_columns, scale, lse, t_lse, square,
-            plain_lse, ce_weight, kl_weight, shift, HAS_TEACHER, TAU_IS_2, CAP, TEACHER_CAP, T, E, STAGES,
+            plain_lse, plain_weight, kl_weight, shift, HAS_TEACHER, TAU_IS_2, CAP, TEACHER_CAP, T, E, STAGES,
         )  # fmt: skip
         tl.debug_barrier()  # the label's column has been written like any other; now for good
         at_label = _gradient_tile(
-            x_label, y_label, scale, lse, t_lse, square, plain_lse, ce_weight, kl_weight, shift,
+            x_label, y_label, scale, lse, t_lse, square, plain_lse, plain_weight, kl_weight, shift,
             HAS_TEACHER, TAU_IS_2, CAP, TEACHER_CAP,
         )  # fmt: skip
         at_label = through_cap(at_label - ce_weight * (1.0 - smoothing - on_others), x_label, CAP)
         tl.store(grad_row + label, at_label.to(grad_row.dtype.element_ty), mask=is_class)
-    return ce, smooth_ce, kl, teacher_ce
+    z_loss = z_weight * (plain_lse * _LN_2) * (plain_lse * _LN_2)
+    return ce, smooth_ce, kl, teacher_ce, z_loss
 
 
 @triton.jit
 def _dense_kernel(
     student_ptr, teacher_ptr, labels_ptr, row_scale_ptr, alpha_ptr, grad_ptr, ce_ptr, smooth_ce_ptr, kl_ptr,
-    teacher_ce_ptr, student_stride, teacher_stride, grad_stride, num_classes, num_columns, teacher_columns,
-    alpha_value, tau, smoothing, grad_scale, ignore_index,
+    teacher_ce_ptr, z_ptr, student_stride, teacher_stride, grad_stride, num_classes, num_columns, teacher_columns,
+    alpha_value, tau, smoothing, z_weight, grad_scale, ignore_index,
     HAS_TEACHER: tl.constexpr, ALPHA_IS_TENSOR: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, SMOOTHING: tl.constexpr,
-    WRITE_GRAD: tl.constexpr, TAU_IS_2: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
-    T: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
+    Z_LOSS: tl.constexpr, WRITE_GRAD: tl.constexpr, TAU_IS_2: tl.constexpr, CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr, T: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # rows times columns pass 2^31
     student_row = student_ptr + row * student_stride
@@ -280,6 +290,8 @@ def _dense_kernel(
         tl.store(ce_ptr + row, 0.0)
         if SMOOTHING:
             tl.store(smooth_ce_ptr + row, 0.0)
+        if Z_LOSS:
+            tl.store(z_ptr + row, 0.0)
         if HAS_TEACHER:
             tl.store(kl_ptr + row, 0.0)
             tl.store(teacher_ce_ptr + row, 0.0)
@@ -294,27 +306,29 @@ def _dense_kernel(
             alpha = tl.load(alpha_ptr).to(tl.float32)
         if HAS_TEACHER and ALPHA_IS_TENSOR:
             if alpha == 0.0:  # the teacher is not read: whatever it holds, the loss is the label's
-                ce, smooth_ce, kl, teacher_ce = _dense_row(
+                ce, smooth_ce, kl, teacher_ce, z_loss = _dense_row(
                     student_row, student_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
-                    teacher_columns, tau, smoothing, False, SMOOTHING, WRITE_GRAD, TAU_IS_2,
+                    teacher_columns, tau, smoothing, z_weight, False, SMOOTHING, Z_LOSS, WRITE_GRAD, TAU_IS_2,
                     CAP, TEACHER_CAP, T, E, STAGES,
                 )  # fmt: skip
                 kl = kl * 0.0
             else:
-                ce, smooth_ce, kl, teacher_ce = _dense_row(
+                ce, smooth_ce, kl, teacher_ce, z_loss = _dense_row(
                     student_row, teacher_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
-                    teacher_columns, tau, smoothing, True, SMOOTHING, WRITE_GRAD, TAU_IS_2,
+                    teacher_columns, tau, smoothing, z_weight, True, SMOOTHING, Z_LOSS, WRITE_GRAD, TAU_IS_2,
                     CAP, TEACHER_CAP, T, E, STAGES,
                 )  # fmt: skip
         else:
-            ce, smooth_ce, kl, teacher_ce = _dense_row(
+            ce, smooth_ce, kl, teacher_ce, z_loss = _dense_row(
                 student_row, teacher_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
-                teacher_columns, tau, smoothing, HAS_TEACHER, SMOOTHING, WRITE_GRAD, TAU_IS_2,
+                teacher_columns, tau, smoothing, z_weight, HAS_TEACHER, SMOOTHING, Z_LOSS, WRITE_GRAD, TAU_IS_2,
                 CAP, TEACHER_CAP, T, E, STAGES,
             )  # fmt: skip
         tl.store(ce_ptr + row, ce)
         if SMOOTHING:
             tl.store(smooth_ce_ptr + row, smooth_ce)
+        if Z_LOSS:
+            tl.store(z_ptr + row, z_loss)
         if HAS_TEACHER:
             tl.store(kl_ptr + row, kl)
             tl.store(teacher_ce_ptr + row, teacher_ce)

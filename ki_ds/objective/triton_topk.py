@@ -46,8 +46,9 @@ def topk_rows(
     ce_N = student_NV.new_empty(num_rows, dtype=torch.float32)
     smooth_ce_N = torch.empty_like(ce_N) if task.label_smoothing else ce_N
     kl_N = torch.empty_like(ce_N)
+    z_N = torch.empty_like(ce_N) if task.z_weight else None
     if num_rows == 0:
-        return RowTerms(ce_N, smooth_ce_N, kl_N)
+        return RowTerms(ce_N, smooth_ce_N, kl_N, z_N=z_N)
     tail = task.semantics == "tail"
     logits_NV = student_NV
     if tail and grad_NV is not student_NV:  # the kernel overwrites what it reads
@@ -65,6 +66,7 @@ def topk_rows(
         ce_N,
         smooth_ce_N,
         kl_N,
+        ce_N if z_N is None else z_N,
         logits_NV.stride(0),
         grad.stride(0),
         num_entries,
@@ -73,6 +75,7 @@ def topk_rows(
         0.0 if alpha_is_tensor else float(task.alpha),
         task.tau,
         task.label_smoothing,
+        task.z_weight,
         task.grad_scale,
         task.ignore_index,
         TAIL=tail,
@@ -80,6 +83,7 @@ def topk_rows(
         ALPHA_IS_TENSOR=alpha_is_tensor,
         HAS_ROW_SCALE=row_scale_N is not None,
         SMOOTHING=task.label_smoothing > 0,
+        Z_LOSS=task.z_weight > 0,
         WRITE_GRAD=grad_NV is not None,
         TAU_IS_2=task.tau == 2.0,
         CAP=task.cap or 0.0,
@@ -89,7 +93,7 @@ def topk_rows(
         STAGES=tiling.num_stages,
         num_warps=tiling.num_warps,
     )
-    return RowTerms(ce_N, smooth_ce_N, kl_N)
+    return RowTerms(ce_N, smooth_ce_N, kl_N, z_N=z_N)
 
 
 @triton.jit
@@ -162,10 +166,11 @@ def _read_entries(
 @triton.jit
 def _topk_row(
     row, ids_row, probs_row, grad_row, label, row_scale, alpha, num_entries, num_classes, num_columns, tau, smoothing,
-    TAIL: tl.constexpr, RENORMALISE: tl.constexpr, SMOOTHING: tl.constexpr, WRITE_GRAD: tl.constexpr,
+    z_weight, TAIL: tl.constexpr, RENORMALISE: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+    WRITE_GRAD: tl.constexpr,
     TAU_IS_2: tl.constexpr, CAP: tl.constexpr, K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """CE, smoothed CE and KL of one row; with WRITE_GRAD also its gradient."""
+    """CE, smoothed CE, KL and the z-loss of one row; with WRITE_GRAD also its gradient."""
     scale = _LOG2_E / tau
     is_class = (label >= 0) & (label < num_classes)
     x_label = tl.load(row + label, mask=is_class, other=float("nan"))
@@ -214,34 +219,38 @@ def _topk_row(
         kl_weight = alpha * tau * row_scale
         shift = ce_weight * on_others
         on_label = ce_weight * (1.0 - smoothing - on_others)
-        square = ce_weight * tl.exp2(2.0 * rest_lse - plain_lse)
+        plain_weight = ce_weight  # of the softmax at 1
+        if Z_LOSS:
+            plain_weight += 2.0 * z_weight * row_scale * (plain_lse * _LN_2)
+        square = plain_weight * tl.exp2(2.0 * rest_lse - plain_lse)
         tl.debug_barrier()  # everything above has been read
         _write_rest(
-            row, grad_row, num_classes, num_columns, scale, rest_lse, square, plain_lse, ce_weight,
+            row, grad_row, num_classes, num_columns, scale, rest_lse, square, plain_lse, plain_weight,
             kl_weight * pull, shift, TAU_IS_2, CAP, TAIL, T, E, STAGES,
         )  # fmt: skip
         tl.debug_barrier()  # the entries' columns have been written like any others; now for good
         dtype: tl.constexpr = grad_row.dtype.element_ty
-        entries = ce_weight * tl.exp2(z * _LOG2_E - plain_lse) + kl_weight * (mass * p - q) - shift
+        entries = plain_weight * tl.exp2(z * _LOG2_E - plain_lse) + kl_weight * (mass * p - q) - shift
         entries -= tl.where(ids == label, on_label, 0.0)
         tl.store(grad_row + ids, through_cap(entries, x, CAP).to(dtype), mask=present)
         label_is_entry = tl.max(tl.where(present & (ids == label), 1, 0), axis=0) > 0
         at_label = _rest_tile(
-            x_label, scale, rest_lse, square, plain_lse, ce_weight, kl_weight * pull, shift, TAU_IS_2, CAP, TAIL
+            x_label, scale, rest_lse, square, plain_lse, plain_weight, kl_weight * pull, shift, TAU_IS_2, CAP, TAIL
         )
         at_label = through_cap(at_label - on_label, x_label, CAP)
         tl.store(grad_row + label, at_label.to(dtype), mask=is_class & (label_is_entry == 0))
-    return ce, smooth_ce, kl
+    z_loss = z_weight * (plain_lse * _LN_2) * (plain_lse * _LN_2)
+    return ce, smooth_ce, kl, z_loss
 
 
 @triton.jit
 def _topk_kernel(
     student_ptr, ids_ptr, probs_ptr, labels_ptr, row_scale_ptr, alpha_ptr, grad_ptr, ce_ptr, smooth_ce_ptr, kl_ptr,
-    student_stride, grad_stride, num_entries, num_classes, num_columns, alpha_value, tau, smoothing, grad_scale,
-    ignore_index,
+    z_ptr, student_stride, grad_stride, num_entries, num_classes, num_columns, alpha_value, tau, smoothing,
+    z_weight, grad_scale, ignore_index,
     TAIL: tl.constexpr, RENORMALISE: tl.constexpr, ALPHA_IS_TENSOR: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
-    SMOOTHING: tl.constexpr, WRITE_GRAD: tl.constexpr, TAU_IS_2: tl.constexpr, CAP: tl.constexpr,
-    K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, WRITE_GRAD: tl.constexpr, TAU_IS_2: tl.constexpr,
+    CAP: tl.constexpr, K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)  # rows times columns pass 2^31
     grad_row = grad_ptr + index * grad_stride
@@ -251,6 +260,8 @@ def _topk_kernel(
         tl.store(kl_ptr + index, 0.0)
         if SMOOTHING:
             tl.store(smooth_ce_ptr + index, 0.0)
+        if Z_LOSS:
+            tl.store(z_ptr + index, 0.0)
         if WRITE_GRAD:
             clear_row(grad_row, 0, num_columns, T, E)
     else:
@@ -261,12 +272,14 @@ def _topk_kernel(
         if ALPHA_IS_TENSOR:
             alpha = tl.load(alpha_ptr).to(tl.float32)
         entries = tl.where(alpha == 0.0, 0, num_entries)  # at 0 the teacher is not read, whatever it holds
-        ce, smooth_ce, kl = _topk_row(
+        ce, smooth_ce, kl, z_loss = _topk_row(
             student_ptr + index * student_stride, ids_ptr + index * num_entries, probs_ptr + index * num_entries,
             grad_row, label, row_scale, alpha, entries, num_classes, num_columns, tau, smoothing,
-            TAIL, RENORMALISE, SMOOTHING, WRITE_GRAD, TAU_IS_2, CAP, K, T, E, STAGES,
+            z_weight, TAIL, RENORMALISE, SMOOTHING, Z_LOSS, WRITE_GRAD, TAU_IS_2, CAP, K, T, E, STAGES,
         )  # fmt: skip
         tl.store(ce_ptr + index, ce)
         tl.store(kl_ptr + index, kl)
         if SMOOTHING:
             tl.store(smooth_ce_ptr + index, smooth_ce)
+        if Z_LOSS:
+            tl.store(z_ptr + index, z_loss)

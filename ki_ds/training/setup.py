@@ -15,7 +15,7 @@ import ki_ds
 from ki_ds import config as configuration
 from ki_ds.checkpoints import checkpoint, lineage, run_folder
 from ki_ds.config import RunConfig, schedules
-from ki_ds.convert.student import StudentFolder
+from ki_ds.convert.folder import StudentFolder
 from ki_ds.data.batches import VALID_SEED, TrainBatches, ValidBatches
 from ki_ds.data.datasets import Datasets, open_datasets
 from ki_ds.engine.student import StudentEngine

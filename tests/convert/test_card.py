@@ -3,7 +3,7 @@
 import transformers as hf
 import yaml
 
-from ki_ds.convert.card import model_card, sizes
+from ki_ds.convert.folder import model_card, sizes
 from ki_ds.convert.sources import Source
 from ki_ds.files import file_sha256
 from tests.convert.fairseq_files import Gpt, save

@@ -5,7 +5,6 @@ import importlib.util
 import io
 import json
 import os
-import resource
 import stat
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from ki_ds.data.store import SpecialIds, StoreWriter
 from ki_ds.data.tokenize import load_tokenizer, train_tokenizer
 from ki_ds.errors import UserError
 from ki_ds.models.presets import weights_sha256
+from tests import forked
 from tests.convert.fairseq_files import PAD, Gpt, Roberta, rows, save
 from tests.tiny import ROOT, environment
 
@@ -257,10 +257,10 @@ def called(arguments):
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     path = save(tmp_path / "model.pt", Gpt(4129))
 
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    done = command(path, tmp_path / "out", preexec_fn=small_files)
+    small = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    small += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    words = [ROOT / "tools" / "convert_to_hf.py", path, tmp_path / "out"]
+    done = forked.run([sys.executable, "-c", small, *words], env=environment(), capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "cannot be written (File too large)" in done.stderr
     assert "Traceback" not in done.stderr

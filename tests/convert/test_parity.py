@@ -9,8 +9,8 @@ import pytest
 import transformers as hf
 
 from ki_ds.convert.export import Options, convert
+from ki_ds.convert.folder import beside_model
 from ki_ds.convert.sources import Source
-from ki_ds.convert.vocabulary import beside_model
 from ki_ds.data.corpora import Corpus, gensim_dump_path
 from ki_ds.data.prepare import TokenizerSpec, build_store, open_corpus
 from ki_ds.data.store import open_store

@@ -7,7 +7,7 @@ import yaml
 
 from ki_ds import config as configuration
 from ki_ds.config import ModelConfig, TeacherConfig
-from ki_ds.convert.starting_point import describe
+from ki_ds.convert.folder import describe
 from ki_ds.data.store import SpecialIds
 from ki_ds.data.tokenize import load_tokenizer
 from ki_ds.errors import UserError

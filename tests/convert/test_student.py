@@ -18,7 +18,7 @@ from ki_ds.data import datasets
 from ki_ds.data.batches import ValidBatches
 from ki_ds.data.tokenize import load_tokenizer, tokenizer_hash
 from ki_ds.errors import UserError
-from ki_ds.evaluation.measure import data_of_run, measure
+from ki_ds.evaluation.perplexity import data_of_run, measure
 from ki_ds.models.presets import weights_sha256
 from ki_ds.training.setup import load_data
 from tests.tiny import ROOT, inherit, records, run, tiny_corpus

@@ -6,8 +6,8 @@ import pytest
 import transformers as hf
 from tokenizers import pre_tokenizers
 
+from ki_ds.convert.folder import beside_model
 from ki_ds.convert.sources import Source
-from ki_ds.convert.vocabulary import beside_model
 from ki_ds.data.corpora import Document
 from ki_ds.data.tokenize import load_tokenizer, train_tokenizer
 from ki_ds.errors import UserError

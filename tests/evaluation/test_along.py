@@ -6,9 +6,17 @@ import pytest
 from rich.console import Console
 
 from ki_ds.errors import UserError
-from ki_ds.evaluation import along as module
-from ki_ds.evaluation.along import Curve, checkpoints, evaluate_along, reached, score_name, table
-from ki_ds.evaluation.downstream import MAJORITY, Row
+from ki_ds.evaluation import downstream as module
+from ki_ds.evaluation.downstream import (
+    MAJORITY,
+    Curve,
+    Row,
+    checkpoints,
+    curve_table,
+    evaluate_along,
+    reached,
+    score_name,
+)
 from ki_ds.evaluation.finetune import RANDOM
 from ki_ds.evaluation.scores import Spread
 from ki_ds.evaluation.tasks import Grid
@@ -79,7 +87,7 @@ def test_curves(curves, tmp_path):
 def test_the_table_and_what_was_reached_when(curves):
     console = Console(width=120)
     with console.capture() as captured:
-        console.print(table(curves, [animals(), graded()]))
+        console.print(curve_table(curves, [animals(), graded()]))
     lines = [line.split() for line in captured.get().splitlines()]
     assert ["4", "4.1", "±", "0.1", "6.1", "±", "0.1"] in lines
     assert any(line[:2] == ["random", "initialisation"] for line in lines)

@@ -11,7 +11,7 @@ from rich.console import Console
 from ki_ds import config as configuration
 from ki_ds.config import DataConfig
 from ki_ds.errors import UserError
-from ki_ds.evaluation.measure import measure, table
+from ki_ds.evaluation.perplexity import measure, table
 from tests.evaluation.data_sets import tool
 from tests.tiny import records, run, tiny_corpus
 

@@ -6,7 +6,7 @@ import transformers as hf
 
 from ki_ds.config import ModelConfig
 from ki_ds.config.paper import PRESETS
-from ki_ds.convert.unpadded import cut, unpadded
+from ki_ds.convert.folder import cut, unpadded
 from ki_ds.data.store import SpecialIds
 from ki_ds.errors import UserError
 from ki_ds.models.presets import (

@@ -44,6 +44,30 @@ def test_values_and_gradients_are_the_oracles(entry, std, options):
     check(Case(entry, std=std, **options))
 
 
+LINEAR = [entry for entry in ENTRIES if entry.startswith("linear_")]
+Z_OPTIONS = [
+    {},
+    {"tau": 1.0, "alpha": 1.0},
+    {"tau": 3.1, "smoothing": 0.2, "weighted": True, "alpha_as_tensor": True},
+]
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("options", Z_OPTIONS, ids=["plain", "tau1", "all_options"])
+def test_a_z_loss_is_the_oracles(entry, options):
+    check(Case(entry, std=3.0, z_weight=0.3, **options))
+    if entry in LINEAR:
+        check(formed(entry, "both", std=3.0, z_weight=0.3, **options))
+
+
+def test_a_z_loss_is_in_the_loss_alone_and_must_not_be_negative():
+    plain, added = Case("linear_dense").run(), Case("linear_dense", z_weight=0.3).run()
+    assert float(added.loss_sum) > float(plain.loss_sum)
+    assert all(torch.equal(a, b) for a, b in zip(plain[1:], added[1:], strict=True))
+    with pytest.raises(UserError, match="z_weight=-1"):
+        Case("dense", z_weight=-1.0).run()
+
+
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.startswith("linear_")])
 @pytest.mark.parametrize("chunk_rows", [1, 2, 4, 100])
 def test_the_chunk_size_does_not_matter(entry, chunk_rows):
@@ -62,9 +86,6 @@ def test_one_row_no_rows_and_all_ignored(entry, num_rows, num_ignored):
     assert [x.item() for x in out[:4]] == [0.0, 0.0, 0.0, 0]
     assert not out.teachers[:, [0, 2, 3]].any()
     assert all(not leaf.grad.any() for leaf in case.leaves())
-
-
-LINEAR = [entry for entry in ENTRIES if entry.startswith("linear_")]
 
 
 @pytest.mark.parametrize("entry", LINEAR)

@@ -35,7 +35,7 @@ def test_without_a_gradient_the_terms_are_the_same():
     for task in (RowTask(num_classes=17, alpha=0.4), RowTask(num_classes=17, alpha=0.4, tau=1.5)):
         with_grad = reference.dense_rows(student, labels, teacher, task, grad_NV=torch.empty_like(student))
         without = reference.dense_rows(student, labels, teacher, task)
-        assert all(torch.equal(a, b) for a, b in zip(with_grad, without, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(with_grad[:4], without[:4], strict=True))
 
 
 def test_ignored_rows_are_0_even_if_they_hold_nan():

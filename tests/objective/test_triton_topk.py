@@ -33,6 +33,13 @@ def test_scaled_and_capped_logits_are_the_oracles(entry, form, std):
         check(formed(entry, form, backend="triton", std=std, **sizes, **options), value=3e-6, gradient=4e-6)
 
 
+@pytest.mark.parametrize("entry", [*TOPK_SEMANTICS, "linear_tail"])
+@pytest.mark.parametrize("options", [{}, {"tau": 1.3, "smoothing": 0.1, "weighted": True, "alpha_as_tensor": True}])
+def test_a_z_loss_is_the_oracles(entry, options):
+    sizes = {"num_rows": 6, "num_classes": 150, "width": 160}
+    check(Case(entry, backend="triton", std=3.0, z_weight=0.3, **sizes, **options))
+
+
 def _rows(num_classes, width, num_entries, std):
     gen = torch.Generator().manual_seed(4)
     student, teacher = (torch.randn(4, w, generator=gen) * std for w in (width, num_classes))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 
-from ki_ds.convert.unpadded import begin_with, cut, num_classes_of, readable_alike, unpadded
+from ki_ds.convert.folder import begin_with, cut, num_classes_of, unpadded, write_beside
 from ki_ds.errors import UserError
 from ki_ds.models.presets import lm_of
 
@@ -99,5 +99,5 @@ def test_weights_are_as_readable_as_the_rest(tmp_path):
         (tmp_path / "model.safetensors").touch(mode=0o600)
     finally:
         os.umask(before)
-    readable_alike(tmp_path)
+    write_beside(tmp_path, {}, "a card", None)
     assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o640}
