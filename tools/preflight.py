@@ -21,7 +21,7 @@ def main() -> int:
     parser.add_argument("--hostfile", help="as given to deepspeed; without it this host is checked")
     parser.add_argument("--run_dir", default="runs", help="the folder that all hosts must share")
     parser.add_argument("--master_addr", help="as given to deepspeed; else the first host's first address")
-    parser.add_argument("--master_port", type=int, default=29500, help="as given to deepspeed")
+    parser.add_argument("--master_port", type=int, default=preflight.DEFAULT_PORT, help="as given to deepspeed")
     parser.add_argument("--ssh_port", type=int, help="as given to deepspeed")
     parser.add_argument(
         "--write_env", action="store_true", help="first put this shell's settings into ./.deepspeed_env"
@@ -37,7 +37,7 @@ def main() -> int:
         slots = preflight.read_hosts(args.hostfile)
         ports = {"master_port": args.master_port, "ssh_port": args.ssh_port}
         answers, problems = preflight.check(slots, args.run_dir, master_addr=args.master_addr, **ports)
-    Console(width=None if sys.stdout.isatty() else 160).print(preflight.table(slots, answers))
+    Console(width=None if sys.stdout.isatty() else 160).print(preflight.hosts_table(slots, answers))
     for problem in problems:
         print(problem)
     return 1 if any(problem.fatal for problem in problems) else 0

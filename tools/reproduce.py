@@ -99,17 +99,17 @@ def _run(args: argparse.Namespace) -> None:
 def _print_plan(args: argparse.Namespace, planned: "PlannedExperiment", places: "list[Place]") -> None:
     from rich.console import Console
 
-    from ki_ds.experiments.forecast import device_hours, forecast, table
+    from ki_ds.experiments.forecast import device_hours, forecast, forecast_table
     from ki_ds.planning.devices import device_named
-    from ki_ds.planning.dry_run import table as run_table
+    from ki_ds.planning.dry_run import plan_table
 
     peak = None if args.peak_tflops is None else 1e12 * args.peak_tflops
     plans = forecast(planned, places[0], device=args.device, peak_flops=peak, mfu=args.mfu)
     console = Console(width=None if sys.stdout.isatty() else 180)
     if args.dry_run:
         for name, found in plans.items():
-            console.print(run_table(found, title=name), "")
-    console.print(table(planned, places, plans))
+            console.print(plan_table(found, title=name), "")
+    console.print(forecast_table(planned, places, plans))
     if (hours := device_hours(list(plans.values()))) is not None:
         print(
             f"all runs: {hours:,.0f} hours of one {device_named(args.device)[0]} at {args.mfu:.0%} of its peak",

@@ -64,7 +64,7 @@ def _model(config: RunConfig, configs: dict[str, RunConfig]) -> ModelConfig | No
     return started_from.model if started_from else None
 
 
-def table(planned: PlannedExperiment, places: Sequence[Place], plans: dict[str, Plan]) -> Table:
+def forecast_table(planned: PlannedExperiment, places: Sequence[Place], plans: dict[str, Plan]) -> Table:
     """The runs in order with what each costs, and the sum of those that are not finished."""
     request, ranks = planned.request, places[0].num_ranks
     side_by_side = f"{len(places)} jobs side by side, " if len(places) > 1 else ""

@@ -6,6 +6,7 @@ start ranks there, so that what stops a job is found before it waits for itself.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -45,6 +46,7 @@ _SILENT_DEATH = (
     "start with bash launchers/train_ki.sh, or export PDSH_SSH_ARGS_APPEND='-o ServerAliveInterval=15'",
 )
 _GIB = 2**30
+DEFAULT_PORT = 29500  # DeepSpeed's
 
 
 # --- on a host ----------------------------------------------------------------------------------------------------
@@ -81,6 +83,7 @@ def answer(question: Question) -> dict[str, Any]:
         "gpus": _num_gpus(),
         "folder": str(folder),
         "free_bytes": shutil.disk_usage(folder).free,
+        "interface": None,
         "unset": [name for name in question.environment if name not in os.environ],
     }
     if question.first:
@@ -90,12 +93,11 @@ def answer(question: Question) -> dict[str, Any]:
             found["cannot_write"] = error.strerror
         found["address"] = question.master_addr or _own_address()
         found["port_free"] = _is_free(question.master_port)
-        found["interface"] = _interface(found["address"])
+        with contextlib.suppress(OSError):
+            found["interface"] = interface_to(found["address"])
     else:
         assert question.master_addr is not None
-        found["sees_token"] = token.exists()
-        found["interface"] = _interface(question.master_addr)
-        found["unreachable"] = _unreachable(question.master_addr, question.master_port)
+        found |= {"sees_token": token.exists()} | _route_to_first(question.master_addr, question.master_port)
     return found | {"time": time.time()}
 
 
@@ -143,22 +145,21 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _interface(host: str) -> str | None:
-    try:
-        return interface_to(host)
-    except OSError:
-        return None
+def _route_to_first(host: str, port: int) -> dict[str, str | None]:
+    """The interface that leads to the first host, and why no connection comes through.
 
-
-def _unreachable(host: str, port: int) -> str | None:
-    """Why no connection to the first host comes through; None where one does, or is refused as nobody listens yet."""
+    A refused one does come through: nobody listens there yet.
+    """
+    interface = unreachable = None
+    with contextlib.suppress(OSError):
+        interface = interface_to(host)
     try:
         socket.create_connection((host, port), timeout=5).close()
     except ConnectionRefusedError:
-        return None
+        pass
     except OSError as error:
-        return str(error)
-    return None
+        unreachable = str(error)
+    return {"interface": interface, "unreachable": unreachable}
 
 
 # --- from here ----------------------------------------------------------------------------------------------------
@@ -286,12 +287,17 @@ def problems(
         return found
     first, reference = next(iter(answers.items()))
     for host, said in answers.items():
-        found += _problems_of(host, said, slots[host], reference, first, master_port)
+        found += _problems_of(host, said, slots, reference, first, master_port)
     return found
 
 
 def _problems_of(
-    host: str, said: Mapping[str, Any], slots: int, reference: Mapping[str, Any], first: str, master_port: int
+    host: str,
+    said: Mapping[str, Any],
+    slots: Mapping[str, int],
+    reference: Mapping[str, Any],
+    first: str,
+    master_port: int,
 ) -> Iterable[Problem]:
     mine, theirs = said["python"].split(".")[:2], reference["python"].split(".")[:2]
     if mine != theirs:
@@ -302,10 +308,10 @@ def _problems_of(
         elif version != reference["packages"][name] is not None:
             there = f"on {first} {reference['packages'][name]}"
             yield Problem(host, f"{name} is {version}, {there}", "install the same everywhere")
-    if (said["gpus"] or reference["gpus"]) and said["gpus"] < slots:
-        yield Problem(host, f"{said['gpus']} GPUs for slots={slots}", "lower its slots in the hostfile")
-    elif not said["gpus"] and said["cores"] < slots:
-        yield Problem(host, f"{said['cores']} CPU cores for slots={slots}", "lower its slots", fatal=False)
+    if (said["gpus"] or reference["gpus"]) and said["gpus"] < slots[host]:
+        yield Problem(host, f"{said['gpus']} GPUs for slots={slots[host]}", "lower its slots in the hostfile")
+    elif not said["gpus"] and said["cores"] < slots[host]:
+        yield Problem(host, f"{said['cores']} CPU cores for slots={slots[host]}", "lower its slots", fatal=False)
     if said.get("cannot_write"):
         yield Problem(host, f"{said['folder']} cannot be written ({said['cannot_write']})", "give another --run_dir")
     if not said.get("sees_token", True):
@@ -317,7 +323,8 @@ def _problems_of(
         skew = said["skew"] - reference["skew"]
         yield Problem(host, f"its clock is {skew:+.0f} s off that of {first}", "start its time service", fatal=False)
     if not said.get("port_free", True):
-        yield Problem(host, f"port {master_port} is in use", "give a free one: deepspeed --master_port")
+        fatal = len(slots) > 1 or master_port != DEFAULT_PORT  # on one host a job leaves the default by itself
+        yield Problem(host, f"port {master_port} is in use", "give a free one: deepspeed --master_port", fatal)
     if said["interface"] is None:
         yield Problem(host, f"no interface leads to {reference['address']}", "give --master_addr an address of all")
     elif host != first and said["interface"].startswith("lo"):
@@ -331,7 +338,7 @@ def _problems_of(
         yield Problem(host, what, "call this with --write_env, which puts them into .deepspeed_env", fatal=False)
 
 
-def table(slots: Mapping[str, int], answers: Mapping[str, Mapping[str, Any]]) -> Table:
+def hosts_table(slots: Mapping[str, int], answers: Mapping[str, Mapping[str, Any]]) -> Table:
     """One line for each host."""
     shown = Table(
         "host", "slots", "GPUs", "cores", "Python", *_PACKAGES, "ki_ds", "free", "shared", "clock", "interface"

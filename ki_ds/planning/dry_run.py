@@ -68,7 +68,7 @@ def show(argv: list[str]) -> None:
         num_runs=1 if args.num_runs is None else args.num_runs,
     )
     if own_rank(os.environ) == "0":
-        Console(width=100, highlight=False).print(table(found, title=config.run_dir))
+        Console(width=100, highlight=False).print(plan_table(found, title=config.run_dir))
 
 
 def _num_ranks(given: int | None, env: Mapping[str, str]) -> int:
@@ -109,7 +109,7 @@ def _teachers(config: RunConfig, num_classes: int) -> list[Size]:
 # --- the table --------------------------------------------------------------------------------------------------
 
 
-def table(found: Plan, *, title: str = "") -> Table:
+def plan_table(found: Plan, *, title: str = "") -> Table:
     """A plan for people: name, figure, and what it is made of."""
     rows = Table(title=title or None, show_header=False, box=None, pad_edge=False, title_justify="left")
     rows.add_column(no_wrap=True)

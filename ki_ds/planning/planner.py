@@ -13,7 +13,8 @@ chunk of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,10 @@ CPU_IMPORTS = 471 << 20
 CPU_STARTED = 50 << 20
 CPU_STARTED_ZERO = 97 << 20
 CACHE_RECORD_BYTES = 20  # of a masked sample, beside its rows
+COMPONENTS = (
+    *("weights", "gradients", "optimizer states", "activations", "loss", "teacher weights", "teacher activations"),
+    *("communication", "checkpoint", "framework"),
+)
 _CLEARLY = 0.99  # of online's cost: what another placement must stay below to be worth the change
 
 
@@ -164,9 +169,9 @@ def plan(
     taught, shares = len(taught_steps(config)), _shares(config, len(teachers))
     teacher_plans = tuple(_teacher_plan(t, tokens * share, taught) for t, share in zip(teachers, shares, strict=True))
     steps, student_step = config.train.num_steps, 6.0 * student.dense_parameters * tokens
-    costs = _Costs(student_step * steps, sum(t.flops for t in teacher_plans), num_ranks, num_teacher_ranks)
+    work = _Work(student_step * steps, sum(t.flops for t in teacher_plans), num_ranks, num_teacher_ranks)
     caches = _cache_disk(config, teachers, num_classes, taught)
-    placements = costs.placements(caches, num_runs) if teachers else ()
+    placements = work.placements(caches, num_runs) if teachers else ()
     best, reason = _best(placements, num_runs)
     checkpoint, disk = _disk(config, student, zero_stage(settings))
     micro_steps, element = accumulation_steps(config, students), DTYPES[config.engine.precision].itemsize
@@ -186,10 +191,10 @@ def plan(
         num_taught_steps=taught,
         taught_is_bound=config.inherit.schedule == "auto",
         student_flops_per_step=student_step,
-        student_flops=costs.student,
+        student_flops=work.student,
         teachers=teacher_plans,
-        teacher_flops=costs.teacher,
-        seconds=None if peak_flops is None else costs.device_flops(config.teacher.placement) / (mfu * peak_flops),
+        teacher_flops=work.teacher,
+        seconds=None if peak_flops is None else work.device_flops(config.teacher.placement) / (mfu * peak_flops),
         bytes_sent=sent.sent(students),
         checkpoint_disk=checkpoint,
         disk=disk,
@@ -272,6 +277,7 @@ class _Memory:
     ) -> None:
         self.config, self.student, self.teachers, self.ranks, self.on_gpu = config, student, teachers, ranks, on_gpu
         self.num_classes = num_classes
+        self.cached_hidden = all(teacher.hidden_size for teacher in teachers)
         zero = settings.get("zero_optimization", {})
         self.stage = zero_stage(settings)
         self.offloads = {
@@ -340,17 +346,15 @@ class _Memory:
         elements = self.num_buckets * self.bucket
         return self.s * (elements if self.on_gpu else min(elements, self.p))
 
-    def _gathered(self) -> int:
-        """Weights that ZeRO-3 has gathered: all of them, up to its limit, for none is far from its next use."""
-        return self.s * min(self.p, self.live_parameters) if self.stage == 3 else 0
-
     # -- the moments
 
     def moments(self) -> dict[str, dict[str, int]]:
         """Components by moment."""
         whole = self.s * self.p
         embedding = self.student.vocab_size * self.student.hidden_size
-        gathered, accumulated = self._gathered(), self._accumulated()
+        accumulated = self._accumulated()
+        # ZeRO-3 has gathered all weights, up to its limit, for none is far from its next use
+        gathered = self.s * min(self.p, self.live_parameters) if self.stage == 3 else 0
         acts = self.body.kept(checkpointing=self.config.engine.activation_checkpointing) + self._head_activations()
         again = self.body.recomputed(checkpointing=self.config.engine.activation_checkpointing)
         kept, transient = self._loss()
@@ -390,24 +394,12 @@ class _Memory:
             **({} if self.on_gpu else {"checkpoint": self._sum(teacher, checkpoint=whole + (1 << 24))}),
         }
 
-    def _sum(self, *groups: dict[str, int], **more: int) -> dict[str, int]:
-        total = self.always()
+    def _sum(self, *groups: Mapping[str, int], **more: int) -> dict[str, int]:
+        """Components of a moment: what always lies there, and what the moment adds."""
+        total = Counter(self.always())
         for group in (*groups, more):
-            for name, size in group.items():
-                total[name] = total.get(name, 0) + size
-        order = (
-            "weights",
-            "gradients",
-            "optimizer states",
-            "activations",
-            "loss",
-            "teacher weights",
-            "teacher activations",
-            "communication",
-            "checkpoint",
-            "framework",
-        )
-        return {name: total[name] for name in order if name in total}
+            total.update(group)
+        return {name: total[name] for name in COMPONENTS if name in total}
 
     def _accumulated(self) -> int:
         """Gradients of the micro-batches before, which lie there while the next one is computed."""
@@ -463,27 +455,22 @@ class _Memory:
         if self.s != 4 and not self.on_gpu:
             transient += self.s * elements  # a chunk's part of the weight's gradient, before it is added in float32
         placement, chunk = self.config.teacher.placement, self._chunk_rows(self.rows)
-        for teacher in self.teachers if placement != "cache" or self._cached_hidden() else ():
+        for teacher in self.teachers if placement != "cache" or self.cached_hidden else ():
             transient += self.t * (chunk * teacher.vocab_size + self.rows * teacher.hidden_size)
         if len(self.teachers) > 1 and self.config.all_teachers[0].domains is None:
             transient += 4 * 2 * chunk * self.num_classes  # the average of their softmaxes
         return kept, transient
 
-    def _cached_hidden(self) -> bool:
-        return all(teacher.hidden_size for teacher in self.teachers)
-
     def _evaluated(self) -> int:
-        """Live tensors of a forward without gradients: a layer's input, its feed-forward twice."""
         size = self.config.train.eval_micro_batch_size or self.config.train.micro_batch_size
-        width = 3 * self.student.hidden_size + 2 * self.student.ffn_size
-        return size * self.config.data.seq_len * width * self.s
+        return self.s * size * self.config.data.seq_len * _live_width(self.student)
 
     def _teacher(self) -> dict[str, int]:
         """What the teachers have in a student's rank: weights (or their heads), and a forward that runs ahead."""
         placement = self.config.teacher.placement
         heads = sum(t.vocab_size * t.hidden_size for t in self.teachers)
         if placement == "cache":
-            return {"teacher weights": self.t * heads if self._cached_hidden() else 0}
+            return {"teacher weights": self.t * heads if self.cached_hidden else 0}
         if placement == "ranks":
             ahead = (self.config.teacher.ahead + 2) * self.rows * sum(t.hidden_size for t in self.teachers)
             return {"teacher weights": self.t * heads, "teacher activations": 0 if self.on_gpu else self.t * ahead}
@@ -493,7 +480,7 @@ class _Memory:
 
     def _teacher_forward(self) -> int:
         tokens = self.config.train.micro_batch_size * self.config.data.seq_len
-        return max((self.t * tokens * (3 * t.hidden_size + 2 * t.ffn_size) for t in self.teachers), default=0)
+        return max((self.t * tokens * _live_width(teacher) for teacher in self.teachers), default=0)
 
     def of_teacher_rank(self) -> dict[str, int]:
         """Components of a rank that teaches."""
@@ -504,11 +491,16 @@ class _Memory:
         return held if self.on_gpu else held | {"framework": CPU_IMPORTS + CPU_STARTED}
 
 
+def _live_width(model: Size) -> int:
+    """Elements a token of a forward without gradients: a layer's input, its feed-forward twice."""
+    return 3 * model.hidden_size + 2 * model.ffn_size
+
+
 # --- work, disk, placements -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Costs:
+class _Work:
     student: float  # FLOPs of the run
     teacher: float
     num_ranks: int
@@ -531,7 +523,7 @@ class _Costs:
         """Each placement's device-seconds over those of the student alone."""
         both = (self.student + self.teacher) / self.student
         splits = range(1, max(self.num_ranks, 2))
-        ranks = min(_Costs(self.student, self.teacher, max(self.num_ranks, 2), n)._on_ranks(n) for n in splits)
+        ranks = min(_Work(self.student, self.teacher, max(self.num_ranks, 2), n)._on_ranks(n) for n in splits)
         return (
             Placement("online", both, 0),
             Placement("overlap", both, 0),

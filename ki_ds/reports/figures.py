@@ -6,13 +6,13 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ki_ds.errors import UserError
 from ki_ds.reports.intervals import spread
-from ki_ds.reports.results import Curve, Point, Run
-from ki_ds.reports.savings import Arm, Comparison, Savings
+from ki_ds.reports.results import Run
+from ki_ds.reports.savings import Arm, Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -211,10 +211,6 @@ def _legend_below(figure: Figure, axis: Axes) -> None:
     )
 
 
-def _say(axis: Axes, words: str) -> None:
-    axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", color=INK, alpha=0.7)
-
-
 def _dots(axis: Axes, place: float, values: Sequence[float], look: Look) -> None:
     """The values on a line of their own, and the interval of their mean."""
     if not all(map(math.isfinite, values)):
@@ -246,7 +242,7 @@ def _draw_panel(axis: Axes, comparison: Comparison, cost: str, scale: float, tit
     _mark_teacher(axis, comparison)
     axis.set_xlabel(title)
     if not any(math.isfinite(getattr(run.curve[-1].costs, cost)) for run in comparison.runs):
-        _say(axis, "not known")
+        axis.text(0.5, 0.5, "not known", transform=axis.transAxes, ha="center", color=INK, alpha=0.7)
 
 
 def _mark_targets(axis: Axes, comparison: Comparison, cost: str, scale: float) -> None:
@@ -255,10 +251,11 @@ def _mark_targets(axis: Axes, comparison: Comparison, cost: str, scale: float) -
         return
     target = statistics.fmean(run.curve[-1].ppl for run in comparison.baseline.runs)
     axis.axhline(target, color=INK, linewidth=0.8, linestyle=":")
-    for look, pairs in _compared(comparison):
+    looks = _looks(comparison)
+    for arm, pairs in zip(comparison.others, comparison.savings, strict=True):
         reached = [getattr(pair.inheriting, cost) / scale for pair in pairs if pair.inheriting]
         targets = [pair.target_ppl for pair in pairs if pair.inheriting]
-        axis.plot(reached, targets, "o", color=look.color, markersize=7, markerfacecolor="none", linestyle="none")
+        axis.plot(reached, targets, "o", color=looks[arm].color, markersize=7, markerfacecolor="none", linestyle="none")
         saved = [getattr(pair.saved, cost) for pair in pairs if pair.saved]
         known = len(saved) == len(pairs) and all(map(math.isfinite, saved))
         if len(comparison.others) == 1 and known and (cost != "seconds" or comparison.same_machine):
@@ -276,12 +273,6 @@ def _mark_teacher(axis: Axes, comparison: Comparison) -> None:
         axis.set_ylim(min(low, ppl * 0.97), high)
 
 
-def _compared(comparison: Comparison) -> Iterator[tuple[Look, tuple[Savings, ...]]]:
-    looks = _looks(comparison)
-    for arm, pairs in zip(comparison.others, comparison.savings, strict=True):
-        yield looks[arm], pairs
-
-
 def _looks(comparison: Comparison) -> dict[Arm, Look]:
     number = len(COLOURS)
     return {
@@ -297,18 +288,18 @@ def _scale_perplexity(axis: Axes, comparison: Comparison) -> None:
     values = [p.ppl for run in comparison.runs for p in run.curve if math.isfinite(p.ppl)]
     if not values:
         return
-    late = [p.ppl for run in comparison.runs for p in _later_part(run.curve)] or values
+    late = [  # after the first eighth of the steps, or at the end
+        p.ppl
+        for run in comparison.runs
+        for p in run.curve
+        if math.isfinite(p.ppl) and p.costs.steps >= run.curve[-1].costs.steps / 8
+    ] or values
     axis.set_yscale("log")
     axis.set_ylim(min(values) * 0.96, min(max(values), max(late)) * 1.04)
     wide = axis.get_ylim()[1] > 4 * axis.get_ylim()[0]
     axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 4, 6, 8)) if wide else MaxNLocator(8))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _later_part(curve: Curve) -> list[Point]:
-    """The points after the first eighth of the steps (the last point at least)."""
-    return [point for point in curve if point.costs.steps >= curve[-1].costs.steps / 8 and math.isfinite(point.ppl)]
 
 
 def _cost_scale(comparison: Comparison, cost: str) -> tuple[float, str]:

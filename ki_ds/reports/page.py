@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rich.tree import Tree
+from jinja2 import Environment
+from markupsafe import Markup
 
 from ki_ds.checkpoints import lineage
 from ki_ds.reports.figures import draw_curves, draw_savings, draw_training, svg_text
 from ki_ds.reports.results import Run
 from ki_ds.reports.savings import Arm, Comparison
-from ki_ds.reports.tables import MEANINGS, SAVING, caption, columns, duration, findings, section_title, table_rows
+from ki_ds.reports.tables import MEANINGS, SAVING, Table, comparison_table, duration, findings, section_title
 
 COLUMNS_OF_RUNS = 6  # beside one another
 
@@ -44,21 +44,65 @@ svg { width: 100%; height: auto; } svg text { font-family: system-ui, sans-serif
 """
 
 
-def page(sections: Sequence[Comparison], *, title: str | None = None) -> str:
-    """The whole page; it is well-formed XML, too."""
-    shown = html.escape(title or default_title(sections))
-    parts = [_section(section, f"s{number}") for number, section in enumerate(sections, start=1)]
-    meanings = "".join(f"<p>{html.escape(text)}</p>" for text in MEANINGS)
-    return f"""<!doctype html>
+_PAGE = """\
+{%- macro lines(text, tag) -%}
+{% for line in text.split("\\n") %}{% if loop.first %}{{ line }}{% else %}<br/>\
+{% if tag %}<{{ tag }}>{{ line }}</{{ tag }}>{% else %}{{ line }}{% endif %}{% endif %}{% endfor %}
+{%- endmacro -%}
+{%- macro table(data) -%}
+<table>{% if data.title %}<caption>{{ data.title }}</caption>
+{% endif %}<thead><tr>{% for cell in data.columns %}<th>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in data.rows %}<tr{% if row[0] == saving %} class="saving"{% endif %}>\
+{% for cell in row %}<td>{{ lines(cell, "small") }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table>
+{%- endmacro -%}
+{%- macro branch(tree) -%}
+{% set first, _, others = tree.label.partition("\\n") %}<li><b>{{ first }}</b>\
+{% if others %}<br/>{{ lines(others, "") }}{% endif %}\
+{% if tree.children %}<ul>{% for child in tree.children %}{{ branch(child) }}{% endfor %}</ul>{% endif %}</li>
+{%- endmacro -%}
+<!doctype html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>
-<title>{shown}</title><style>{_STYLE}</style></head><body>
-<h1>{shown}</h1>
-{_summary(sections)}
-{"".join(parts)}
+<title>{{ title }}</title><style>{{ style }}</style></head><body>
+<h1>{{ title }}</h1>
+{% for section in sections %}
+{% if sections|length > 1 %}<a href="#{{ section.name }}">{{ section.title }}</a>{% endif %}
+<ul>{% for finding in section.findings %}<li>{{ finding }}</li>{% endfor %}</ul>
+{% endfor %}
+{% for section in sections %}
+<section id="{{ section.name }}"><h2>{{ section.title }}</h2>
+<div class="wide">{{ table(section.table) }}</div>
+<div class="notes">{% for note in section.notes %}<p>{{ note }}</p>{% endfor %}</div>
+{% for title, words, svg in section.figures %}
+<h3>{{ title }}</h3><figure><svg role="img" aria-label="{{ title }}" {{ svg }}
+<figcaption>{{ words }}</figcaption></figure>
+{% endfor %}
+<h3>Runs</h3>
+{% for facts in section.facts %}<div class="wide runs">{{ table(facts) }}</div>
+{% endfor %}
+<h3>Lineage</h3>
+{% for title, tree in section.lineages %}
+<div class="lineage">{% if tree %}<p>{{ title }}</p><ul>{{ branch(tree) }}</ul>\
+{% else %}<p>{{ title }}: no lineage record</p>{% endif %}</div>
+{% endfor %}
+</section>
+{% endfor %}
 <h2>What the figures mean</h2>
-<div class="notes">{meanings}</div>
+<div class="notes">{% for text in meanings %}<p>{{ text }}</p>{% endfor %}</div>
 </body></html>
 """
+
+
+def page(sections: Sequence[Comparison], *, title: str | None = None) -> str:
+    """The whole page; it is well-formed XML, too."""
+    template = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
+    return template.render(
+        title=title or default_title(sections),
+        style=Markup(_STYLE),
+        saving=SAVING,
+        meanings=MEANINGS,
+        sections=[_section(section, f"s{number}") for number, section in enumerate(sections, start=1)],
+    )
 
 
 def default_title(sections: Sequence[Comparison]) -> str:
@@ -68,33 +112,31 @@ def default_title(sections: Sequence[Comparison]) -> str:
     return f"{what}: {', '.join(f'{s.num_parameters:,}' for s in sections)} parameters"
 
 
-def _summary(sections: Sequence[Comparison]) -> str:
-    items = []
-    for number, section in enumerate(sections, start=1):
-        found = "".join(f"<li>{html.escape(finding)}</li>" for finding in findings(section))
-        head = f'<a href="#s{number}">{html.escape(section_title(section))}</a>' if len(sections) > 1 else ""
-        items.append(f"{head}<ul>{found}</ul>")
-    return "\n".join(items)
-
-
-def _section(section: Comparison, name: str) -> str:
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in section.notes)
-    curves = svg_text(draw_curves(section), name=f"{name}-curves")
+def _section(section: Comparison, name: str) -> dict[str, Any]:
+    """What the template shows of a comparison."""
     marks = "A ring marks where an arm first reached the target; dashed: the teacher, measured on the same rows."
-    parts = [
-        f'<section id="{name}"><h2>{html.escape(section_title(section))}</h2>',
-        f'<div class="wide">{_table(columns(section), table_rows(section), caption(section))}</div>',
-        f'<div class="notes">{notes}</div>',
-        _figure("Validation perplexity", f"Dotted: the target. {marks}", curves),
-    ]
+    figures = [("Validation perplexity", f"Dotted: the target. {marks}", "curves", draw_curves(section))]
     if section.others:
         bars = "A dot for each run; with several seeds a bar for the 95% interval of the mean."
-        saved = svg_text(draw_savings(section), name=f"{name}-savings")
-        parts.append(_figure("Savings and final perplexity", bars, saved))
-    training = svg_text(draw_training(section), name=f"{name}-training")
-    parts.append(_figure("Inheritance rate and losses", _words_on_gaps(section), training))
-    parts += ["<h3>Runs</h3>", *_details(section), "<h3>Lineage</h3>", *map(_lineage, section.runs), "</section>"]
-    return "\n".join(parts)
+        figures.append(("Savings and final perplexity", bars, "savings", draw_savings(section)))
+    training = draw_training(section)
+    figures.append(("Inheritance rate and losses", _words_on_gaps(section), "training", training))
+    runs = [(arm, run) for arm in section.arms for run in arm.runs]
+    return {
+        "name": name,
+        "title": section_title(section),
+        "findings": findings(section),
+        "table": comparison_table(section),
+        "notes": section.notes,
+        "figures": [
+            (title, words, Markup(svg_text(figure, name=f"{name}-{part}").removeprefix("<svg ")))
+            for title, words, part, figure in figures
+        ],
+        "facts": [
+            _facts_table(runs[first : first + COLUMNS_OF_RUNS]) for first in range(0, len(runs), COLUMNS_OF_RUNS)
+        ],
+        "lineages": [(run.title, run.lineage and lineage.tree(run.lineage)) for run in section.runs],
+    }
 
 
 def _words_on_gaps(section: Comparison) -> str:
@@ -107,39 +149,10 @@ def _words_on_gaps(section: Comparison) -> str:
     return f"alpha, CE and KL of the training batches; the gap to the teacher on the validation data.{missing}"
 
 
-def _figure(title: str, words: str, svg: str) -> str:
-    named = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
-    return f"<h3>{html.escape(title)}</h3><figure>{named}\n<figcaption>{html.escape(words)}</figcaption></figure>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> str:
-    lines = [f"<table><caption>{html.escape(title)}</caption>" if title else "<table>"]
-    lines.append("<thead><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr></thead><tbody>")
-    for row in rows:
-        kind = ' class="saving"' if row[0] == SAVING else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>")
-    return "\n".join(lines) + "</tbody></table>"
-
-
-def _cell(text: str) -> str:
-    first, *others = html.escape(text).split("\n")
-    return first + "".join(f"<br/><small>{line}</small>" for line in others)
-
-
-# --- runs and their lineage -------------------------------------------------------------------------------------
-
-
-def _details(section: Comparison) -> list[str]:
-    """Tables with a column for each run, so that facts read downwards."""
-    runs = [(arm, run) for arm in section.arms for run in arm.runs]
-    parts = [runs[first : first + COLUMNS_OF_RUNS] for first in range(0, len(runs), COLUMNS_OF_RUNS)]
-    return [f'<div class="wide runs">{_facts_table(part)}</div>' for part in parts]
-
-
-def _facts_table(runs: Sequence[tuple[Arm, Run]]) -> str:
+def _facts_table(runs: Sequence[tuple[Arm, Run]]) -> Table:
+    """A column for each run, so that facts read downwards."""
     facts = [_facts(arm, run) for arm, run in runs]
-    rows = [(key, *(each.get(key, "-") for each in facts)) for key in facts[0]]
-    return _table(("", *(run.title for _, run in runs)), rows)
+    return Table(("", *(run.title for _, run in runs)), [(key, *(own[key] for own in facts)) for key in facts[0]])
 
 
 def _facts(arm: Arm, run: Run) -> dict[str, str]:
@@ -175,17 +188,3 @@ def _task_of(teacher: dict[str, Any]) -> str:
 
 def _ppl_of(teacher: dict[str, Any]) -> str:
     return f"{teacher['valid_ppl']:.2f}" if teacher.get("valid_ppl") else "-"
-
-
-def _lineage(run: Run) -> str:
-    """The run, and below it what taught it or started it, and so on."""
-    if run.lineage is None:
-        return f'<div class="lineage"><p>{html.escape(run.title)}: no lineage record</p></div>'
-    return f'<div class="lineage"><p>{html.escape(run.title)}</p><ul>{_branch(lineage.tree(run.lineage))}</ul></div>'
-
-
-def _branch(tree: Tree) -> str:
-    first, *others = html.escape(str(tree.label)).split("\n")
-    below = "".join(map(_branch, tree.children))
-    told = f"<b>{first}</b>" + "".join(f"<br/>{line}" for line in others)
-    return f"<li>{told}{f'<ul>{below}</ul>' if below else ''}</li>"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import rich.table
 from rich.console import Group
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from ki_ds.errors import UserError
@@ -15,7 +15,7 @@ from ki_ds.reports.figures import draw_curves, png_bytes
 from ki_ds.reports.page import page
 from ki_ds.reports.results import read_run
 from ki_ds.reports.savings import Comparison, compare
-from ki_ds.reports.tables import MEANINGS, SAVING, caption, columns, csv_text, section_title, table_rows
+from ki_ds.reports.tables import MEANINGS, SAVING, comparison_table, csv_text, section_title
 
 
 def text_table(sections: Sequence[Comparison]) -> Group:
@@ -23,15 +23,20 @@ def text_table(sections: Sequence[Comparison]) -> Group:
     return Group(*map(_section_table, sections), *map(Text, MEANINGS))
 
 
-def _section_table(section: Comparison) -> Table:
-    title = f"{section_title(section)}\n{caption(section)}"
-    table = Table(title=title, caption=escape("\n".join(section.notes)), title_justify="left", caption_justify="left")
-    for column in columns(section):
-        table.add_column(escape(column), justify="right" if column else "left")
-    for row in table_rows(section):
+def _section_table(section: Comparison) -> rich.table.Table:
+    table = comparison_table(section)
+    drawn = rich.table.Table(
+        title=f"{section_title(section)}\n{table.title}",
+        caption=escape("\n".join(section.notes)),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in table.columns:
+        drawn.add_column(escape(column), justify="right" if column else "left")
+    for row in table.rows:
         saving = row[0] == SAVING
-        table.add_row(*map(escape, row), end_section=saving, style="bold" if saving else None)
-    return table
+        drawn.add_row(*map(escape, row), end_section=saving, style="bold" if saving else None)
+    return drawn
 
 
 def write_report(

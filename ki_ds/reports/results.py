@@ -137,7 +137,9 @@ def read_run(spec: str | Path, *, allow_unfinished: bool = False) -> Run:
     Raises:
         UserError: no run there, a broken file, nothing validated yet, or an unfinished run.
     """
-    label, path = _split_label(spec)
+    label, equals, folder = str(spec).partition("=")
+    labelled = bool(equals) and not Path(spec).exists()
+    path = Path(folder if labelled else spec)
     manifest = _read_manifest(path / "run.json")
     if manifest["status"] != "finished" and not allow_unfinished:
         raise UserError(f"{path} is not finished; call it again to go on, or allow it with --allow_unfinished")
@@ -147,14 +149,16 @@ def read_run(spec: str | Path, *, allow_unfinished: bool = False) -> Run:
     config, record = _read_config(path / "config.yaml"), _read_lineage(path)
     spent_before = _ancestors_flops(manifest, config, record)
     curve = tuple(_point(record, path, spent_before) for record in records["valid"])
-    return Run(path, label, config, manifest, record, tuple(records["valid"]), tuple(records["train"]), curve)
-
-
-def _split_label(spec: str | Path) -> tuple[str | None, Path]:
-    label, equals, folder = str(spec).partition("=")
-    if equals and not Path(spec).exists():
-        return label, Path(folder)
-    return None, Path(spec)
+    return Run(
+        path,
+        label if labelled else None,
+        config,
+        manifest,
+        record,
+        tuple(records["valid"]),
+        tuple(records["train"]),
+        curve,
+    )
 
 
 def _read_text(path: Path) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from typing import Any, NamedTuple
 
 from ki_ds.reports.intervals import Spread, spread
 from ki_ds.reports.results import Costs, Run
@@ -101,69 +102,61 @@ def _mean(found: Spread, unit: Unit) -> str:
 # --- the table --------------------------------------------------------------------------------------------------
 
 
-def columns(comparison: Comparison) -> tuple[str, ...]:
-    """Heads of the table's columns: the arm, costs, and final perplexities."""
-    return ("", *SHOWN_COSTS.values(), "final perplexity", *comparison.domains)
+class Table(NamedTuple):
+    """Text in rows and columns, for a terminal (`report`) and for HTML (`page`). A cell's further lines are small."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    title: str = ""
 
 
-def table_rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    """Cells under `columns`: a row for the baseline, two (costs and savings) for every other arm."""
-    if comparison.baseline is None:
-        return [_row(comparison, arm, [run.curve[-1].costs for run in arm.runs]) for arm in comparison.arms]
-    baseline = comparison.baseline
+def comparison_table(comparison: Comparison) -> Table:
+    """Costs and final perplexities: a row for the baseline, two (costs and savings) for every other arm."""
+    columns = ("", *SHOWN_COSTS.values(), "final perplexity", *comparison.domains)
+    if (baseline := comparison.baseline) is None:
+        rows = [_row(comparison, arm, [run.curve[-1].costs for run in arm.runs]) for arm in comparison.arms]
+        return Table(columns, rows, "Costs up to the last validation")
     rows = [_row(comparison, baseline, [costs_to_reach(run.curve, run.curve[-1].ppl) for run in baseline.runs])]
     for arm, pairs in zip(comparison.others, comparison.savings, strict=True):
         rows.append(_row(comparison, arm, [pair.inheriting for pair in pairs]))
-        rows.append((SAVING, *_saving_cells(pairs, comparison.same_machine), *_change_cells(pairs, comparison.domains)))
-    return rows
+        saved = _cost_cells([pair.saved for pair in pairs], lambda _name, _mean: SHARE)
+        if "not reached" not in saved[0] and not comparison.same_machine:
+            saved[-1] = "other machine"
+        changes = [
+            [pair.domain_changes[name] for pair in pairs if name in pair.domain_changes] for name in comparison.domains
+        ]
+        changes = [[pair.ppl_change for pair in pairs], *changes]
+        rows.append((SAVING, *saved, *(_known(values, CHANGE) for values in changes)))
+    several = len(baseline.runs) > 1 and comparison.others
+    title = f"Costs up to the final validation perplexity of the self-learner, {_ends(baseline.runs)}"
+    return Table(columns, rows, f"{title}, each run against the baseline of its own seed" if several else title)
 
 
 def _row(comparison: Comparison, arm: Arm, costs: Sequence[Costs | None]) -> tuple[str, ...]:
     ends = [run.curve[-1] for run in arm.runs]
     by_domain = [[end.domains[name] for end in ends if name in end.domains] for name in comparison.domains]
-    return (arm.label, *_cost_cells(costs), *(_ppl_cell(ppls) for ppls in ([end.ppl for end in ends], *by_domain)))
+    ppls = [_known(values, PERPLEXITY) for values in ([end.ppl for end in ends], *by_domain)]
+    return (arm.label, *_cost_cells(costs, lambda name, mean: COST_UNITS[name](mean)), *ppls)
 
 
-def _ppl_cell(ppls: Sequence[float]) -> str:
-    return shown(ppls, PERPLEXITY) if ppls else "-"
+def _known(values: Sequence[float], unit: Unit) -> str:
+    return shown(values, unit) if values else "-"
 
 
-def _cost_cells(costs: Sequence[Costs | None]) -> list[str]:
+def _cost_cells(costs: Sequence[Costs | None], unit: Callable[[str, float], Unit]) -> list[str]:
     """Each cost; "not reached" as soon as one run did not get there: no mean over the others."""
-    reached = [each for each in costs if each is not None]
+    reached = [spent for spent in costs if spent is not None]
     if len(reached) < len(costs):
-        return _not_reached(len(costs) - len(reached), len(costs))
-    values = {name: [getattr(each, name) for each in reached] for name in SHOWN_COSTS}
-    return [shown(values[name], COST_UNITS[name](spread(values[name]).mean)) for name in SHOWN_COSTS]
+        return [_not_reached(costs), *["-"] * (len(SHOWN_COSTS) - 1)]
+    values = {name: [getattr(spent, name) for spent in reached] for name in SHOWN_COSTS}
+    return [shown(column, unit(name, spread(column).mean)) for name, column in values.items()]
 
 
-def _saving_cells(pairs: Sequence[Savings], same_machine: bool) -> list[str]:
-    saved = [pair.saved for pair in pairs if pair.saved is not None]
-    if len(saved) < len(pairs):
-        return _not_reached(len(pairs) - len(saved), len(pairs))
-    cells = [shown([getattr(each, name) for each in saved], SHARE) for name in SHOWN_COSTS]
-    return [*cells[:-1], cells[-1] if same_machine else "other machine"]
+def _not_reached(costs: Sequence[Costs | None]) -> str:
+    return "not reached" if len(costs) == 1 else f"not reached in {costs.count(None)} of {len(costs)}"
 
 
-def _not_reached(missing: int, total: int) -> list[str]:
-    said = "not reached" if total == 1 else f"not reached in {missing} of {total}"
-    return [said, *["-"] * (len(SHOWN_COSTS) - 1)]
-
-
-def _change_cells(pairs: Sequence[Savings], domains: Iterable[str]) -> list[str]:
-    columns = [[pair.ppl_change for pair in pairs]]
-    columns += [[pair.domain_changes[name] for pair in pairs if name in pair.domain_changes] for name in domains]
-    return [shown(changes, CHANGE) if changes else "-" for changes in columns]
-
-
-def caption(comparison: Comparison) -> str:
-    """What the costs of the table lead to."""
-    if comparison.baseline is None:
-        return "Costs up to the last validation"
-    targets = [run.curve[-1].ppl for run in comparison.baseline.runs]
-    each = ", each run against the baseline of its own seed" if len(targets) > 1 and comparison.others else ""
-    mean = _mean(spread(targets), PERPLEXITY)
-    return f"Costs up to the final validation perplexity of the self-learner, {mean}{each}"
+# --- words ------------------------------------------------------------------------------------------------------
 
 
 def section_title(comparison: Comparison) -> str:
@@ -186,12 +179,12 @@ def _ends(runs: Sequence[Run]) -> str:
 def _finding(arm: Arm, pairs: Sequence[Savings]) -> str:
     change = _mean(spread([pair.ppl_change for pair in pairs]), CHANGE)
     end = f"final perplexity {_ends(arm.runs)} ({change} against the self-learner's)"
-    saved = [pair.saved for pair in pairs if pair.saved is not None]
-    if len(saved) < len(pairs):
-        return f"{arm.label}: the self-learner's final perplexity was {_saving_cells(pairs, True)[0]}; {end}"
-    flops, steps = (
-        _mean(spread([getattr(each, name) for each in saved]), SHARE) for name in ("flops_with_teacher", "steps")
-    )
+    shares = [pair.saved for pair in pairs]
+    saved = [share for share in shares if share is not None]
+    if len(saved) < len(shares):
+        return f"{arm.label}: the self-learner's final perplexity was {_not_reached(shares)}; {end}"
+    flops = _mean(spread([share.flops_with_teacher for share in saved]), SHARE)
+    steps = _mean(spread([share.steps for share in saved]), SHARE)
     return f"{arm.label}: {flops} of the FLOPs saved with the teacher counted, {steps} of the steps; {end}"
 
 
@@ -204,35 +197,36 @@ def csv_text(sections: Sequence[Comparison]) -> str:
     Costs up to the target, the shares of them saved (`saved_`), all costs to the end (`end_`), the change of the final
     perplexity, the gap to the teacher at the end (nats a row), and the final perplexity of each domain (`ppl_`).
     """
-    names = [f.name for f in fields(Costs)]
-    domains = list(dict.fromkeys(name for section in sections for name in section.domains))
-    head = ["arm", "run", "seed", "status", "task", "student_parameters", "final_ppl", "target_ppl", *names]
-    head += [f"saved_{name}" for name in names] + [f"end_{name}" for name in names]
-    head += ["ppl_change", "gap_to_teacher", *(f"ppl_{name}" for name in domains), "path"]
+    costs = [f.name for f in fields(Costs)]
+    domains = dict.fromkeys(name for section in sections for name in section.domains)
+    columns = ["arm", "run", "seed", "status", "task", "student_parameters", "final_ppl", "target_ppl", *costs]
+    columns += [f"saved_{name}" for name in costs] + [f"end_{name}" for name in costs]
+    columns += ["ppl_change", "gap_to_teacher", *(f"ppl_{name}" for name in domains), "path"]
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(head)
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
     for section in sections:
-        pairs_of = dict(zip(section.others, section.savings, strict=True))
+        savings_of = dict(zip(section.others, section.savings, strict=True))
         for arm in section.arms:
-            pairs: Sequence[Savings | None] = pairs_of.get(arm, [None] * len(arm.runs))
-            for run, pair in zip(arm.runs, pairs, strict=True):
-                writer.writerow([_stated(cell) for cell in _csv_row(section, arm, run, pair, domains)])
+            for run, pair in zip(arm.runs, savings_of.get(arm, itertools.repeat(None)), strict=False):
+                row = _csv_row(section, arm, run, pair)
+                writer.writerow({name: cell for name, cell in row.items() if cell == cell})  # no NaN
     return out.getvalue()
 
 
-def _csv_row(section: Comparison, arm: Arm, run: Run, pair: Savings | None, domains: Iterable[str]) -> list[object]:
-    end, names = run.curve[-1], [f.name for f in fields(Costs)]
-    target = pair.target_ppl if pair else (end.ppl if arm is section.baseline else None)
-    costs = None if target is None else costs_to_reach(run.curve, target)
-    row: list[object] = [arm.label, run.name, run.seed, run.manifest["status"], section.task, section.num_parameters]
-    row += [end.ppl, target, *(getattr(costs, name, None) for name in names)]
-    saved = pair.saved if pair else None
-    row += [getattr(saved, name, None) if name != "seconds" or section.same_machine else None for name in names]
-    row += [getattr(end.costs, name) for name in names]
-    row += [pair.ppl_change if pair else None, run.teacher_gaps[-1][1] if run.teacher_gaps else None]
-    return [*row, *(end.domains.get(name) for name in domains), str(run.path)]
-
-
-def _stated(cell: object) -> object:
-    return None if isinstance(cell, float) and math.isnan(cell) else cell
+def _csv_row(section: Comparison, arm: Arm, run: Run, pair: Savings | None) -> dict[str, Any]:
+    end = run.curve[-1]
+    row = {"arm": arm.label, "run": run.name, "seed": run.seed, "status": run.manifest["status"], "task": section.task}
+    row |= {"student_parameters": section.num_parameters, "final_ppl": end.ppl, "path": str(run.path)}
+    row |= {f"ppl_{name}": ppl for name, ppl in end.domains.items()}
+    row |= {f"end_{name}": cost for name, cost in asdict(end.costs).items()}
+    if run.teacher_gaps:
+        row["gap_to_teacher"] = run.teacher_gaps[-1][1]
+    if pair or arm is section.baseline:
+        row["target_ppl"] = pair.target_ppl if pair else end.ppl
+        row |= asdict(spent) if (spent := costs_to_reach(run.curve, row["target_ppl"])) else {}
+    if pair:
+        row["ppl_change"] = pair.ppl_change
+        saved = asdict(pair.saved) if pair.saved else {}
+        row |= {f"saved_{name}": part for name, part in saved.items() if name != "seconds" or section.same_machine}
+    return row

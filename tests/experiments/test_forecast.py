@@ -22,7 +22,7 @@ def forecasts(name, scale="paper", *, place=EIGHT, **values):
 
 
 def cells(planned, plans):
-    made = forecast.table(planned, [EIGHT], plans)
+    made = forecast.forecast_table(planned, [EIGHT], plans)
     return [dict(zip(forecast.COLUMNS, row, strict=True)) for row in zip(*(c.cells for c in made.columns), strict=True)]
 
 

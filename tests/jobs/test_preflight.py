@@ -67,6 +67,9 @@ def test_each_difference_is_one_line_with_its_fix(change, words, fatal):
 def test_what_is_wrong_with_the_first_host_and_with_a_silent_one():
     assert "port 29501 is in use" in str(found(FIRST | {"port_free": False})[0])
     assert "cannot be written (Permission denied)" in str(found(FIRST | {"cannot_write": "Permission denied"})[0])
+    for port, fatal in ((29500, False), (29501, True)):  # a job on one host leaves DeepSpeed's default by itself
+        (problem,) = problems({"a": 4}, {"a": FIRST | {"port_free": False}}, {}, master_port=port)
+        assert (problem.what, problem.fatal) == (f"port {port} is in use", fatal)
     cores = {"gpus": 0, "cores": 2}
     assert not found(FIRST | cores, OTHER | {"gpus": 0})[0].fatal
     (problem,) = found(other=None, silent={"b": "ssh: connect to host b port 22: No route to host"})

@@ -12,7 +12,7 @@ from ki_ds.errors import UserError
 from ki_ds.reports import report
 from ki_ds.reports.results import read_run
 from ki_ds.reports.savings import compare
-from ki_ds.reports.tables import table_rows
+from ki_ds.reports.tables import comparison_table
 from tests import forked
 from tests.fake_runs import write_run
 from tests.tiny import inherit, run
@@ -68,7 +68,7 @@ def test_text_table_shows_every_cell(tmp_path):
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report.text_table(sections))
     text = console.export_text()
-    for row in table_rows(sections[0]):
+    for row in comparison_table(sections[0]).rows:
         for cell in row:
             assert cell.strip() in text
 
