@@ -24,6 +24,8 @@ setup(
         "sentencepiece",
         "protobuf",
         "safetensors",
+        "jinja2",
+        "markupsafe",
         "jsonargparse[signatures]",
         "mwparserfromhell",
         "matplotlib",
