@@ -10,10 +10,9 @@
 All are faces of `ki_ds.objective.loss.loss`, which has the formula, and raise its `UserError`. The `linear_` functions
 never hold the logits of more than one chunk of rows; call them inside the forward of the module that owns the weight.
 
-Keywords of all of them: `alpha` (0.0), `tau` (2.0), `label_smoothing` (0.0), `z_weight` (0.0), `num_classes` (None)
-and `ignore_index` (-100) as in `Objective`; `row_weights` (None) and `backend` ("auto") as in `loss`. Those of the
-linear ones besides: `student_bias` [V], `student_form`, what its architecture makes of the projection, and
-`chunk_rows` (None).
+Keywords of all of them: the fields of `Objective` (`alpha`, `tau`, ...), with its defaults; `row_weights` (None) and
+`backend` ("auto") as in `loss`. Those of the linear ones besides: `student_bias` [V], `student_form`, what its
+architecture makes of the projection, and `chunk_rows` (None).
 """
 
 from collections.abc import Sequence

@@ -32,7 +32,7 @@ class Case:
     alpha: float = 0.3
     tau: float = 2.0
     smoothing: float = 0.0
-    z_weight: float = 0.0
+    added: dict = field(default_factory=dict)  # weights of added terms, by their names in `Objective` and `Oracle`
     weighted: bool = False
     std: float = 1.0
     num_rows: int = 9
@@ -132,7 +132,7 @@ class Case:
             tau=self.tau,
             num_classes=self.num_classes,
             smoothing=self.smoothing,
-            z_weight=self.z_weight,
+            **self.added,
             weights=None if self.row_weights is None else self.row_weights.tolist(),
         )
         student = self.student_logits()
@@ -197,7 +197,7 @@ class Case:
             "num_classes": self.num_classes,
             "row_weights": self.row_weights,
             "label_smoothing": self.smoothing,
-            "z_weight": self.z_weight,
+            **self.added,
             "backend": self.backend,
             **self.extra,
         }

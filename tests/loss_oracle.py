@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+ADDED = ({"z_weight": 0.3},)  # terms that are added to a row's loss, with weights to test them at
+
 
 @dataclass
 class Oracle:

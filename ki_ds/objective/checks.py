@@ -43,7 +43,7 @@ def checked(
     if row_weights is not None:
         _check_rows("row_weights", row_weights, rows)
         row_weights = row_weights.detach().reshape(-1).float()
-    _check_numbers(objective, rows)
+    objective.check(rows)
     if rows.dtype == torch.float64 and backend == "triton":
         raise UserError('backend="triton" computes in float32, the inputs are float64; take backend="torch"')
     if chunk_rows is not None and chunk_rows < 1:
@@ -184,24 +184,7 @@ def _entries(signal: Sparse) -> Sparse:
     return Sparse(_flat(ids), _flat(probs).detach(), signal.semantics)
 
 
-# --- shapes and numbers ---------------------------------------------------------------------------------------------
-
-
-def _check_numbers(objective: Objective, rows: Tensor) -> None:
-    alpha, tau, label_smoothing = objective.alpha, objective.tau, objective.label_smoothing
-    if isinstance(alpha, Tensor):
-        if alpha.dim() != 0:
-            raise UserError(f"alpha has shape {tuple(alpha.shape)}; give a float or a 0-d tensor")
-        if alpha.is_cuda and not rows.is_cuda:
-            raise UserError(f"alpha is on {alpha.device}, the student's rows on {rows.device}; move alpha there")
-    elif not 0.0 <= alpha <= 1.0:
-        raise UserError(f"alpha={alpha} is outside [0, 1]; it is the teacher's share of the loss")
-    if not tau > 0.0:
-        raise UserError(f"tau={tau} is not positive; the paper's temperature is 2.0")
-    if not 0.0 <= label_smoothing < 1.0:
-        raise UserError(f"label_smoothing={label_smoothing} is outside [0, 1)")
-    if not 0.0 <= objective.z_weight < math.inf:
-        raise UserError(f"z_weight={objective.z_weight} must be a finite number that is not negative")
+# --- shapes and dtypes ----------------------------------------------------------------------------------------------
 
 
 def _check_float(name: str, tensor: Tensor) -> None:

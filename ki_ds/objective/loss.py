@@ -11,8 +11,7 @@ Rows whose label is `ignore_index` count nowhere. Sums are returned, never means
 the global batch. All of it is computed in float32 whatever the inputs' dtype (float64 stays float64), and
 gradients come back in the inputs' dtype, for the student alone.
 
-Label smoothing (paper, Table 10) gives the label 1 - e and shares e among the other classes. A `z_weight` adds
-z_weight logsumexp(z_s)^2 to the bracket, and 2 z_weight logsumexp(z_s) softmax(z_s) to its gradient.
+`Objective` says what its other numbers put into the bracket.
 
 `loss` is the one door: `ki_ds.loss` has faces with keywords, the trainer calls it itself. Both gradients and loss are
 computed in the forward, and kept until backward, which only multiplies them by the incoming gradient.

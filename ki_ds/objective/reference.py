@@ -82,7 +82,7 @@ def _empty_terms(student_NV: Tensor, task: RowTask, *, has_teacher: bool, has_lo
     smooth_ce_N = torch.empty_like(ce_N) if task.label_smoothing else ce_N
     kl_N = torch.empty_like(ce_N) if has_teacher else None
     teacher_ce_N = torch.empty_like(ce_N) if has_logits else None
-    return RowTerms(ce_N, smooth_ce_N, kl_N, teacher_ce_N, torch.empty_like(ce_N) if task.z_weight else None)
+    return RowTerms(ce_N, smooth_ce_N, kl_N, teacher_ce_N, torch.empty_like(ce_N) if any(task.added) else None)
 
 
 class _Softmax(NamedTuple):
@@ -218,8 +218,8 @@ class _Block:
             terms.smooth_ce_N[rows] = self._kept((1 - task.label_smoothing) * ce_R1 + on_others * others_R1)
         if terms.kl_N is not None:
             terms.kl_N[rows] = self._kept(self.kl_R1)
-        if terms.z_N is not None:
-            terms.z_N[rows] = self._kept(task.z_weight * self.lse_R1.square())
+        if terms.added_N is not None:
+            terms.added_N[rows] = self._kept(task.z_weight * self.lse_R1.square())
         if terms.teacher_ce_N is not None:
             terms.teacher_ce_N[rows] = self._kept(self.teacher_ce_R1)
 

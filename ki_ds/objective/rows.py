@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 
 from ki_ds.config import LossConfig
+from ki_ds.errors import UserError
 
 TOPK_SEMANTICS = ("renormalise", "tail", "sampled")
+
+
+class Added(NamedTuple):
+    """Weights of the terms that are added to each row's loss as they are, whatever alpha is; 0 for none."""
+
+    z_weight: float
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,9 @@ class Objective:
             gradient of exactly 0. None: the one width that the student and its teachers have.
         alpha: weight of the teacher in [0, 1], a float or a 0-d tensor (a device tensor costs no host sync).
         tau: temperature of both softmaxes in the KL.
-        label_smoothing: e in [0, 1).
-        z_weight: of logsumexp(z_s)^2 in each row (z-loss, as in PaLM and OLMo), whatever alpha is; at least 0.
+        label_smoothing: e in [0, 1): the label gets 1 - e, the other classes share e (paper, Table 10).
+        z_weight: of logsumexp(z_s)^2 in each row (z-loss, as in PaLM and OLMo), whatever alpha is; at least 0. Its
+            gradient is 2 z_weight logsumexp(z_s) softmax(z_s).
         ignore_index: the label of rows that count nowhere.
     """
 
@@ -42,6 +50,29 @@ class Objective:
     def uses_teacher(self) -> bool:
         """False if alpha is known to be 0, so that no teacher's number may be touched."""
         return isinstance(self.alpha, Tensor) or self.alpha != 0.0
+
+    @property
+    def added(self) -> Added:
+        """The weights of the added terms."""
+        return Added(self.z_weight)
+
+    def check(self, rows: Tensor) -> None:
+        """Return silently, or raise UserError for a number out of its range; `rows` are the student's."""
+        alpha = self.alpha
+        if isinstance(alpha, Tensor):
+            if alpha.dim() != 0:
+                raise UserError(f"alpha has shape {tuple(alpha.shape)}; give a float or a 0-d tensor")
+            if alpha.is_cuda and not rows.is_cuda:
+                raise UserError(f"alpha is on {alpha.device}, the student's rows on {rows.device}; move alpha there")
+        elif not 0.0 <= alpha <= 1.0:
+            raise UserError(f"alpha={alpha} is outside [0, 1]; it is the teacher's share of the loss")
+        if not self.tau > 0.0:
+            raise UserError(f"tau={self.tau} is not positive; the paper's temperature is 2.0")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise UserError(f"label_smoothing={self.label_smoothing} is outside [0, 1)")
+        for name, weight in self.added._asdict().items():
+            if not 0.0 <= weight < math.inf:
+                raise UserError(f"{name}={weight} must be a finite number that is not negative")
 
     @classmethod
     def configured(
@@ -88,7 +119,7 @@ class RowTerms(NamedTuple):
     smooth_ce_N: Tensor  # the same tensor as ce_N without label smoothing
     kl_N: Tensor | None = None  # None: no teacher was asked
     teacher_ce_N: Tensor | None = None  # of the teacher's softmax at 1; None: it gave entries only
-    z_N: Tensor | None = None  # z_weight lse^2; None: z_weight is 0
+    added_N: Tensor | None = None  # the sum of the terms of `Objective.added`; None: there are none
 
 
 class RowSums(NamedTuple):
@@ -122,8 +153,8 @@ def sum_rows(terms: RowTerms, task: RowTask, row_weights_N: Tensor | None) -> Ro
         loss_N = loss_N + task.alpha * task.tau**2 * terms.kl_N
         kl = terms.kl_N.sum()
         teacher_ce = terms.ce_N.new_full((), math.nan) if terms.teacher_ce_N is None else terms.teacher_ce_N.sum()
-    if terms.z_N is not None:
-        loss_N = loss_N + terms.z_N
+    if terms.added_N is not None:
+        loss_N = loss_N + terms.added_N
     if row_weights_N is not None:
         loss_N = loss_N * row_weights_N
     return RowSums(loss_N.sum(), terms.ce_N.sum(), kl, teacher_ce)

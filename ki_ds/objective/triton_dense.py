@@ -5,25 +5,31 @@ them again from the last column to the first, so that what was read last is stil
 gradient, if wanted over the student's logits. From device memory each logit is thus read about once.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ki_ds.objective.rows import RowTask, RowTerms
 from ki_ds.objective.triton_rows import (
+    DEFAULT_TILING,
     LN_2,
     LOG2_E,
     Tiling,
     capped,
     clear_row,
     columns_of,
+    empty_terms,
     gather_statistics,
+    label_terms,
+    launch_options,
     load_tail,
+    named_terms,
+    plain_weight,
+    scale_and_alpha,
+    store_terms,
     through_cap,
 )
 
-DEFAULT_TILING = Tiling()
 _LN_2 = tl.constexpr(LN_2)
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -39,58 +45,22 @@ def dense_rows(
     tiling: Tiling | None = None,
 ) -> RowTerms:
     """Terms of every row, and their gradient in `grad_NV`: see `reference.dense_rows`, which computes the same."""
-    num_rows = student_NV.shape[0]
-    tiling = tiling or DEFAULT_TILING
     has_teacher = teacher_NV is not None and task.uses_teacher()
-    ce_N = student_NV.new_empty(num_rows, dtype=torch.float32)
-    smooth_ce_N = torch.empty_like(ce_N) if task.label_smoothing else ce_N
-    kl_N = torch.empty_like(ce_N) if has_teacher else None
-    teacher_ce_N = torch.empty_like(ce_N) if has_teacher else None
-    z_N = torch.empty_like(ce_N) if task.z_weight else None
-    if num_rows == 0:
-        return RowTerms(ce_N, smooth_ce_N, kl_N, teacher_ce_N, z_N)
     teacher = teacher_NV if teacher_NV is not None and has_teacher else student_NV
-    grad = student_NV if grad_NV is None else grad_NV
-    alpha_is_tensor = isinstance(task.alpha, Tensor)
-    _dense_kernel[(num_rows,)](
-        student_NV,
-        teacher,
-        labels_N,
-        ce_N if row_scale_N is None else row_scale_N,
-        task.alpha if alpha_is_tensor else ce_N,
-        grad,
-        ce_N,
-        smooth_ce_N,
-        ce_N if kl_N is None else kl_N,
-        ce_N if teacher_ce_N is None else teacher_ce_N,
-        ce_N if z_N is None else z_N,
-        student_NV.stride(0),
-        teacher.stride(0),
-        grad.stride(0),
-        task.num_classes,
-        student_NV.shape[1],
-        teacher.shape[1],
-        0.0 if alpha_is_tensor else float(task.alpha),
-        task.tau,
-        task.label_smoothing,
-        task.z_weight,
-        task.grad_scale,
-        task.ignore_index,
-        HAS_TEACHER=has_teacher,
-        ALPHA_IS_TENSOR=alpha_is_tensor,
-        HAS_ROW_SCALE=row_scale_N is not None,
-        SMOOTHING=task.label_smoothing > 0,
-        Z_LOSS=task.z_weight > 0,
-        WRITE_GRAD=grad_NV is not None,
-        TAU_IS_2=task.tau == 2.0,
-        CAP=task.cap or 0.0,
-        TEACHER_CAP=task.teacher_cap or 0.0,
-        T=tiling.lanes,
-        E=tiling.width,
-        STAGES=tiling.num_stages,
-        num_warps=tiling.num_warps,
-    )
-    return RowTerms(ce_N, smooth_ce_N, kl_N, teacher_ce_N, z_N)
+    stored = empty_terms(student_NV)
+    if len(student_NV):
+        _dense_kernel[(len(student_NV),)](
+            student_NV,
+            teacher,
+            student_stride=student_NV.stride(0),
+            teacher_stride=teacher.stride(0),
+            num_columns=student_NV.shape[1],
+            teacher_columns=teacher.shape[1],
+            HAS_TEACHER=has_teacher,
+            TEACHER_CAP=task.teacher_cap or 0.0,
+            **launch_options(task, tiling or DEFAULT_TILING, stored, labels_N, row_scale_N, grad_NV),
+        )
+    return named_terms(stored, task, has_teacher=has_teacher, has_logits=has_teacher)
 
 
 @triton.jit
@@ -196,10 +166,9 @@ def _dense_row(
     teacher_columns,
     tau,
     smoothing,
-    z_weight,
     HAS_TEACHER: tl.constexpr,
     SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
+    ADDED: tl.constexpr,
     WRITE_GRAD: tl.constexpr,
     TAU_IS_2: tl.constexpr,
     CAP: tl.constexpr,
@@ -208,7 +177,7 @@ def _dense_row(
     E: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """CE, smoothed CE, KL, the teacher's CE and the z-loss of one row; with WRITE_GRAD also its gradient."""
+    """CE, smoothed CE, KL, the teacher's CE and added terms of one row; with WRITE_GRAD also its gradient."""
     scale = _LOG2_E / tau
     is_class = (label >= 0) & (label < num_classes)
     x_label = tl.load(student_row + label, mask=is_class, other=float("nan"))
@@ -225,46 +194,39 @@ def _dense_row(
     lse = peak * scale + tl.log2(soft)
     t_lse = t_peak * scale + tl.log2(t_soft)
     plain_lse = peak * _LOG2_E + tl.log2(plain)
-    ce = (peak - z_label) + tl.log2(plain) * _LN_2
+    ce, smooth_ce, on_others, added = label_terms(
+        z_label, peak, plain, plain_lse, logits, num_classes, smoothing, SMOOTHING, ADDED
+    )
     teacher_ce = (t_peak - t_label) + tl.log2(t_plain) * _LN_2
     kl = cross / (t_soft * tau) - (t_lse - lse) * _LN_2
-    on_others = 0.0
-    smooth_ce = ce
-    if SMOOTHING:
-        on_others = smoothing / (num_classes - 1)
-        others = (num_classes - 1) * (plain_lse * _LN_2) - (logits - z_label)
-        smooth_ce = (1.0 - smoothing) * ce + on_others * others
     if WRITE_GRAD:
         ce_weight = (1.0 - alpha) * row_scale
         kl_weight = alpha * tau * row_scale
-        plain_weight = ce_weight  # of the softmax at 1
-        if Z_LOSS:
-            plain_weight += 2.0 * z_weight * row_scale * (plain_lse * _LN_2)
-        square = plain_weight * soft * soft / plain
+        soft_weight = plain_weight(ce_weight, row_scale, plain_lse, ADDED)
+        square = soft_weight * soft * soft / plain
         shift = ce_weight * on_others
         tl.debug_barrier()  # the label's logit, read above, may be overwritten now
         _write_gradient(
             student_row, teacher_row, grad_row, num_classes, num_columns, teacher_columns, scale, lse, t_lse, square,
-            plain_lse, plain_weight, kl_weight, shift, HAS_TEACHER, TAU_IS_2, CAP, TEACHER_CAP, T, E, STAGES,
+            plain_lse, soft_weight, kl_weight, shift, HAS_TEACHER, TAU_IS_2, CAP, TEACHER_CAP, T, E, STAGES,
         )  # fmt: skip
         tl.debug_barrier()  # the label's column has been written like any other; now for good
         at_label = _gradient_tile(
-            x_label, y_label, scale, lse, t_lse, square, plain_lse, plain_weight, kl_weight, shift,
+            x_label, y_label, scale, lse, t_lse, square, plain_lse, soft_weight, kl_weight, shift,
             HAS_TEACHER, TAU_IS_2, CAP, TEACHER_CAP,
         )  # fmt: skip
         at_label = through_cap(at_label - ce_weight * (1.0 - smoothing - on_others), x_label, CAP)
         tl.store(grad_row + label, at_label.to(grad_row.dtype.element_ty), mask=is_class)
-    z_loss = z_weight * (plain_lse * _LN_2) * (plain_lse * _LN_2)
-    return ce, smooth_ce, kl, teacher_ce, z_loss
+    return ce, smooth_ce, kl, teacher_ce, added
 
 
 @triton.jit
 def _dense_kernel(
-    student_ptr, teacher_ptr, labels_ptr, row_scale_ptr, alpha_ptr, grad_ptr, ce_ptr, smooth_ce_ptr, kl_ptr,
-    teacher_ce_ptr, z_ptr, student_stride, teacher_stride, grad_stride, num_classes, num_columns, teacher_columns,
-    alpha_value, tau, smoothing, z_weight, grad_scale, ignore_index,
+    student_ptr, teacher_ptr, labels_ptr, row_scale_ptr, alpha_ptr, grad_ptr, terms_ptr,
+    student_stride, teacher_stride, grad_stride, terms_stride, num_classes, num_columns, teacher_columns,
+    alpha_value, tau, smoothing, grad_scale, ignore_index,
     HAS_TEACHER: tl.constexpr, ALPHA_IS_TENSOR: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr, WRITE_GRAD: tl.constexpr, TAU_IS_2: tl.constexpr, CAP: tl.constexpr,
+    ADDED: tl.constexpr, WRITE_GRAD: tl.constexpr, TAU_IS_2: tl.constexpr, CAP: tl.constexpr,
     TEACHER_CAP: tl.constexpr, T: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # rows times columns pass 2^31
@@ -273,48 +235,31 @@ def _dense_kernel(
     grad_row = grad_ptr + row * grad_stride
     label = tl.load(labels_ptr + row)
     if label == ignore_index:
-        tl.store(ce_ptr + row, 0.0)
-        if SMOOTHING:
-            tl.store(smooth_ce_ptr + row, 0.0)
-        if Z_LOSS:
-            tl.store(z_ptr + row, 0.0)
-        if HAS_TEACHER:
-            tl.store(kl_ptr + row, 0.0)
-            tl.store(teacher_ce_ptr + row, 0.0)
+        store_terms(terms_ptr, row, terms_stride, 0.0, 0.0, 0.0, 0.0, 0.0)
         if WRITE_GRAD:
             clear_row(grad_row, 0, num_columns, T, E)
     else:
-        row_scale = grad_scale * 1.0
-        if HAS_ROW_SCALE:
-            row_scale = tl.load(row_scale_ptr + row).to(tl.float32) * grad_scale
-        alpha = alpha_value * 1.0
-        if ALPHA_IS_TENSOR:
-            alpha = tl.load(alpha_ptr).to(tl.float32)
+        row_scale, alpha = scale_and_alpha(
+            row_scale_ptr, alpha_ptr, row, alpha_value, grad_scale, ALPHA_IS_TENSOR, HAS_ROW_SCALE
+        )
         if HAS_TEACHER and ALPHA_IS_TENSOR:
             if alpha == 0.0:  # the teacher is not read: whatever it holds, the loss is the label's
-                ce, smooth_ce, kl, teacher_ce, z_loss = _dense_row(
+                ce, smooth_ce, kl, teacher_ce, added = _dense_row(
                     student_row, student_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
-                    teacher_columns, tau, smoothing, z_weight, False, SMOOTHING, Z_LOSS, WRITE_GRAD, TAU_IS_2,
+                    teacher_columns, tau, smoothing, False, SMOOTHING, ADDED, WRITE_GRAD, TAU_IS_2,
                     CAP, TEACHER_CAP, T, E, STAGES,
                 )  # fmt: skip
                 kl = kl * 0.0
             else:
-                ce, smooth_ce, kl, teacher_ce, z_loss = _dense_row(
+                ce, smooth_ce, kl, teacher_ce, added = _dense_row(
                     student_row, teacher_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
-                    teacher_columns, tau, smoothing, z_weight, True, SMOOTHING, Z_LOSS, WRITE_GRAD, TAU_IS_2,
+                    teacher_columns, tau, smoothing, True, SMOOTHING, ADDED, WRITE_GRAD, TAU_IS_2,
                     CAP, TEACHER_CAP, T, E, STAGES,
                 )  # fmt: skip
         else:
-            ce, smooth_ce, kl, teacher_ce, z_loss = _dense_row(
+            ce, smooth_ce, kl, teacher_ce, added = _dense_row(
                 student_row, teacher_row, grad_row, label, row_scale, alpha, num_classes, num_columns,
-                teacher_columns, tau, smoothing, z_weight, HAS_TEACHER, SMOOTHING, Z_LOSS, WRITE_GRAD, TAU_IS_2,
+                teacher_columns, tau, smoothing, HAS_TEACHER, SMOOTHING, ADDED, WRITE_GRAD, TAU_IS_2,
                 CAP, TEACHER_CAP, T, E, STAGES,
             )  # fmt: skip
-        tl.store(ce_ptr + row, ce)
-        if SMOOTHING:
-            tl.store(smooth_ce_ptr + row, smooth_ce)
-        if Z_LOSS:
-            tl.store(z_ptr + row, z_loss)
-        if HAS_TEACHER:
-            tl.store(kl_ptr + row, kl)
-            tl.store(teacher_ce_ptr + row, teacher_ce)
+        store_terms(terms_ptr, row, terms_stride, ce, smooth_ce, kl, teacher_ce, added)

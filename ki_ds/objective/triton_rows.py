@@ -1,4 +1,4 @@
-"""What the Triton kernels share: one pass over a row that gathers its statistics, and how a row is tiled.
+"""What the Triton kernels share: a pass that gathers a row's statistics, its terms and their weights in the gradient.
 
 A row is read in tiles [LANES, WIDTH]. Each lane keeps maximum and sums of its own, rescaled as its maximum
 grows, so that no warp waits for another before the row's end. Exponentials are powers of 2 of logits times
@@ -8,14 +8,20 @@ Shape suffixes: T lanes, E neighbouring columns of a lane.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ki_ds.objective.rows import RowTask, RowTerms
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 LOWEST = tl.constexpr(-1.0e30)  # below every logit, and finite: differences of it are no NaN
 _LOG2_E = tl.constexpr(LOG2_E)
+_LN_2 = tl.constexpr(LN_2)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,114 @@ class Tiling:
     @property
     def lanes(self) -> int:
         return 32 * self.num_warps * self.lanes_per_thread
+
+
+DEFAULT_TILING = Tiling()
+
+
+def empty_terms(rows_NV: Tensor) -> Tensor:
+    """Where a kernel stores its rows' terms, float32 [len(RowTerms), N], each term's beginning aligned to 16 bytes."""
+    num_rows = rows_NV.shape[0]
+    aligned = triton.cdiv(num_rows, 4) * 4
+    return rows_NV.new_empty(len(RowTerms._fields), aligned, dtype=torch.float32)[:, :num_rows]
+
+
+def named_terms(stored: Tensor, task: RowTask, *, has_teacher: bool, has_logits: bool) -> RowTerms:
+    """What a kernel stored, without the terms that the rows do not have."""
+    ce_N, smooth_ce_N, kl_N, teacher_ce_N, added_N = stored.unbind()
+    return RowTerms(
+        ce_N,
+        smooth_ce_N if task.label_smoothing else ce_N,
+        kl_N if has_teacher else None,
+        teacher_ce_N if has_logits else None,
+        added_N if any(task.added) else None,
+    )
+
+
+def launch_options(
+    task: RowTask, tiling: Tiling, stored: Tensor, labels_N: Tensor, row_scale_N: Tensor | None, grad_NV: Tensor | None
+) -> dict[str, Any]:
+    """The arguments that both kernels have; what a row lacks is never read, so that `stored` may stand for it."""
+    alpha = task.alpha
+    return {
+        "labels_ptr": labels_N,
+        "row_scale_ptr": stored if row_scale_N is None else row_scale_N,
+        "alpha_ptr": alpha if isinstance(alpha, Tensor) else stored,
+        "grad_ptr": stored if grad_NV is None else grad_NV,
+        "terms_ptr": stored,
+        "grad_stride": 0 if grad_NV is None else grad_NV.stride(0),
+        "terms_stride": stored.stride(0),
+        "num_classes": task.num_classes,
+        "alpha_value": 0.0 if isinstance(alpha, Tensor) else float(alpha),
+        "tau": task.tau,
+        "smoothing": task.label_smoothing,
+        "grad_scale": task.grad_scale,
+        "ignore_index": task.ignore_index,
+        "ALPHA_IS_TENSOR": isinstance(alpha, Tensor),
+        "HAS_ROW_SCALE": row_scale_N is not None,
+        "SMOOTHING": task.label_smoothing > 0,
+        "ADDED": tuple(task.added),
+        "WRITE_GRAD": grad_NV is not None,
+        "TAU_IS_2": task.tau == 2.0,
+        "CAP": task.cap or 0.0,
+        "T": tiling.lanes,
+        "E": tiling.width,
+        "STAGES": tiling.num_stages,
+        "num_warps": tiling.num_warps,
+    }
+
+
+@triton.jit
+def scale_and_alpha(
+    row_scale_ptr, alpha_ptr, row, alpha_value, grad_scale, ALPHA_IS_TENSOR: tl.constexpr, HAS_ROW_SCALE: tl.constexpr
+):
+    """What a row's gradient is multiplied by, and alpha."""
+    row_scale = grad_scale * 1.0
+    if HAS_ROW_SCALE:
+        row_scale = tl.load(row_scale_ptr + row).to(tl.float32) * grad_scale
+    alpha = alpha_value * 1.0
+    if ALPHA_IS_TENSOR:
+        alpha = tl.load(alpha_ptr).to(tl.float32)
+    return row_scale, alpha
+
+
+@triton.jit
+def label_terms(
+    z_label, peak, plain, plain_lse, logits, num_classes, smoothing, SMOOTHING: tl.constexpr, ADDED: tl.constexpr
+):
+    """CE, smoothed CE, the smoothed label's mass on each other class, and the sum of the terms of ADDED
+    (`Objective.added`); `logits` is the sum of the row's."""
+    ce = (peak - z_label) + tl.log2(plain) * _LN_2
+    on_others = 0.0
+    smooth_ce = ce
+    if SMOOTHING:
+        on_others = smoothing / (num_classes - 1)
+        others = (num_classes - 1) * (plain_lse * _LN_2) - (logits - z_label)
+        smooth_ce = (1.0 - smoothing) * ce + on_others * others
+    added = 0.0
+    Z_WEIGHT: tl.constexpr = ADDED[0]
+    if Z_WEIGHT > 0.0:  # else nothing of it may take a register
+        added += Z_WEIGHT * (plain_lse * _LN_2) * (plain_lse * _LN_2)
+    return ce, smooth_ce, on_others, added
+
+
+@triton.jit
+def plain_weight(ce_weight, row_scale, plain_lse, ADDED: tl.constexpr):
+    """What the softmax at 1 is multiplied by in the gradient: for the cross-entropy and the terms of ADDED."""
+    Z_WEIGHT: tl.constexpr = ADDED[0]
+    if Z_WEIGHT > 0.0:
+        ce_weight += 2.0 * Z_WEIGHT * row_scale * (plain_lse * _LN_2)
+    return ce_weight
+
+
+@triton.jit
+def store_terms(terms_ptr, row, stride, ce, smooth_ce, kl, teacher_ce, added):
+    """A row's terms, in the order of `RowTerms`."""
+    tl.store(terms_ptr + row, ce)
+    tl.store(terms_ptr + stride + row, smooth_ce)
+    tl.store(terms_ptr + 2 * stride + row, kl)
+    tl.store(terms_ptr + 3 * stride + row, teacher_ce)
+    tl.store(terms_ptr + 4 * stride + row, added)
 
 
 @triton.jit

@@ -6,25 +6,31 @@ For "tail" the entries' logits are taken out of the row before the first pass, s
 a sum of its own and not a difference: the kernel then needs the row for itself.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ki_ds.objective.rows import RowTask, RowTerms
 from ki_ds.objective.triton_rows import (
+    DEFAULT_TILING,
     LN_2,
     LOG2_E,
     Tiling,
     capped,
     clear_row,
     columns_of,
+    empty_terms,
     gather_statistics,
+    label_terms,
+    launch_options,
     load_tail,
+    named_terms,
+    plain_weight,
+    scale_and_alpha,
+    store_terms,
     through_cap,
 )
 
-DEFAULT_TILING = Tiling()
 _LN_2 = tl.constexpr(LN_2)
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -41,59 +47,24 @@ def topk_rows(
     tiling: Tiling | None = None,
 ) -> RowTerms:
     """Terms of every row, and their gradient in `grad_NV`: see `reference.topk_rows`, which computes the same."""
-    num_rows, num_entries = topk_ids_NK.shape
-    tiling = tiling or DEFAULT_TILING
-    ce_N = student_NV.new_empty(num_rows, dtype=torch.float32)
-    smooth_ce_N = torch.empty_like(ce_N) if task.label_smoothing else ce_N
-    kl_N = torch.empty_like(ce_N)
-    z_N = torch.empty_like(ce_N) if task.z_weight else None
-    if num_rows == 0:
-        return RowTerms(ce_N, smooth_ce_N, kl_N, z_N=z_N)
-    tail = task.semantics == "tail"
-    logits_NV = student_NV
+    num_entries, tail, logits_NV = topk_ids_NK.shape[1], task.semantics == "tail", student_NV
     if tail and grad_NV is not student_NV:  # the kernel overwrites what it reads
         logits_NV = student_NV.clone() if grad_NV is None else grad_NV.copy_(student_NV)
-    grad = logits_NV if grad_NV is None else grad_NV
-    alpha_is_tensor = isinstance(task.alpha, Tensor)
-    _topk_kernel[(num_rows,)](
-        logits_NV,
-        topk_ids_NK.contiguous(),
-        topk_probs_NK.contiguous(),
-        labels_N,
-        ce_N if row_scale_N is None else row_scale_N,
-        task.alpha if alpha_is_tensor else ce_N,
-        grad,
-        ce_N,
-        smooth_ce_N,
-        kl_N,
-        ce_N if z_N is None else z_N,
-        logits_NV.stride(0),
-        grad.stride(0),
-        num_entries,
-        task.num_classes,
-        student_NV.shape[1],
-        0.0 if alpha_is_tensor else float(task.alpha),
-        task.tau,
-        task.label_smoothing,
-        task.z_weight,
-        task.grad_scale,
-        task.ignore_index,
-        TAIL=tail,
-        RENORMALISE=task.semantics == "renormalise",
-        ALPHA_IS_TENSOR=alpha_is_tensor,
-        HAS_ROW_SCALE=row_scale_N is not None,
-        SMOOTHING=task.label_smoothing > 0,
-        Z_LOSS=task.z_weight > 0,
-        WRITE_GRAD=grad_NV is not None,
-        TAU_IS_2=task.tau == 2.0,
-        CAP=task.cap or 0.0,
-        K=triton.next_power_of_2(num_entries),
-        T=tiling.lanes,
-        E=tiling.width,
-        STAGES=tiling.num_stages,
-        num_warps=tiling.num_warps,
-    )
-    return RowTerms(ce_N, smooth_ce_N, kl_N, z_N=z_N)
+    stored = empty_terms(student_NV)
+    if len(student_NV):
+        _topk_kernel[(len(student_NV),)](
+            logits_NV,
+            topk_ids_NK.contiguous(),
+            topk_probs_NK.contiguous(),
+            student_stride=logits_NV.stride(0),
+            num_entries=num_entries,
+            num_columns=student_NV.shape[1],
+            TAIL=tail,
+            RENORMALISE=task.semantics == "renormalise",
+            K=triton.next_power_of_2(num_entries),
+            **launch_options(task, tiling or DEFAULT_TILING, stored, labels_N, row_scale_N, grad_NV),
+        )
+    return named_terms(stored, task, has_teacher=True, has_logits=False)
 
 
 @triton.jit
@@ -166,11 +137,11 @@ def _read_entries(
 @triton.jit
 def _topk_row(
     row, ids_row, probs_row, grad_row, label, row_scale, alpha, num_entries, num_classes, num_columns, tau, smoothing,
-    z_weight, TAIL: tl.constexpr, RENORMALISE: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+    TAIL: tl.constexpr, RENORMALISE: tl.constexpr, SMOOTHING: tl.constexpr, ADDED: tl.constexpr,
     WRITE_GRAD: tl.constexpr,
     TAU_IS_2: tl.constexpr, CAP: tl.constexpr, K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """CE, smoothed CE, KL and the z-loss of one row; with WRITE_GRAD also its gradient."""
+    """CE, smoothed CE, KL and added terms of one row; with WRITE_GRAD also its gradient."""
     scale = _LOG2_E / tau
     is_class = (label >= 0) & (label < num_classes)
     x_label = tl.load(row + label, mask=is_class, other=float("nan"))
@@ -192,7 +163,9 @@ def _topk_row(
         plain = rest_plain * tl.exp2((rest_peak - peak) * _LOG2_E) + k_plain
     lse = peak * scale + tl.log2(soft)
     plain_lse = peak * _LOG2_E + tl.log2(plain)
-    ce = (peak - z_label) + tl.log2(plain) * _LN_2
+    ce, smooth_ce, on_others, added = label_terms(
+        z_label, peak, plain, plain_lse, logits, num_classes, smoothing, SMOOTHING, ADDED
+    )
 
     log_p = (z * scale - lse) * _LN_2
     p = tl.exp2(z * scale - lse)
@@ -208,78 +181,56 @@ def _topk_row(
         kl += left * (tl.log2(tl.maximum(left, 1.0e-30)) - log_rest) * _LN_2
         mass += left
         pull = mass * tl.exp2(log_rest) - left
-    on_others = 0.0
-    smooth_ce = ce
-    if SMOOTHING:
-        on_others = smoothing / (num_classes - 1)
-        others = (num_classes - 1) * (plain_lse * _LN_2) - (logits - z_label)
-        smooth_ce = (1.0 - smoothing) * ce + on_others * others
     if WRITE_GRAD:
         ce_weight = (1.0 - alpha) * row_scale
         kl_weight = alpha * tau * row_scale
+        soft_weight = plain_weight(ce_weight, row_scale, plain_lse, ADDED)
         shift = ce_weight * on_others
         on_label = ce_weight * (1.0 - smoothing - on_others)
-        plain_weight = ce_weight  # of the softmax at 1
-        if Z_LOSS:
-            plain_weight += 2.0 * z_weight * row_scale * (plain_lse * _LN_2)
-        square = plain_weight * tl.exp2(2.0 * rest_lse - plain_lse)
+        square = soft_weight * tl.exp2(2.0 * rest_lse - plain_lse)
         tl.debug_barrier()  # everything above has been read
         _write_rest(
-            row, grad_row, num_classes, num_columns, scale, rest_lse, square, plain_lse, plain_weight,
+            row, grad_row, num_classes, num_columns, scale, rest_lse, square, plain_lse, soft_weight,
             kl_weight * pull, shift, TAU_IS_2, CAP, TAIL, T, E, STAGES,
         )  # fmt: skip
         tl.debug_barrier()  # the entries' columns have been written like any others; now for good
         dtype: tl.constexpr = grad_row.dtype.element_ty
-        entries = plain_weight * tl.exp2(z * _LOG2_E - plain_lse) + kl_weight * (mass * p - q) - shift
+        entries = soft_weight * tl.exp2(z * _LOG2_E - plain_lse) + kl_weight * (mass * p - q) - shift
         entries -= tl.where(ids == label, on_label, 0.0)
         tl.store(grad_row + ids, through_cap(entries, x, CAP).to(dtype), mask=present)
         label_is_entry = tl.max(tl.where(present & (ids == label), 1, 0), axis=0) > 0
         at_label = _rest_tile(
-            x_label, scale, rest_lse, square, plain_lse, plain_weight, kl_weight * pull, shift, TAU_IS_2, CAP, TAIL
+            x_label, scale, rest_lse, square, plain_lse, soft_weight, kl_weight * pull, shift, TAU_IS_2, CAP, TAIL
         )
         at_label = through_cap(at_label - on_label, x_label, CAP)
         tl.store(grad_row + label, at_label.to(dtype), mask=is_class & (label_is_entry == 0))
-    z_loss = z_weight * (plain_lse * _LN_2) * (plain_lse * _LN_2)
-    return ce, smooth_ce, kl, z_loss
+    return ce, smooth_ce, kl, added
 
 
 @triton.jit
 def _topk_kernel(
-    student_ptr, ids_ptr, probs_ptr, labels_ptr, row_scale_ptr, alpha_ptr, grad_ptr, ce_ptr, smooth_ce_ptr, kl_ptr,
-    z_ptr, student_stride, grad_stride, num_entries, num_classes, num_columns, alpha_value, tau, smoothing,
-    z_weight, grad_scale, ignore_index,
+    student_ptr, ids_ptr, probs_ptr, labels_ptr, row_scale_ptr, alpha_ptr, grad_ptr, terms_ptr,
+    student_stride, grad_stride, terms_stride, num_entries, num_classes, num_columns, alpha_value, tau, smoothing,
+    grad_scale, ignore_index,
     TAIL: tl.constexpr, RENORMALISE: tl.constexpr, ALPHA_IS_TENSOR: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
-    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, WRITE_GRAD: tl.constexpr, TAU_IS_2: tl.constexpr,
+    SMOOTHING: tl.constexpr, ADDED: tl.constexpr, WRITE_GRAD: tl.constexpr, TAU_IS_2: tl.constexpr,
     CAP: tl.constexpr, K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64)  # rows times columns pass 2^31
-    grad_row = grad_ptr + index * grad_stride
-    label = tl.load(labels_ptr + index)
+    row = tl.program_id(0).to(tl.int64)  # rows times columns pass 2^31
+    grad_row = grad_ptr + row * grad_stride
+    label = tl.load(labels_ptr + row)
     if label == ignore_index:
-        tl.store(ce_ptr + index, 0.0)
-        tl.store(kl_ptr + index, 0.0)
-        if SMOOTHING:
-            tl.store(smooth_ce_ptr + index, 0.0)
-        if Z_LOSS:
-            tl.store(z_ptr + index, 0.0)
+        store_terms(terms_ptr, row, terms_stride, 0.0, 0.0, 0.0, 0.0, 0.0)
         if WRITE_GRAD:
             clear_row(grad_row, 0, num_columns, T, E)
     else:
-        row_scale = grad_scale * 1.0
-        if HAS_ROW_SCALE:
-            row_scale = tl.load(row_scale_ptr + index).to(tl.float32) * grad_scale
-        alpha = alpha_value * 1.0
-        if ALPHA_IS_TENSOR:
-            alpha = tl.load(alpha_ptr).to(tl.float32)
+        row_scale, alpha = scale_and_alpha(
+            row_scale_ptr, alpha_ptr, row, alpha_value, grad_scale, ALPHA_IS_TENSOR, HAS_ROW_SCALE
+        )
         entries = tl.where(alpha == 0.0, 0, num_entries)  # at 0 the teacher is not read, whatever it holds
-        ce, smooth_ce, kl, z_loss = _topk_row(
-            student_ptr + index * student_stride, ids_ptr + index * num_entries, probs_ptr + index * num_entries,
+        ce, smooth_ce, kl, added = _topk_row(
+            student_ptr + row * student_stride, ids_ptr + row * num_entries, probs_ptr + row * num_entries,
             grad_row, label, row_scale, alpha, entries, num_classes, num_columns, tau, smoothing,
-            z_weight, TAIL, RENORMALISE, SMOOTHING, Z_LOSS, WRITE_GRAD, TAU_IS_2, CAP, K, T, E, STAGES,
+            TAIL, RENORMALISE, SMOOTHING, ADDED, WRITE_GRAD, TAU_IS_2, CAP, K, T, E, STAGES,
         )  # fmt: skip
-        tl.store(ce_ptr + index, ce)
-        tl.store(kl_ptr + index, kl)
-        if SMOOTHING:
-            tl.store(smooth_ce_ptr + index, smooth_ce)
-        if Z_LOSS:
-            tl.store(z_ptr + index, z_loss)
+        store_terms(terms_ptr, row, terms_stride, ce, smooth_ce, kl, 0.0, added)

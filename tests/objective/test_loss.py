@@ -23,7 +23,7 @@ from ki_ds.loss import (
 )
 from ki_ds.objective.types import LogitForm
 from tests.loss_cases import ENTRIES, FORMS, Case, check, formed, relative
-from tests.loss_oracle import Oracle
+from tests.loss_oracle import ADDED, Oracle
 
 SHARED = Path(os.environ.get("KI_DS_SHARED", Path(__file__).parents[3] / "shared"))
 RELEASED = SHARED / "fairseq"
@@ -45,27 +45,30 @@ def test_values_and_gradients_are_the_oracles(entry, std, options):
 
 
 LINEAR = [entry for entry in ENTRIES if entry.startswith("linear_")]
-Z_OPTIONS = [
+OPTIONS_OF_ADDED = [
     {},
     {"tau": 1.0, "alpha": 1.0},
     {"tau": 3.1, "smoothing": 0.2, "weighted": True, "alpha_as_tensor": True},
 ]
 
 
+@pytest.mark.parametrize("added", ADDED, ids=str)
 @pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("options", Z_OPTIONS, ids=["plain", "tau1", "all_options"])
-def test_a_z_loss_is_the_oracles(entry, options):
-    check(Case(entry, std=3.0, z_weight=0.3, **options))
+@pytest.mark.parametrize("options", OPTIONS_OF_ADDED, ids=["plain", "tau1", "all_options"])
+def test_added_terms_are_the_oracles(entry, options, added):
+    check(Case(entry, std=3.0, added=added, **options))
     if entry in LINEAR:
-        check(formed(entry, "both", std=3.0, z_weight=0.3, **options))
+        check(formed(entry, "both", std=3.0, added=added, **options))
 
 
-def test_a_z_loss_is_in_the_loss_alone_and_must_not_be_negative():
-    plain, added = Case("linear_dense").run(), Case("linear_dense", z_weight=0.3).run()
+@pytest.mark.parametrize("weights", ADDED, ids=str)
+def test_an_added_term_is_in_the_loss_alone_and_its_weight_must_not_be_negative(weights):
+    plain, added = Case("linear_dense").run(), Case("linear_dense", added=weights).run()
     assert float(added.loss_sum) > float(plain.loss_sum)
     assert all(torch.equal(a, b) for a, b in zip(plain[1:], added[1:], strict=True))
-    with pytest.raises(UserError, match="z_weight=-1"):
-        Case("dense", z_weight=-1.0).run()
+    (name,) = weights
+    with pytest.raises(UserError, match=f"{name}=-1"):
+        Case("dense", added={name: -1.0}).run()
 
 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.startswith("linear_")])

@@ -9,6 +9,7 @@ from ki_ds.objective import reference, triton_dense  # noqa: E402
 from ki_ds.objective.rows import RowTask  # noqa: E402
 from ki_ds.objective.triton_rows import Tiling  # noqa: E402
 from tests.loss_cases import FORMS, Case, check, formed  # noqa: E402
+from tests.loss_oracle import ADDED  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are tested by tests/gpu")
 SMALL = Tiling(num_warps=1, width=4)  # tiles of 128 columns
@@ -28,11 +29,12 @@ def test_scaled_and_capped_logits_are_the_oracles(entry, form, std):
         check(formed(entry, form, backend="triton", std=std, **sizes, **options), value=3e-6, gradient=4e-6)
 
 
+@pytest.mark.parametrize("added", ADDED, ids=str)
 @pytest.mark.parametrize("entry", ["label", "dense", "averaged", "linear_dense", "linear_routed"])
 @pytest.mark.parametrize("options", [{}, {"tau": 1.3, "smoothing": 0.1, "weighted": True, "alpha_as_tensor": True}])
-def test_a_z_loss_is_the_oracles(entry, options):
+def test_added_terms_are_the_oracles(entry, options, added):
     sizes = {"num_rows": 6, "num_classes": 150, "width": 160, "teacher_width": 151}
-    check(Case(entry, backend="triton", std=3.0, z_weight=0.3, **sizes, **options))
+    check(Case(entry, backend="triton", std=3.0, added=added, **sizes, **options))
 
 
 def _rows(num_classes, widths, dtype=torch.float32, std=3.0):
@@ -102,6 +104,6 @@ def test_spread_logits_do_not_overflow():
 
 def test_no_rows():
     student, teacher, labels, _ = _rows(200, (200, 200))
-    *terms, z_loss = triton_dense.dense_rows(student[:0], labels[:0], teacher[:0], RowTask(200, alpha=0.5))
+    *terms, added = triton_dense.dense_rows(student[:0], labels[:0], teacher[:0], RowTask(200, alpha=0.5))
     assert [t.shape for t in terms] == [(0,)] * 4
-    assert z_loss is None
+    assert added is None

@@ -28,7 +28,7 @@ from ki_ds.objective import triton_topk
 POINTERS = {"labels_ptr": "*i64", "ids_ptr": "*i64", "student_ptr": "*bf16", "teacher_ptr": "*bf16",
             "grad_ptr": "*bf16", "tensor_ptr": "*bf16"}
 EVEN = ("num_columns", "teacher_columns", "num_elements")
-FLOATS = ("alpha_value", "tau", "smoothing", "z_weight", "grad_scale")
+FLOATS = ("alpha_value", "tau", "smoothing", "grad_scale")
 
 
 def compile_kernel(kernel, num_warps, **constants):
@@ -53,12 +53,12 @@ def compile_kernel(kernel, num_warps, **constants):
 
 tiling = triton_dense.DEFAULT_TILING
 common = dict(HAS_ROW_SCALE=True, SMOOTHING=False, WRITE_GRAD=True, TAU_IS_2=True, ALPHA_IS_TENSOR=True,
-              Z_LOSS=False, CAP=0.0, TEACHER_CAP=0.0, T=tiling.lanes, E=tiling.width, STAGES=tiling.num_stages)
+              ADDED=(0.0,), CAP=0.0, TEACHER_CAP=0.0, T=tiling.lanes, E=tiling.width, STAGES=tiling.num_stages)
 entries = {name: value for name, value in common.items() if name != "TEACHER_CAP"}
 print(json.dumps({
     "dense": compile_kernel(triton_dense._dense_kernel, tiling.num_warps, HAS_TEACHER=True, **common),
     "dense_tau": compile_kernel(triton_dense._dense_kernel, tiling.num_warps, HAS_TEACHER=True,
-                                **(common | {"TAU_IS_2": False, "SMOOTHING": True, "Z_LOSS": True})),
+                                **(common | {"TAU_IS_2": False, "SMOOTHING": True, "ADDED": (0.3,)})),
     "label": compile_kernel(triton_dense._dense_kernel, tiling.num_warps, HAS_TEACHER=False, **common),
     "tail": compile_kernel(triton_topk._topk_kernel, tiling.num_warps, TAIL=True, RENORMALISE=False, K=128, **entries),
     "capped": compile_kernel(triton_dense._dense_kernel, tiling.num_warps, HAS_TEACHER=True,

@@ -9,6 +9,7 @@ from ki_ds.objective import reference, triton_topk  # noqa: E402
 from ki_ds.objective.rows import TOPK_SEMANTICS, RowTask  # noqa: E402
 from ki_ds.objective.triton_rows import Tiling  # noqa: E402
 from tests.loss_cases import FORMS, Case, check, formed  # noqa: E402
+from tests.loss_oracle import ADDED  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are tested by tests/gpu")
 
@@ -33,11 +34,12 @@ def test_scaled_and_capped_logits_are_the_oracles(entry, form, std):
         check(formed(entry, form, backend="triton", std=std, **sizes, **options), value=3e-6, gradient=4e-6)
 
 
+@pytest.mark.parametrize("added", ADDED, ids=str)
 @pytest.mark.parametrize("entry", [*TOPK_SEMANTICS, "linear_tail"])
 @pytest.mark.parametrize("options", [{}, {"tau": 1.3, "smoothing": 0.1, "weighted": True, "alpha_as_tensor": True}])
-def test_a_z_loss_is_the_oracles(entry, options):
+def test_added_terms_are_the_oracles(entry, options, added):
     sizes = {"num_rows": 6, "num_classes": 150, "width": 160}
-    check(Case(entry, backend="triton", std=3.0, z_weight=0.3, **sizes, **options))
+    check(Case(entry, backend="triton", std=3.0, added=added, **sizes, **options))
 
 
 def _rows(num_classes, width, num_entries, std):
